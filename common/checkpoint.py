@@ -1,0 +1,221 @@
+"""
+Checkpoints: directories that appear whole or not at all.
+
+    out_dir/step_000500/
+        model.pt               weights, by name
+        optimizer_0_of_2.pt    one file per ZeRO-1 shard (optimizer_0_of_1.pt when replicated)
+        tokenizer_info.json    and the vocabulary file
+        checkpoint.json        step, val_loss, configs, and size and sha256 of every file above; written last
+
+A checkpoint is written to a folder aside, flushed to disk and renamed, so a crash at any moment leaves the earlier ones as
+they were. Loading checks every file first; `latest` steps back to the one before when something is damaged. Files are read
+with weights_only=True: they can hold tensors and plain values, never code.
+"""
+import hashlib
+import json
+import os
+import re
+import shutil
+import sys
+
+import torch
+
+from common import dist
+from common.dist import UserError
+
+MANIFEST = "checkpoint.json"
+
+
+# -----------------------------------------------------------------------------
+# writing
+
+def save(out_dir, step, model, optimizer, info, files, keep_last=2, val_loss=None):
+    """
+    Write out_dir/step_NNNNNN on all ranks together. info: plain values that a resume compares or needs (model config,
+    config, data). files: dict of name to bytes, such as tokenizer.files(). keep_last: how many of the latest to keep, next
+    to the best by val_loss. -> True, or False when it could not be written (disk full): the run may go on, nothing is lost.
+    """
+    name = f"step_{step:06d}"
+    target, aside = os.path.join(out_dir, name), os.path.join(out_dir, f".{name}.partial")
+    dist.from_rank_zero(lambda: _clean(out_dir))
+    sums, error = {}, None
+    try:
+        os.makedirs(aside, exist_ok=True)
+        if dist.world()[0] == 0:
+            for file_name, content in files.items():
+                sums[file_name] = _write(aside, file_name, lambda f, content=content: f.write(content))
+            sums["model.pt"] = _write(aside, "model.pt", lambda f: torch.save(_on_cpu(model.state_dict()), f))
+        state = optimizer.state_dict()
+        if dist.world()[0] == 0 or state["shards"] > 1:
+            shard = f"optimizer_{state['shard']}_of_{state['shards']}.pt"
+            sums[shard] = _write(aside, shard, lambda f: torch.save(_on_cpu(state), f))
+    except (OSError, RuntimeError) as problem:                # torch.save turns a failed write into a RuntimeError
+        error = f"{type(problem).__name__}: {str(problem).splitlines()[0]}"
+    everyone = dist.gather_objects((sums, error))
+    error = next((e for _, e in everyone if e), None)
+
+    def publish():
+        if error:
+            return error
+        try:
+            manifest = dict(step=step, val_loss=val_loss, **info, files={k: v for s, _ in everyone for k, v in s.items()})
+            _write(aside, MANIFEST, lambda f: f.write((json.dumps(manifest, indent=1) + "\n").encode()))
+            _sync_folder(aside)
+            os.rename(aside, target)
+            _sync_folder(out_dir)
+        except OSError as problem:
+            return f"{type(problem).__name__}: {problem}"
+        _prune(out_dir, keep_last)
+        return None
+    error = dist.from_rank_zero(publish)
+    if error and dist.world()[0] == 0:
+        print(f"warning: {target} was not saved ({error}); earlier checkpoints are untouched", file=sys.stderr, flush=True)
+        shutil.rmtree(aside, ignore_errors=True)
+    return error is None
+
+
+def _write(folder, name, write):
+    path = os.path.join(folder, name)
+    with open(path, "wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    return dict(bytes=os.path.getsize(path), sha256=_sha256(path))
+
+
+def _sha256(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync_folder(path):
+    """A rename is on disk only once the folder that holds the name is."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _on_cpu(value):
+    """Tensors to the CPU, and views cut out of the buffer they look into (torch.save would write the whole buffer)."""
+    if torch.is_tensor(value):
+        value = value.detach().cpu()
+        return value if value.numel() == value.untyped_storage().nbytes() // value.element_size() else value.clone()
+    if isinstance(value, dict):
+        return {k: _on_cpu(v) for k, v in value.items()}
+    return [_on_cpu(v) for v in value] if isinstance(value, list) else value
+
+
+def _clean(out_dir):
+    """Remove what a killed save has left."""
+    os.makedirs(out_dir, exist_ok=True)
+    for name in os.listdir(out_dir):
+        if re.fullmatch(r"\.step_\d+\.partial", name):
+            shutil.rmtree(os.path.join(out_dir, name), ignore_errors=True)
+
+
+def _prune(out_dir, keep_last):
+    """Keep the last keep_last checkpoints and the one with the lowest validation loss."""
+    folders = steps(out_dir)
+    losses = {}
+    for folder in folders:
+        try:
+            losses[folder] = read_manifest(folder)["val_loss"]
+        except UserError:
+            continue                                          # damaged: not the best of anything; left for the user to see
+    scored = [f for f in losses if losses[f] is not None]
+    keep = set(folders[-keep_last:]) | ({min(scored, key=losses.get)} if scored else set())
+    for folder in losses:
+        if folder not in keep:
+            shutil.rmtree(folder)
+
+
+# -----------------------------------------------------------------------------
+# reading
+
+def steps(out_dir):
+    """The checkpoint folders of a run, oldest first."""
+    names = os.listdir(out_dir) if os.path.isdir(out_dir) else []
+    found = sorted((int(m[1]), name) for name in names if (m := re.fullmatch(r"step_(\d+)", name)))
+    return [os.path.join(out_dir, name) for _, name in found]
+
+
+def read_manifest(folder):
+    """-> checkpoint.json as a dict"""
+    path = os.path.join(folder, MANIFEST)
+    try:
+        with open(path, encoding="utf-8") as file:
+            manifest = json.load(file)
+        manifest["files"], manifest["step"], manifest["val_loss"], manifest["model"]
+        return manifest
+    except FileNotFoundError:
+        raise UserError(f"{folder}: not a checkpoint (no {MANIFEST})") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: damaged ({error})") from None
+
+
+def verify(folder):
+    """Compare every file with its recorded size and sha256; UserError names the first that differs. -> manifest"""
+    manifest = read_manifest(folder)
+    for name, expected in manifest["files"].items():
+        path = os.path.join(folder, name)
+        if not os.path.isfile(path):
+            raise UserError(f"{folder}: damaged checkpoint, {name} is missing")
+        if os.path.getsize(path) != expected["bytes"] or _sha256(path) != expected["sha256"]:
+            raise UserError(f"{folder}: damaged checkpoint, {name} is not what was saved")
+    return manifest
+
+
+def latest(out_dir):
+    """The newest checkpoint of a run that is whole, or None. Says which ones it passed over."""
+    def search():
+        for folder in reversed(steps(out_dir)):
+            try:
+                verify(folder)
+                return folder
+            except UserError as error:
+                print(f"warning: {error}; trying the one before", file=sys.stderr, flush=True)
+        return None
+    return dist.from_rank_zero(search)
+
+
+def find(path):
+    """path: a run directory (its latest whole checkpoint) or one checkpoint folder -> checkpoint folder, verified"""
+    if not os.path.isdir(path):
+        raise UserError(f"{path}: no such run or checkpoint")
+    if os.path.exists(os.path.join(path, MANIFEST)):
+        dist.from_rank_zero(lambda: verify(path) and None)
+        return path
+    folder = latest(path)
+    if folder is None:
+        raise UserError(f"{path}: no whole checkpoint there")
+    return folder
+
+
+def load_weights(folder, model):
+    """Fill model with the weights of a checkpoint folder; UserError when it is of another architecture."""
+    weights = _load(os.path.join(folder, "model.pt"))
+    ours = model.state_dict()
+    for name in [*ours, *weights]:
+        if name not in weights or name not in ours or weights[name].shape != ours[name].shape:
+            theirs = tuple(weights[name].shape) if name in weights else "absent"
+            mine = tuple(ours[name].shape) if name in ours else "absent"
+            raise UserError(f"{folder}: of another architecture: {name} is {theirs} there and {mine} here")
+    model.load_state_dict(weights)
+
+
+def load_optimizer(folder, optimizer):
+    """Give optimizer its part of the state in a checkpoint folder, whatever the number of ranks that wrote it."""
+    names = [name for name in read_manifest(folder)["files"] if name.startswith("optimizer_")]
+    try:
+        optimizer.load_state_dict([_load(os.path.join(folder, name)) for name in names])
+    except ValueError as error:
+        raise UserError(f"{folder}: {error}") from None
+
+
+def _load(path):
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:                                # whatever a damaged or malicious file makes torch.load raise
+        raise UserError(f"{path}: refused or damaged ({type(error).__name__})") from None

@@ -1,0 +1,180 @@
+"""
+A frozen dataclass is a command line.
+
+    python train_pretrain.py configs/tiny.py --lr=3e-4 --model.n_layer=6
+
+Later arguments win. A config file is Python made of plain assignments (or the config.json that a run wrote):
+
+    lr = 3e-4
+    batch_size = 8 * 64                       # sequences per step
+    model = dict(n_layer=6, n_embd=384)       # a section
+
+An unknown name, a wrong type or a value outside a Literal is a UserError, never a guess. The comment beside a field is
+its help text: `--help` prints every option with type, default and comment.
+"""
+import difflib
+import inspect
+import json
+import re
+import sys
+from dataclasses import asdict, is_dataclass, replace
+from typing import Literal, get_args, get_origin, get_type_hints
+
+from common.dist import UserError
+
+
+def parse_config(cls, argv=None):
+    """-> an instance of the frozen dataclass cls. argv: config files and --name=value (default: the command line)."""
+    argv = sys.argv[1:] if argv is None else argv
+    if "--help" in argv or "-h" in argv:
+        print(help_text(cls))
+        sys.exit(0)
+    return build(cls(), read_overrides(argv))
+
+
+def read_overrides(argv=None):
+    """What was given explicitly, by config files and --name=value: nested dict of names to raw values."""
+    overrides = {}
+    for arg in sys.argv[1:] if argv is None else argv:
+        if arg.startswith("--"):
+            name, equals, value = arg[2:].partition("=")
+            if not equals:
+                raise UserError(f"--{name}: expected --{name}=value")
+            *sections, leaf = name.split(".")
+            for section in reversed(sections):
+                leaf, value = section, {leaf: value}
+            merge(overrides, {leaf: value})
+        else:
+            merge(overrides, read_config_file(arg))
+    return overrides
+
+
+def read_config_file(path):
+    """path: a .py of plain assignments or a .json -> dict name -> value"""
+    if not path.endswith((".py", ".json")):
+        raise UserError(f"{path}: expected --name=value or a config file (.py or .json)")
+    try:
+        with open(path, encoding="utf-8") as file:
+            text = file.read()
+        if path.endswith(".json"):
+            return json.loads(text)
+        names = {}
+        exec(compile(text, path, "exec"), {"__builtins__": {"dict": dict}}, names)
+        return names
+    except OSError as error:
+        raise UserError(f"{path}: cannot read this config file ({error.strerror})") from None
+    except Exception as error:
+        raise UserError(f"{path}: {type(error).__name__}: {error}") from None
+
+
+def merge(into, new):
+    """Overlay the nested dict new on into, in place."""
+    for name, value in new.items():
+        if isinstance(value, dict) and isinstance(into.get(name), dict):
+            merge(into[name], value)
+        else:
+            into[name] = value
+
+
+def build(base, overrides, path=""):
+    """A copy of the dataclass instance base with the nested dict overrides applied."""
+    types = get_type_hints(type(base))
+    changes = {}
+    for name, value in overrides.items():
+        if name not in types:
+            near = difflib.get_close_matches(name, types, 1)
+            raise UserError(f"unknown option --{path}{name}" + (f"; did you mean --{path}{near[0]}?" if near else
+                            "; --help lists them all"))
+        if is_dataclass(types[name]):
+            if not isinstance(value, dict):
+                raise UserError(f"--{path}{name} is a section: set --{path}{name}.FIELD=value")
+            changes[name] = build(getattr(base, name), value, f"{path}{name}.")
+        else:
+            changes[name] = coerce(types[name], value, path + name)
+    return replace(base, **changes)
+
+
+def coerce(kind, value, name):
+    """value (a string from the command line, or what a config file holds) as kind, or a UserError."""
+    try:
+        if get_origin(kind) is Literal:
+            if value not in get_args(kind):
+                raise ValueError
+            return value
+        if get_origin(kind) is tuple:                          # a,b,c or a JSON list
+            if isinstance(value, str):
+                value = json.loads(value) if value.startswith("[") else [v for v in value.split(",") if v]
+            return tuple(coerce(get_args(kind)[0], v, name) for v in value)
+        if kind is bool:
+            return {"true": True, "false": False, "1": True, "0": False}[str(value).lower()]
+        if kind is str:
+            if not isinstance(value, str):
+                raise ValueError
+            return value
+        if isinstance(value, bool):
+            raise ValueError
+        if kind is int and not isinstance(value, int):         # 10_000 and 1e6 are ints, 1.5 is not
+            number = float(value)
+            if number != int(number):
+                raise ValueError
+            return int(value) if isinstance(value, str) and re.fullmatch(r"[-+]?[\d_]+", value) else int(number)
+        return kind(value)
+    except (ValueError, KeyError, TypeError, OverflowError):
+        raise UserError(f"--{name}={value}: expected {type_name(kind)}") from None
+
+
+def type_name(kind):
+    if get_origin(kind) is Literal:
+        return " or ".join(map(str, get_args(kind)))
+    if get_origin(kind) is tuple:
+        return f"{get_args(kind)[0].__name__},..."
+    return kind.__name__
+
+
+def as_dict(config):
+    """The config as nested plain values, as config.json holds it."""
+    return json.loads(json.dumps(asdict(config)))
+
+
+# -----------------------------------------------------------------------------
+# help
+
+def help_text(cls, width=110):
+    """The docstring of cls's module, then every option: --name=default, type, comment; grouped as in the source."""
+    lines = [(inspect.getmodule(cls).__doc__ or "").strip(), "", "Options (--name=value; the default is shown):"]
+    for group, name, kind, default, comment in options(cls(), ""):
+        if group:
+            lines += ["", group]
+        left = f"  --{name}={','.join(map(str, default)) if isinstance(default, tuple) else default}"
+        right = f"{type_name(kind).replace(' or ', '|')}: {comment}"
+        indent = " " * 34
+        column = f"{left:<33} " if len(left) < 34 else left + "\n" + indent
+        text = ""
+        for word in right.split():
+            if len(text.rsplit("\n", 1)[-1]) + len(word) + 1 > width - 34:
+                text += "\n" + indent + word
+            else:
+                text += (" " if text else "") + word
+        lines.append(column + text)
+    return "\n".join(lines)
+
+
+def options(instance, path):
+    """Yield (group or "", dotted name, type, default, comment) for every field, sections included."""
+    for cls in reversed([c for c in type(instance).__mro__ if is_dataclass(c)]):
+        types, group = get_type_hints(cls), ""
+        for line in inspect.getsource(cls).splitlines():
+            if heading := re.fullmatch(r"    # (.+)", line):
+                group = heading[1]
+            field = re.match(r"    (\w+): [^=]+=.*?(?:\s#\s(.*))?$", line)
+            if not field or field[1] not in types:
+                continue
+            name, comment = field[1], field[2] or ""
+            value = getattr(instance, name)
+            if is_dataclass(value):
+                nested = list(options(value, f"{path}{name}."))
+                yield (comment or name, *nested[0][1:])
+                yield from nested[1:]
+            else:
+                yield group, path + name, types[name], value, comment
+                group = ""

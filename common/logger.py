@@ -1,0 +1,120 @@
+"""
+A run directory and what is written into it while training.
+
+    out_dir/
+        config.json        the options, readable as a config file: `python train_x.py out_dir/config.json` runs it again
+        code/              the script and common/ as they ran
+        metrics.jsonl      one JSON object per line: training steps, and evaluations ("val_..." keys)
+        samples.jsonl      text generated from the eval prompts
+        step_NNNNNN/       checkpoints (checkpoint.py)
+
+Only rank 0 writes. Values are those of the whole step over all ranks, never one rank's or one micro-batch's.
+"""
+import json
+import math
+import os
+import shutil
+import time
+from pathlib import Path
+
+from common import dist
+from common.dist import UserError
+
+
+class Logger:
+    """config: plain dict of the options. start_step: the step a resumed run starts at; later records are taken out."""
+
+    def __init__(self, out_dir, config, script, resume=False, start_step=0, num_steps=0, log_every=10):
+        self.out_dir, self.num_steps, self.log_every = out_dir, num_steps, log_every
+        self.is_main = dist.world()[0] == 0
+        self.interval_tokens = self.interval_seconds = 0.0
+        dist.from_rank_zero(lambda: self._open(config, script, resume, start_step))
+
+    def _open(self, config, script, resume, start_step):
+        if os.path.exists(self.out_dir) and os.listdir(self.out_dir) and not resume:
+            raise UserError(f"--out_dir={self.out_dir}: not empty; choose another, or continue that run with --resume=true")
+        try:
+            os.makedirs(self.out_dir, exist_ok=True)
+            name = f"config_from_step_{start_step}.json" if start_step else "config.json"
+            with open(os.path.join(self.out_dir, name), "w", encoding="utf-8") as file:
+                json.dump(config, file, indent=1)
+            for name in ("metrics.jsonl", "samples.jsonl"):
+                self._rewind(os.path.join(self.out_dir, name), start_step)
+            code = os.path.join(self.out_dir, f"code_from_step_{start_step}" if start_step else "code")
+            shutil.rmtree(code, ignore_errors=True)
+            shutil.copytree(Path(__file__).parent, os.path.join(code, "common"), ignore=shutil.ignore_patterns("__*__"))
+            shutil.copy(script, code)
+        except OSError as error:
+            raise UserError(f"--out_dir={self.out_dir}: cannot write there ({error.strerror})") from None
+
+    @staticmethod
+    def _rewind(path, start_step):
+        """Drop the records of start_step and later, which this run will write again, and a line cut short by a kill."""
+        if not os.path.exists(path):
+            return
+        kept = []
+        for line in open(path, encoding="utf-8"):
+            if line.endswith("\n") and json.loads(line)["step"] < start_step:
+                kept.append(line)
+        with open(path + ".partial", "w", encoding="utf-8") as file:
+            file.writelines(kept)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(path + ".partial", path)
+
+    def print(self, *text):
+        if self.is_main:
+            print(*text, flush=True)
+
+    def metrics(self, step, **values):
+        """Append one record to metrics.jsonl."""
+        self._append("metrics.jsonl", dict(step=step, **values))
+
+    def sample(self, step, prompt, text):
+        self._append("samples.jsonl", dict(step=step, prompt=prompt, text=text))
+        self.print(f"sample at step {step}: {prompt}{text}")
+
+    def _append(self, name, record):
+        if self.is_main:
+            # opened each time: nothing is buffered when the process is killed, and the file may be moved while we run
+            with open(os.path.join(self.out_dir, name), "a", encoding="utf-8") as file:
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+    def train_step(self, step, tokens, seconds, flops, peak_flops, **values):
+        """
+        Record a training step, and print a line every log_every steps. tokens: of this step over all ranks; flops: of the
+        whole step; peak_flops: of all ranks together; values: loss, lr, grad_norm, ...
+        """
+        self.metrics(step, **values, tokens=tokens, ms=1000 * seconds, tok_per_s=tokens / seconds,
+                     mfu=flops / seconds / peak_flops)
+        self.interval_tokens += tokens
+        self.interval_seconds += seconds
+        if (step + 1) % self.log_every and step + 1 != self.num_steps:
+            return
+        speed = self.interval_tokens / self.interval_seconds
+        mfu = flops / tokens * speed / peak_flops
+        line = f"step {step + 1:>{len(str(self.num_steps))}}/{self.num_steps}"
+        for name, value in values.items():
+            line += f" | {name.removeprefix('grad_')} " + (f"{value:.1e}" if name == "lr" else f"{value:.4g}" if
+                                                           name != "loss" else f"{value:.4f}")
+        line += f" | {speed / 1000:.1f}k tok/s" + (f" | mfu {mfu:.0%}" if math.isfinite(mfu) else "")
+        self.print(line + f" | eta {short_time((self.num_steps - step - 1) * tokens / speed)}")
+        self.interval_tokens = self.interval_seconds = 0.0
+
+
+def short_time(seconds):
+    """75 -> 1m15s"""
+    hours, rest = divmod(int(seconds), 3600)
+    return f"{hours}h{rest // 60:02d}m" if hours else f"{rest // 60}m{rest % 60:02d}s" if rest >= 60 else f"{rest}s"
+
+
+class Timer:
+    """Seconds since the last call of lap()."""
+
+    def __init__(self):
+        self.start = time.perf_counter()
+
+    def lap(self):
+        now = time.perf_counter()
+        seconds, self.start = now - self.start, now
+        return seconds

@@ -1,0 +1,135 @@
+"""
+Losses on hidden states and the output head, a few positions at a time: the logits (B, T, V) are never held whole.
+
+Everything returns sums or unreduced values; the training script divides once, by the count over all micro-batches and
+ranks, so that results do not depend on the layout.
+"""
+import torch
+import torch.nn.functional as F
+
+
+def chunk_rows(device, chunk_size):
+    """Positions per chunk: logits of 128 stay near a CPU's cache; a GPU wants larger matrix products."""
+    return chunk_size or (128 if device.type == "cpu" else 2048)
+
+
+def compute_dtype(hidden):
+    """The dtype of matrix products: autocast's where it is on (out= variants do not follow it by themselves)."""
+    kind = hidden.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+
+
+def linear_cross_entropy(hidden, weight, targets, mask=None, token_weight=None, chunk_size=0):
+    """
+    Sum over positions of -log softmax(hidden @ weight.T)[target], times token_weight where given, where mask is True.
+
+    hidden (B, T, C) or (N, C), weight (V, C), targets int64, mask bool, token_weight float, all of hidden's leading shape
+    -> scalar float32 SUM. Divide by the global count of targets.
+
+    The gradients are formed in forward, chunk by chunk, while the chunk's softmax is at hand; backward only scales them.
+    That is exact because the loss is a scalar. Memory: one chunk of logits and one gradient of weight.
+    """
+    C = hidden.shape[-1]
+    scale = torch.ones(targets.shape, device=hidden.device) if token_weight is None else token_weight.float()
+    if mask is not None:
+        scale = scale * mask
+    return _LinearCrossEntropy.apply(hidden.reshape(-1, C), weight, targets.reshape(-1), scale.reshape(-1),
+                                     chunk_rows(hidden.device, chunk_size), compute_dtype(hidden))
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, scale, chunk, dtype):
+        need_hidden, need_weight = ctx.needs_input_grad[:2]
+        h_all, w = hidden.to(dtype), weight.to(dtype)
+        d_hidden = torch.empty_like(h_all) if need_hidden else None
+        d_weight = torch.zeros(weight.shape, device=w.device) if need_weight else None     # summed in fp32
+        buffer = w.new_empty(min(chunk, len(h_all)), len(w))
+        loss = torch.zeros((), device=w.device)
+        for i in range(0, len(h_all), chunk):
+            h, target, s = h_all[i:i + chunk], targets[i:i + chunk, None], scale[i:i + chunk]
+            logits = torch.mm(h, w.T, out=buffer[:len(h)])                                 # (N, V)
+            p = logits if dtype == torch.float32 else logits.float()
+            at_target, largest = p.gather(1, target), p.amax(1, keepdim=True)
+            torch.softmax(p, dim=-1, out=p)
+            # log-sum-exp = max - log(max p): unlike -log p[target] it cannot overflow when p[target] underflows
+            nll = (largest - p.amax(1, keepdim=True).log() - at_target)[:, 0]
+            # a position that does not count must not poison the sum either (0 * inf = nan)
+            loss += torch.where(s != 0, nll * s, 0.0).sum()
+            if need_hidden or need_weight:
+                p.scatter_add_(1, target, torch.full_like(at_target, -1.0)).mul_(s[:, None])
+                g = p.to(dtype)                                                            # d loss / d logits
+                if need_hidden:
+                    torch.mm(g, w, out=d_hidden[i:i + chunk])
+                if need_weight and dtype == torch.float32:
+                    d_weight.addmm_(g.T, h)
+                elif need_weight:
+                    d_weight += g.T @ h
+        ctx.d_hidden, ctx.d_weight, ctx.dtypes = d_hidden, d_weight, (hidden.dtype, weight.dtype)
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad):
+        d_hidden, d_weight = ctx.d_hidden, ctx.d_weight
+        ctx.d_hidden = ctx.d_weight = None                      # scaled in place, so they serve once
+        if d_hidden is not None:
+            d_hidden = d_hidden.mul_(grad).to(ctx.dtypes[0])
+        if d_weight is not None:
+            d_weight = d_weight.mul_(grad).to(ctx.dtypes[1])
+        return d_hidden, d_weight, None, None, None, None
+
+
+def token_logps(hidden, weight, targets, temperature=1.0, chunk_size=0):
+    """
+    log softmax(hidden @ weight.T / temperature)[target] of every position.
+
+    hidden (B, T, C), weight (V, C), targets (B, T) int64 -> (B, T) float32, differentiable in hidden and weight; the
+    logits of a chunk are computed again in backward.
+    """
+    logps = _TokenLogps.apply(hidden.reshape(-1, hidden.shape[-1]), weight, targets.reshape(-1), temperature,
+                              chunk_rows(hidden.device, chunk_size), compute_dtype(hidden))
+    return logps.view(targets.shape)
+
+
+class _TokenLogps(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, temperature, chunk, dtype):
+        h_all, w = hidden.to(dtype), weight.to(dtype)
+        logps, lse = torch.empty(2, len(h_all), device=w.device)
+        for i in range(0, len(h_all), chunk):
+            logits = (h_all[i:i + chunk] @ w.T).float().div_(temperature)                  # (N, V)
+            lse[i:i + chunk] = logits.logsumexp(-1)
+            logps[i:i + chunk] = logits.gather(1, targets[i:i + chunk, None])[:, 0] - lse[i:i + chunk]
+        ctx.save_for_backward(hidden, weight, targets, lse)
+        ctx.temperature, ctx.chunk, ctx.dtype = temperature, chunk, dtype
+        return logps
+
+    @staticmethod
+    def backward(ctx, grad):
+        hidden, weight, targets, lse = ctx.saved_tensors
+        dtype, chunk = ctx.dtype, ctx.chunk
+        h_all, w = hidden.to(dtype), weight.to(dtype)
+        d_hidden = torch.empty_like(h_all)
+        d_weight = torch.zeros(weight.shape, device=w.device)
+        for i in range(0, len(h_all), chunk):
+            h, target, g = h_all[i:i + chunk], targets[i:i + chunk, None], grad[i:i + chunk, None] / ctx.temperature
+            p = (h @ w.T).float().div_(ctx.temperature).sub_(lse[i:i + chunk, None]).exp_()
+            d_logits = p.mul_(-g).scatter_add_(1, target, g).to(dtype)                     # (onehot - p) g / temperature
+            torch.mm(d_logits, w, out=d_hidden[i:i + chunk])
+            d_weight += d_logits.T @ h
+        return d_hidden.to(hidden.dtype), d_weight.to(weight.dtype), None, None, None, None
+
+
+def critical_weights(targets, critical_ids, alpha):
+    """
+    Weight alpha on targets that are listed in critical_ids, 1 elsewhere: the loss becomes sum(w nll) / sum(w).
+
+    targets (B, T), critical_ids (N,) int64, alpha float -> (B, T) float32
+    """
+    return torch.where(torch.isin(targets, critical_ids), float(alpha), 1.0)
+
+
+def cross_entropy_reference(hidden, weight, targets, mask):
+    """The textbook form of linear_cross_entropy, which holds all logits: what tests and benchmarks compare with."""
+    nll = F.cross_entropy((hidden @ weight.T).float().flatten(0, -2), targets.flatten(), reduction="none")
+    return (nll * mask.flatten()).sum()

@@ -1,0 +1,374 @@
+"""
+A decoder-only transformer in the form of Llama and Qwen3: RMSNorm before each block, rotary positions, grouped-query
+attention, SwiGLU, no biases.
+
+    model = GPT(ModelConfig(vocab_size=6400, seq_len=512))
+    hidden = model(tokens)                         # (B, T) int64 -> (B, T, C), after the final norm
+    logits = hidden @ model.head.T                 # (B, T, V); the losses do this in chunks and never hold it whole
+
+    cache = model.new_cache(B, T)                  # room for T positions
+    hidden = model(tokens[:, :9], cache=cache)     # prefill, then token by token; same numbers as without a cache
+
+Papers: RMSNorm 1910.07467, RoPE 2104.09864, GQA 2305.13245, SwiGLU 2002.05202, YaRN 2309.00071.
+Shapes: B sequences, T positions, C channels, V vocabulary, H query heads, K key/value heads, D head dim, L layers.
+"""
+import math
+from dataclasses import dataclass, fields, replace
+from typing import Literal
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from common.dist import UserError
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    vocab_size: int = 0                # tokens, special ones included; 0 = the data set's
+    n_layer: int = 8                   # transformer blocks
+    n_head: int = 8                    # query heads
+    n_kv_head: int = 0                 # key/value heads, divides n_head; 0 = n_head, 1 = multi-query attention
+    n_embd: int = 512                  # channels of the residual stream
+    head_dim: int = 0                  # channels per head, even; 0 = n_embd / n_head
+    d_ff: int = 0                      # hidden channels of the MLP; 0 = 8/3 n_embd, rounded up to a multiple of 32
+    seq_len: int = 0                   # longest sequence, in tokens; 0 = the run's seq_len
+    tie_embeddings: bool = True        # the output head is the token embedding
+    qk_norm: bool = False              # RMSNorm on every query and key head, as in Qwen3
+    attn_dropout: float = 0.0          # probability of dropping an attention weight in training
+    norm_eps: float = 1e-6             # added to the mean square in RMSNorm
+    rope_theta: float = 10_000.0       # base of the rotary wavelengths
+    partial_rotary_factor: float = 1.0  # fraction of head_dim that is rotated
+    rope_scaling: Literal["none", "linear", "dynamic", "yarn"] = "none"   # how positions past rope_original_len are met
+    rope_factor: float = 0.0           # stretch of the context; 0 = seq_len / rope_original_len
+    rope_original_len: int = 0         # sequence length before the stretch, in tokens; 0 = seq_len
+    yarn_beta_fast: float = 32.0       # wavelengths that turn more often than this in the original length are kept
+    yarn_beta_slow: float = 1.0        # those that turn less often than this are stretched by rope_factor
+    yarn_attention_factor: float = 0.0  # multiplies cos and sin; 0 = from the mscales, or 0.1 ln(factor) + 1
+    yarn_mscale: float = 0.0           # with yarn_mscale_all_dim: the ratio of the two is the attention factor
+    yarn_mscale_all_dim: float = 0.0   # see yarn_mscale
+
+    def resolved(self):
+        """A copy in which every 0 that stands for "derived" is filled in; UserError where numbers do not fit."""
+        if self.n_embd < 1 or self.n_head < 1 or self.n_layer < 1 or self.vocab_size < 1 or self.seq_len < 1:
+            raise UserError(f"--model: n_layer, n_head, n_embd, vocab_size and seq_len must be positive, got {self}")
+        if not self.head_dim and self.n_embd % self.n_head:
+            raise UserError(f"--model.n_head={self.n_head}: must divide n_embd={self.n_embd}, or set --model.head_dim")
+        original = self.rope_original_len or self.seq_len
+        c = replace(self, n_kv_head=self.n_kv_head or self.n_head, head_dim=self.head_dim or self.n_embd // self.n_head,
+                    d_ff=self.d_ff or -(-8 * self.n_embd // 3 // 32) * 32, rope_original_len=original,
+                    rope_factor=self.rope_factor or self.seq_len / original)
+        if c.n_head % c.n_kv_head:
+            raise UserError(f"--model.n_kv_head={c.n_kv_head}: must divide n_head={c.n_head}")
+        if c.head_dim % 2 or int(c.head_dim * c.partial_rotary_factor) % 2 or not 0 < c.partial_rotary_factor <= 1:
+            raise UserError(f"--model.head_dim={c.head_dim}: head_dim and its rotated part "
+                            f"(partial_rotary_factor={c.partial_rotary_factor}) must be even and positive")
+        if c.rope_factor < 1:
+            raise UserError(f"--model.rope_factor={c.rope_factor}: must be at least 1 (seq_len / rope_original_len)")
+        return c
+
+    def continued(self, wanted, seq_len):
+        """
+        The config to go on from a checkpoint of this (resolved) config: wanted is this one with what the user asked for.
+        Only what leaves the tensors as they are may differ; a longer seq_len needs a rope_scaling.
+        """
+        for f in fields(self):
+            if not f.name.startswith(("rope_", "yarn_", "seq_len", "attn_dropout")) \
+                    and getattr(wanted, f.name) != getattr(self, f.name):
+                raise UserError(f"--model.{f.name}={getattr(wanted, f.name)}: the checkpoint has "
+                                f"{getattr(self, f.name)}, which cannot change")
+        longest = max(wanted.seq_len, seq_len)
+        if longest > self.seq_len and wanted.rope_scaling == "none":
+            raise UserError(f"--seq_len={longest}: the checkpoint was trained at {self.seq_len}; "
+                            "add --model.rope_scaling=yarn (or linear, dynamic) to go further")
+        factor = wanted.rope_factor if wanted.rope_factor != self.rope_factor else 0.0
+        if longest == self.seq_len and wanted.rope_original_len == self.rope_original_len:
+            factor = wanted.rope_factor
+        return replace(wanted, seq_len=longest, rope_factor=factor).resolved()
+
+
+# -----------------------------------------------------------------------------
+# rotary position embedding
+
+def rope_frequencies(c, length):
+    """
+    Angle per position of each rotated channel pair, and what multiplies cos and sin.
+
+    c: resolved ModelConfig; length: number of positions in the sequence (only dynamic scaling looks at it)
+    -> (D'/2,) float32 on the CPU, float. Formulas: RoPE eq. 15; "dynamic NTK"; YaRN eq. 17-22.
+    """
+    d = int(c.head_dim * c.partial_rotary_factor)
+    theta = c.rope_theta
+    if c.rope_scaling == "dynamic" and length > c.rope_original_len and d > 2:
+        stretch = c.rope_factor * length / c.rope_original_len - (c.rope_factor - 1)
+        theta = theta * stretch ** (d / (d - 2))
+    i = torch.arange(d // 2, dtype=torch.float64)
+    inv = theta ** (-2 * i / d)
+    if c.rope_scaling == "linear":
+        inv = inv / c.rope_factor
+    if c.rope_scaling != "yarn":
+        return inv.float(), 1.0
+
+    def dim(rotations):                                       # the pair that turns so often in the original length
+        return d * math.log(c.rope_original_len / (rotations * 2 * math.pi)) / (2 * math.log(theta))
+    low = max(math.floor(dim(c.yarn_beta_fast)), 0)
+    high = min(math.ceil(dim(c.yarn_beta_slow)), d - 1)
+    keep = 1 - ((i - low) / max(high - low, 0.001)).clamp(0, 1)   # 1: as trained, 0: stretched
+    inv = keep * inv + (1 - keep) * inv / c.rope_factor
+
+    def mscale(m):
+        return 0.1 * m * math.log(c.rope_factor) + 1
+    if c.yarn_attention_factor:
+        return inv.float(), c.yarn_attention_factor
+    if c.yarn_mscale and c.yarn_mscale_all_dim:
+        return inv.float(), mscale(c.yarn_mscale) / mscale(c.yarn_mscale_all_dim)
+    return inv.float(), mscale(1.0)
+
+
+class Rotate(torch.autograd.Function):
+    """
+    Rotate-half RoPE on x (B, T, H, D) by cos, sin (B or 1, T, 1, D'/2): channels i and i + D'/2 form a pair; channels past
+    D' stay. Written out because the eager form makes nine passes over memory; its backward is the turn by -angle.
+    """
+    @staticmethod
+    def forward(ctx, x, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        return rotate(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx, grad):
+        cos, sin = ctx.saved_tensors
+        return rotate(grad, cos, -sin), None, None
+
+
+def rotate(x, cos, sin):
+    half = cos.shape[-1]
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+    a, b = x[..., :half], x[..., half:2 * half]
+    out = torch.empty_like(x)
+    torch.mul(a, cos, out=out[..., :half]).addcmul_(b, sin, value=-1)
+    torch.mul(b, cos, out=out[..., half:2 * half]).addcmul_(a, sin)
+    if 2 * half < x.shape[-1]:
+        out[..., 2 * half:] = x[..., 2 * half:]
+    return out
+
+
+# -----------------------------------------------------------------------------
+# blocks
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis, computed in fp32."""
+    def __init__(self, size, eps):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
+
+    def forward(self, x):
+        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.n_head, self.n_kv_head, self.head_dim, self.dropout = c.n_head, c.n_kv_head, c.head_dim, c.attn_dropout
+        self.qkv = nn.Linear(c.n_embd, (c.n_head + 2 * c.n_kv_head) * c.head_dim, bias=False)
+        self.out = nn.Linear(c.n_head * c.head_dim, c.n_embd, bias=False)
+        self.q_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else None
+        self.k_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else None
+
+    def forward(self, x, cos, sin, mask, cache=None, layer=0):
+        """x (B, T, C); mask: None = causal, else bool, True = may look, (B, 1, T, S) -> (B, T, C)"""
+        B, T, _ = x.shape
+        H, K, D = self.n_head, self.n_kv_head, self.head_dim
+        qk, v = self.qkv(x).view(B, T, H + 2 * K, D).split([H + K, K], dim=2)     # (B, T, H + K, D), (B, T, K, D)
+        if self.q_norm is not None:
+            qk = torch.cat([self.q_norm(qk[:, :, :H]), self.k_norm(qk[:, :, H:])], dim=2)
+        qk = Rotate.apply(qk, cos, sin)
+        q, k = qk.transpose(1, 2).split([H, K], dim=1)                             # (B, H, T, D), (B, K, T, D)
+        v = v.transpose(1, 2)                                                      # (B, K, T, D)
+        if cache is not None:
+            k, v = cache.append(layer, k, v)                                       # (B, K, S, D): past and present
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1,
+                                           dropout_p=self.dropout if self.training else 0.0, enable_gqa=H != K)
+        return self.out(y.transpose(1, 2).reshape(B, T, H * D))
+
+
+class MLP(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.gate_up = nn.Linear(c.n_embd, 2 * c.d_ff, bias=False)
+        self.down = nn.Linear(c.d_ff, c.n_embd, bias=False)
+
+    def forward(self, x):
+        return self.down(swiglu(self.gate_up(x)))
+
+
+def swiglu(x):
+    """x (..., 2F), gate then up -> silu(gate) * up (..., F)"""
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        return SwiGLUInCache.apply(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
+    gate, up = x.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+class SwiGLUInCache(torch.autograd.Function):
+    """swiglu for (N, 2F) on a CPU: a few rows at a time, so that the intermediate results never leave the cache."""
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        y = x.new_empty(len(x), x.shape[1] // 2)
+        for x_rows, y_rows in zip(in_cache(x), in_cache(y)):
+            gate, up = x_rows.chunk(2, dim=-1)
+            torch.sigmoid(gate, out=y_rows).mul_(gate).mul_(up)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, = ctx.saved_tensors
+        dx = torch.empty_like(x)
+        for x_rows, dx_rows, g in zip(in_cache(x), in_cache(dx), in_cache(grad)):
+            (gate, up), (d_gate, d_up) = x_rows.chunk(2, dim=-1), dx_rows.chunk(2, dim=-1)
+            s = torch.sigmoid(gate)
+            torch.mul(gate, s, out=d_up)                                  # silu(gate), for the moment
+            torch.addcmul(s, d_up, 1 - s, out=d_gate).mul_(up).mul_(g)    # silu' = s + silu (1 - s)
+            d_up.mul_(g)
+        return dx
+
+
+def in_cache(x, rows=128):
+    return x.split(rows)
+
+
+class Block(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.attn_norm, self.attn = RMSNorm(c.n_embd, c.norm_eps), Attention(c)
+        self.mlp_norm, self.mlp = RMSNorm(c.n_embd, c.norm_eps), MLP(c)
+
+    def forward(self, x, *context):
+        x = x + self.attn(self.attn_norm(x), *context)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class GPT(nn.Module):
+    """
+    model(tokens, docs=None, cache=None) -> hidden states (B, T, C); `head` (V, C) turns them into logits.
+
+    config (resolved ModelConfig) describes it completely. Set `activation_checkpointing = True` to recompute each block
+    in backward instead of keeping its activations.
+    """
+    def __init__(self, config):
+        super().__init__()
+        self.config = c = config.resolved()
+        self.activation_checkpointing = False
+        self.embed = nn.Embedding(c.vocab_size, c.n_embd)
+        self.blocks = nn.ModuleList(Block(c) for _ in range(c.n_layer))
+        self.norm = RMSNorm(c.n_embd, c.norm_eps)
+        self.untied_head = None if c.tie_embeddings else nn.Linear(c.n_embd, c.vocab_size, bias=False)
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=0.02)
+
+    @property
+    def head(self):
+        return self.embed.weight if self.untied_head is None else self.untied_head.weight
+
+    def forward(self, tokens, docs=None, cache=None):
+        """
+        tokens (B, T) int64; docs (B, T): number of the document that each token belongs to - tokens see only their own
+        document, whose positions start at 0; cache: a KVCache that holds the past -> (B, T, C)
+        """
+        B, T = tokens.shape
+        positions = torch.arange(T, device=tokens.device)[None]                    # (1, T)
+        mask, length = None, T
+        if docs is not None:
+            first = docs.diff(dim=1, prepend=docs[:, :1] - 1) != 0                 # (B, T): a document starts here
+            positions = positions - torch.where(first, positions, 0).cummax(dim=1).values
+            mask = (docs[:, :, None] == docs[:, None, :]).tril()[:, None]          # (B, 1, T, T)
+        if cache is not None:
+            positions, mask, length = cache.begin(T)
+        inv, scale = rope_frequencies(self.config, length)
+        angles = positions[..., None, None] * inv.to(tokens.device)                # (B or 1, T, 1, D'/2)
+        cos, sin = angles.cos() * scale, angles.sin() * scale
+
+        x = self.embed(tokens)                                                     # (B, T, C)
+        for layer, block in enumerate(self.blocks):
+            if self.activation_checkpointing and self.training:
+                x = checkpoint(block, x, cos, sin, mask, use_reentrant=False)
+            else:
+                x = block(x, cos, sin, mask, cache, layer)
+        if cache is not None:
+            cache.end(T)
+        return self.norm(x)
+
+    def new_cache(self, B, T):
+        """An empty KVCache for B sequences of up to T positions, in the dtype that attention computes in now."""
+        weight, c = self.embed.weight, self.config
+        kind = weight.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        return KVCache((c.n_layer, B, c.n_kv_head, T, c.head_dim), weight.device, dtype)
+
+    def num_parameters(self):
+        return sum(p.numel() for p in self.parameters())
+
+    def flops_per_token(self, T):
+        """
+        FLOPs that one trained token of a causal sequence of T costs, forward and backward: 6 per weight of a matrix
+        product, and the half of attention's T x T products that a causal mask needs (PaLM, appendix B, halved).
+        """
+        c = self.config
+        weights = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
+        if c.tie_embeddings:
+            weights += self.head.numel()
+        return 6 * weights + 6 * c.n_layer * c.n_head * c.head_dim * T
+
+
+class KVCache:
+    """
+    Keys and values of the past, (L, B, K, S, D) each, preallocated. Row b holds its first lengths[b] positions; what lies
+    behind is never looked at and is overwritten by the next tokens. So prompts of different lengths are padded on the
+    right, and after the prefill the caller sets `lengths` to the true ones.
+    """
+    def __init__(self, shape, device, dtype):
+        self.k, self.v = torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype)
+        self.lengths = torch.zeros(shape[1], dtype=torch.int64, device=device)     # (B,)
+        self.used = 0                                                              # no row is longer than this
+
+    @property
+    def capacity(self):
+        return self.k.shape[3]
+
+    def begin(self, T):
+        """Make room for T more tokens a row -> positions (B, T), mask or None, length for RoPE"""
+        if self.used + T > self.capacity:
+            raise ValueError(f"cache of {self.capacity} positions is full: {self.used} used, {T} more asked")
+        self.positions = self.lengths[:, None] + torch.arange(T, device=self.lengths.device)
+        self.fresh = self.used == 0
+        end = self.used + T
+        seen = torch.arange(end, device=self.lengths.device) <= self.positions[:, :, None]     # (B, T, S)
+        return self.positions, None if self.fresh else seen[:, None], self.capacity
+
+    def append(self, layer, k, v):
+        """Store k, v (B, K, T, D) of the tokens begun -> (B, K, S, D) of everything up to them"""
+        T = k.shape[2]
+        if self.fresh:
+            self.k[layer, :, :, :T], self.v[layer, :, :, :T] = k, v
+            return k, v                                                            # causal among themselves
+        row = torch.arange(len(self.lengths), device=k.device)[:, None]
+        self.k[layer][row, :, self.positions] = k.transpose(1, 2).to(self.k.dtype)
+        self.v[layer][row, :, self.positions] = v.transpose(1, 2).to(self.v.dtype)
+        end = self.used + T
+        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+
+    def end(self, T):
+        self.lengths = self.lengths + T
+        self.used += T
+
+    def set_lengths(self, lengths):
+        """lengths (B,): forget what a padded prefill wrote past them"""
+        self.lengths = torch.as_tensor(lengths, device=self.lengths.device)
+        self.used = int(self.lengths.max())
+
+    def select(self, rows):
+        """Keep these rows only (repeats allowed: a prompt's cache for all its samples). rows (B',) int64"""
+        self.k, self.v, self.lengths = self.k[:, rows], self.v[:, rows], self.lengths[rows]

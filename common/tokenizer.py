@@ -1,0 +1,240 @@
+"""
+Text to token ids and back: bytes, tiktoken and SentencePiece behind one small class.
+
+    tokenizer = load_tokenizer("bytes")               # or x.model, x.tiktoken, a folder with vocab.json + merges.txt,
+    ids = tokenizer.encode("Good morrow!")            # gpt2, or any run or data set that was made with one
+    text = tokenizer.decode(ids)
+
+Special tokens come after the base vocabulary and are ids only: whatever a user writes is encoded as plain text.
+
+Decoding joins the bytes that each token stands for. So streamed text is exactly the whole text: `Stream` holds back half
+a UTF-8 character, and SentencePiece's spaces are bytes like any other.
+"""
+import base64
+import codecs
+import hashlib
+import json
+import os
+
+import numpy as np
+import sentencepiece
+import tiktoken
+
+from common.dist import UserError
+
+# "end" closes a turn and a document; "pad" is another token on purpose (else padding swallows the end)
+SPECIAL_TOKENS = ("end", "pad", "user", "assistant", "system", "think", "/think", "answer", "/answer", "image")
+
+# How tiktoken vocabularies split text before merging; a rank file does not say. From the vocabularies' own definitions.
+PATTERNS = {
+    "gpt2": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s",
+    "cl100k": r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]"
+              r"|\s+(?!\S)|\s",
+    "o200k": "|".join([
+        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
+        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
+        r"\p{N}{1,3}", r" ?[^\s\p{L}\p{N}]+[\r\n/]*", r"\s*[\r\n]+", r"\s+(?!\S)", r"\s+"]),
+}
+INFO = "tokenizer_info.json"               # in every data set and checkpoint, beside the vocabulary file it names
+
+
+class Tokenizer:
+    """
+    kind: bytes, tiktoken or sentencepiece. vocabulary: the file's content (b"" for bytes). pattern: key of PATTERNS.
+
+    vocab_size      base vocabulary and special tokens
+    special         dict of special token name to id; `end` and `pad` as attributes
+    token_bytes     list of the bytes that each id stands for, b"" for special ones
+    fingerprint     equal if and only if ids mean the same
+    """
+
+    def __init__(self, kind, vocabulary=b"", pattern=""):
+        self.kind, self.vocabulary, self.pattern = kind, vocabulary, pattern
+        self.drops_first_space = False
+        if kind == "bytes":
+            base = [bytes([i]) for i in range(256)]
+        elif kind == "tiktoken":
+            ranks = {base64.b64decode(token): int(rank) for token, rank in
+                     (line.split() for line in vocabulary.splitlines() if line.strip())}
+            self.bpe = tiktoken.Encoding("common", pat_str=PATTERNS[pattern], mergeable_ranks=ranks, special_tokens={})
+            base = [b""] * (max(ranks.values()) + 1)
+            for token, rank in ranks.items():
+                base[rank] = token
+            if pattern == "gpt2" and len(base) == 50256:
+                base.append(b"")                              # GPT-2 counts its <|endoftext|> in: ids stay comparable
+        else:
+            self.bpe = sentencepiece.SentencePieceProcessor(model_proto=vocabulary)
+            base = [self._piece_bytes(i) for i in range(self.bpe.get_piece_size())]
+            self.drops_first_space = self.bpe.encode("a", out_type=str)[0].startswith("\u2581")
+        self.special = {name: len(base) + i for i, name in enumerate(SPECIAL_TOKENS)}
+        self.end, self.pad = self.special["end"], self.special["pad"]
+        self.token_bytes = base + [b""] * len(SPECIAL_TOKENS)
+        self.vocab_size = len(self.token_bytes)
+        content = json.dumps([kind, pattern, SPECIAL_TOKENS]).encode() + vocabulary
+        self.fingerprint = hashlib.sha256(content).hexdigest()[:16]
+
+    def _piece_bytes(self, i):
+        if self.bpe.is_byte(i):                               # "<0x0A>"
+            return bytes([int(self.bpe.id_to_piece(i)[3:-1], 16)])
+        if self.bpe.is_control(i) or self.bpe.is_unused(i):
+            return b""
+        piece = " \u2047 " if self.bpe.is_unknown(i) else self.bpe.id_to_piece(i)
+        return piece.replace("\u2581", " ").encode()
+
+    def encode(self, text):
+        """-> list of int; special tokens written in the text are text"""
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts, num_threads=2):
+        """-> list of lists of int"""
+        if self.kind == "bytes":
+            return [list(text.encode()) for text in texts]
+        if self.kind == "tiktoken":
+            return self.bpe.encode_ordinary_batch(texts, num_threads=num_threads)
+        return self.bpe.encode(texts, num_threads=num_threads)
+
+    def decode(self, ids, show_special=False, continues=False):
+        """
+        -> str. Bytes that are not UTF-8 become U+FFFD. continues: the ids go on from earlier text, so a leading space is
+        a space (SentencePiece drops the first one of a text, which it has put there itself).
+        """
+        stream = self.stream(show_special, continues)
+        return "".join(map(stream.put, ids)) + stream.end()
+
+    def stream(self, show_special=False, continues=False):
+        """An incremental decoder; see Stream."""
+        return Stream(self, show_special, continues)
+
+    def files(self):
+        """What `load_tokenizer` needs to make this tokenizer again: dict of file name to bytes."""
+        name = {"bytes": None, "tiktoken": "tokenizer.tiktoken", "sentencepiece": "tokenizer.model"}[self.kind]
+        info = dict(kind=self.kind, file=name, pattern=self.pattern, fingerprint=self.fingerprint)
+        return {INFO: (json.dumps(info, indent=1) + "\n").encode(), **({name: self.vocabulary} if name else {})}
+
+
+class Stream:
+    """Incremental decoding: put(id) -> the text that is complete now, end() -> what is left. Their sum is decode(ids)."""
+
+    def __init__(self, tokenizer, show_special=False, continues=False):
+        self.tokenizer, self.show_special = tokenizer, show_special
+        self.utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self.drop_space = tokenizer.drops_first_space and not continues
+
+    def put(self, token):
+        t = self.tokenizer
+        piece = t.token_bytes[token]
+        if self.drop_space and piece:
+            piece, self.drop_space = piece.removeprefix(b" "), False
+        text = self.utf8.decode(piece)
+        if self.show_special and token >= t.special["end"]:
+            text += self.utf8.decode(b"", final=True) + f"<{SPECIAL_TOKENS[token - t.special['end']]}>"
+        return text
+
+    def end(self):
+        return self.utf8.decode(b"", final=True)
+
+
+def load_tokenizer(source):
+    """
+    source: "bytes"; a SentencePiece .model; a .tiktoken rank file (x.tiktoken:PATTERN where its name does not tell gpt2,
+    cl100k or o200k); a folder with GPT-2's vocab.json and merges.txt; a data set or checkpoint folder of ours; or a name
+    that tiktoken knows, such as gpt2. -> Tokenizer. Raises UserError.
+    """
+    if source == "bytes":
+        return Tokenizer("bytes")
+    path, _, pattern = source.rpartition(":") if source.rpartition(":")[2] in PATTERNS else (source, "", "")
+    try:
+        if os.path.isfile(os.path.join(path, INFO)):
+            return _load_saved(path)
+        if os.path.isfile(os.path.join(path, "vocab.json")):
+            return Tokenizer("tiktoken", _ranks_from_gpt2_files(path), "gpt2")
+        if path.endswith(".model"):
+            return Tokenizer("sentencepiece", _read(path))
+        if path.endswith(".tiktoken"):
+            return Tokenizer("tiktoken", _read(path), pattern or _pattern_of(path))
+    except OSError as error:
+        raise UserError(f"--tokenizer={source}: cannot read {error.filename} ({error.strerror})") from None
+    except (ValueError, KeyError, RuntimeError) as error:
+        raise UserError(f"--tokenizer={source}: not a vocabulary of that kind, or damaged ({error})") from None
+    return _load_known(source)
+
+
+def _read(path):
+    with open(path, "rb") as file:
+        return file.read()
+
+
+def _load_saved(folder):
+    info = json.loads(_read(os.path.join(folder, INFO)))
+    content = _read(os.path.join(folder, info["file"])) if info["file"] else b""
+    tokenizer = Tokenizer(info["kind"], content, info["pattern"])
+    if tokenizer.fingerprint != info["fingerprint"]:
+        raise UserError(f"{folder}: the tokenizer files do not match their fingerprint; they were changed or damaged")
+    return tokenizer
+
+
+def _pattern_of(path):
+    name = os.path.basename(path)
+    for pattern, marks in (("gpt2", ("gpt2", "r50k", "p50k")), ("cl100k", ("cl100k",)), ("o200k", ("o200k",))):
+        if any(mark in name for mark in marks):
+            return pattern
+    raise UserError(f"--tokenizer={path}: its name does not tell how text is split; "
+                    f"write {path}:PATTERN with PATTERN one of {', '.join(PATTERNS)}")
+
+
+def _ranks_from_gpt2_files(folder):
+    """GPT-2's vocab.json and merges.txt -> the same vocabulary as a .tiktoken rank file (lines of base64 and rank)."""
+    vocab = json.loads(_read(os.path.join(folder, "vocab.json")))
+    merges = _read(os.path.join(folder, "merges.txt")).decode().splitlines()
+    # the files write bytes as printable characters: visible ones as themselves, the others from U+0100 on
+    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    to_byte = {chr(b): b for b in visible}
+    to_byte.update({chr(0x100 + i): b for i, b in enumerate(b for b in range(256) if b not in visible)})
+    tokens = list(to_byte) + ["".join(line.split()) for line in merges if line and not line.startswith("#version")]
+    ranks = sorted((vocab[token], bytes(to_byte[c] for c in token)) for token in tokens)
+    if [vocab[token] for token in tokens[256:]] != sorted(vocab[token] for token in tokens[256:]):
+        raise ValueError("ids do not follow the order of merges")
+    return b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in ranks)
+
+
+def _load_known(name):
+    if name not in tiktoken.list_encoding_names():
+        raise UserError(f"--tokenizer={name}: no such file, and not bytes or one of "
+                        f"{', '.join(tiktoken.list_encoding_names())}")
+    pattern = {"gpt2": "gpt2", "r50k_base": "gpt2", "p50k_base": "gpt2", "cl100k_base": "cl100k",
+               "o200k_base": "o200k"}.get(name)
+    if not pattern:
+        raise UserError(f"--tokenizer={name}: not supported; use gpt2, cl100k_base or o200k_base")
+    try:
+        ranks = tiktoken.get_encoding(name)._mergeable_ranks
+    except Exception as error:                                # requests' many ways to say that there is no network
+        raise UserError(f"--tokenizer={name}: not in tiktoken's cache and the download failed "
+                        f"({type(error).__name__}). Copy its .tiktoken file (or vocab.json and merges.txt) here from a "
+                        "machine with internet and give that path") from None
+    lines = (base64.b64encode(token) + b" %d\n" % rank for token, rank in sorted(ranks.items(), key=lambda kv: kv[1]))
+    return Tokenizer("tiktoken", b"".join(lines), pattern)
+
+
+def train_sentencepiece(lines, vocab_size):
+    """
+    Train a BPE vocabulary on an iterable of lines. vocab_size counts our special tokens too, so that it is the model's.
+    -> content of a .model file. Lossless: no normalisation, no added spaces, bytes for what is not in the vocabulary.
+    """
+    import io
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(lines), model_writer=model, model_type="bpe",
+            vocab_size=vocab_size - len(SPECIAL_TOKENS), byte_fallback=True, character_coverage=0.9995,
+            normalization_rule_name="identity", add_dummy_prefix=False, remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True, split_digits=True, user_defined_symbols=["\n"],
+            bos_id=-1, eos_id=-1, pad_id=-1, max_sentence_length=1 << 16, input_sentence_size=2_000_000,
+            shuffle_input_sentence=True, num_threads=os.cpu_count(), minloglevel=2)
+    except (RuntimeError, OSError) as error:
+        raise UserError(f"--vocab_size={vocab_size}: SentencePiece refuses ({str(error).splitlines()[-1]})") from None
+    return model.getvalue()
+
+
+def token_byte_counts(tokenizer):
+    """-> (V,) uint16 array: how many bytes of text each token stands for, which turns nats per token into bits per byte"""
+    return np.array([len(b) for b in tokenizer.token_bytes], dtype=np.uint16)

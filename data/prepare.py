@@ -1,0 +1,382 @@
+"""
+Prepare data: text to memory-mapped token sets, and new tokenizers.
+
+    python data/prepare.py tokenizer --input=books/*.txt --vocab_size=4096 --out=out/tok.model
+    python data/prepare.py text --input=books/*.txt,more.jsonl --val_frac=0.05 --tokenizer=out/tok.model --out_dir=out/data
+
+--input takes files and globs, separated by commas, mixed as you like (all but .npy and .pkl also gzipped, .gz):
+    .txt     one document a file                     .npy   token ids: (n,) one document, (documents, n) one a row
+    .jsonl   one document a line, {"text": "..."}    .pkl   a list of token ids, or a list of such lists
+--tokenizer: bytes, x.model (SentencePiece), x.tiktoken, a folder with GPT-2's vocab.json and merges.txt, or gpt2.
+
+The set appears in --out_dir whole or not at all; an existing one is never touched. Memory does not grow with the input.
+"""
+import dataclasses
+import glob
+import gzip
+import hashlib
+import io
+import json
+import os
+import pickle
+import random
+import shutil
+import sys
+import time
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+from common.config import parse_config  # noqa: E402  (the repository's root must be on the path first)
+from common.dist import UserError  # noqa: E402
+from common.tokenizer import load_tokenizer, token_byte_counts, train_sentencepiece  # noqa: E402
+
+BLOCK = 1 << 20                        # characters of text that are held and tokenized at once
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    input: tuple[str, ...] = ()        # files and globs of training text
+    val_input: tuple[str, ...] = ()    # files and globs of validation text, when it is kept apart
+    val_frac: float = 0.0              # else: fraction of the documents (of a .txt: of its characters, at the end) to hold out
+    tokenizer: str = "bytes"           # bytes, x.model, x.tiktoken, a folder with vocab.json + merges.txt, gpt2
+    out_dir: str = "out/data"          # the set, must not exist
+    bad_rows: Literal["error", "skip"] = "error"    # malformed lines: stop at the first, or count and leave them out
+    seed: int = 1337                   # which documents are held out
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    input: tuple[str, ...] = ()        # files and globs of text (.txt, .jsonl)
+    vocab_size: int = 4096             # tokens, the special ones included
+    out: str = "out/tokenizer.model"   # SentencePiece model to write, must not exist
+
+
+# -----------------------------------------------------------------------------
+# reading: every reader yields (document number in its file, piece of text or array of ids); a document may come in pieces
+
+def find_files(patterns, option="--input"):
+    """Expand globs, in order and without repeats; a pattern that matches nothing is an error."""
+    paths = []
+    for pattern in patterns:
+        found = [pattern] if os.path.isfile(pattern) else sorted(glob.glob(pattern, recursive=True))
+        found = [path for path in found if os.path.isfile(path)]
+        if not found:
+            raise UserError(f"{option}={pattern}: no such file")
+        paths += [path for path in found if path not in paths]
+    if not paths:
+        raise UserError(f"{option}: give files to read, e.g. {option}=books/*.txt")
+    return paths
+
+
+def kind_of(path):
+    kind = os.path.splitext(path.removesuffix(".gz"))[1]
+    if kind not in (".txt", ".jsonl", ".npy", ".pkl"):
+        raise UserError(f"--input={path}: expected .txt, .jsonl, .npy or .pkl")
+    return kind
+
+
+def open_text(path):
+    return io.TextIOWrapper(gzip.open(path) if path.endswith(".gz") else open(path, "rb"), encoding="utf-8", newline="")
+
+
+def read_txt(path, report):
+    """One document, in blocks that end at the end of a line."""
+    with open_text(path) as file:
+        try:
+            while block := file.read(BLOCK):
+                yield 0, block + file.readline()
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path}: not UTF-8 text ({error.reason} near byte {file.buffer.tell()}); convert it first, "
+                            "e.g. with iconv") from None
+
+
+def read_jsonl(path, report):
+    """One document a line."""
+    with open_text(path) as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                text = json.loads(line)["text"]
+                text.encode()                                 # a lone surrogate is not text
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                report.bad(f"{path}:{number}", f'expected {{"text": "..."}}, got {line.strip()[:60]!r} '
+                                               f"({type(error).__name__})")
+                continue
+            yield number, text
+
+
+class OnlyLists(pickle.Unpickler):
+    """Reads lists, dicts, tuples, ints and strings. A pickle that asks for anything by name could run code: refused."""
+    def find_class(self, module, name):
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+
+
+def read_ids(path, report):
+    """.npy or .pkl: documents as arrays of token ids."""
+    try:
+        if path.endswith(".npy"):
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
+            if array.ndim not in (1, 2) or array.dtype.kind not in "iu":
+                raise UserError(f"{path}: expected an integer array of one or two dimensions, got {array.dtype} "
+                                f"{array.shape}")
+            documents = array[None] if array.ndim == 1 else array
+        else:
+            with open(path, "rb") as file:
+                documents = OnlyLists(file).load()
+            if not isinstance(documents, list):
+                raise UserError(f"{path}: expected a list of token ids, or of lists of them, got {type(documents).__name__}")
+            if documents and isinstance(documents[0], int):
+                documents = [documents]
+    except (pickle.UnpicklingError, EOFError, ValueError, OSError, AttributeError, IndexError) as error:
+        raise UserError(f"{path}: refused or damaged ({error})") from None
+    for number, ids in enumerate(documents):
+        for start in range(0, max(1, len(ids)), BLOCK):
+            piece = np.asarray(ids[start:start + BLOCK])
+            if piece.size and piece.dtype.kind not in "iu":
+                raise UserError(f"{path}: document {number} holds {piece.dtype}, not token ids")
+            yield number, piece
+
+
+READERS = {".txt": read_txt, ".jsonl": read_jsonl, ".npy": read_ids, ".pkl": read_ids}
+
+
+class Report:
+    """What was left out: counts, and where the first ones are."""
+
+    def __init__(self, on_bad):
+        self.on_bad, self.counts, self.first = on_bad, {}, {}
+
+    def bad(self, where, what):
+        if self.on_bad == "error":
+            raise UserError(f"{where}: {what}; mend it, or leave such rows out with --bad_rows=skip")
+        self.skip("malformed", where)
+
+    def skip(self, reason, where):
+        self.counts[reason] = self.counts.get(reason, 0) + 1
+        self.first.setdefault(reason, []).append(where)
+        del self.first[reason][5:]
+
+    def print(self):
+        for reason, count in self.counts.items():
+            print(f"left out {count} {reason}: {', '.join(self.first[reason])}{', ...' * (count > 5)}")
+
+
+class Progress:
+    """A line on a terminal, or one every ten seconds in a log file."""
+
+    def __init__(self, paths):
+        self.total, self.done, self.start = sum(map(os.path.getsize, paths)), 0, time.time()
+        self.tty, self.last = sys.stderr.isatty(), time.time()
+
+    def show(self, tokens, done_file=None):
+        if done_file:
+            self.done += os.path.getsize(done_file)
+        if time.time() - self.last < (0.2 if self.tty else 10):
+            return
+        self.last = time.time()
+        print(f"{self.done / 2**20:,.0f} of {self.total / 2**20:,.0f} MiB of files | {tokens:,} tokens | "
+              f"{tokens / (time.time() - self.start):,.0f} tok/s", end="\r" if self.tty else "\n", file=sys.stderr, flush=True)
+
+
+# -----------------------------------------------------------------------------
+# writing
+
+class ArrayWriter:
+    """A .npy file of unknown length, written front to back: room is left for the header, which is filled in at the end."""
+    HEADER = 128
+
+    def __init__(self, path, dtype):
+        self.file, self.dtype, self.count, self.sha = open(path, "wb"), np.dtype(dtype), 0, hashlib.sha256()
+        self.file.write(b" " * self.HEADER)
+
+    def write(self, values):
+        content = np.ascontiguousarray(values, self.dtype).tobytes()
+        self.file.write(content)
+        self.sha.update(content)
+        self.count += len(values)
+
+    def close(self):
+        text = f"{{'descr': '{self.dtype.str}', 'fortran_order': False, 'shape': ({self.count},), }}"
+        self.file.seek(0)
+        self.file.write(b"\x93NUMPY\x01\x00" + (self.HEADER - 10).to_bytes(2, "little")
+                        + text.ljust(self.HEADER - 11).encode() + b"\n")
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.close()
+
+
+def prepare_text(cfg):
+    """Tokenize everything into cfg.out_dir; see data.py for what is in there."""
+    if os.path.exists(cfg.out_dir):
+        raise UserError(f"--out_dir={cfg.out_dir}: already there; remove it or choose another")
+    if cfg.val_input and cfg.val_frac or not 0 <= cfg.val_frac < 1:
+        raise UserError(f"--val_frac={cfg.val_frac}: a fraction below 1, and not together with --val_input")
+    inputs = [("train", path) for path in find_files(cfg.input)]
+    inputs += [("val", path) for path in (find_files(cfg.val_input, "--val_input") if cfg.val_input else [])]
+    for _, path in inputs:
+        kind_of(path)
+    tokenizer, report = load_tokenizer(cfg.tokenizer), Report(cfg.bad_rows)
+    aside = cfg.out_dir.rstrip("/") + ".partial"
+    shutil.rmtree(aside, ignore_errors=True)                  # what a killed run has left
+    try:
+        os.makedirs(aside)
+        splits = write_tokens(inputs, tokenizer, cfg, report, aside)
+        np.save(os.path.join(aside, "token_bytes.npy"), token_byte_counts(tokenizer))
+        for name, content in tokenizer.files().items():
+            with open(os.path.join(aside, name), "wb") as file:
+                file.write(content)
+        meta = dict(kind="text", vocab_size=tokenizer.vocab_size, end=tokenizer.end, fingerprint=tokenizer.fingerprint,
+                    data_fingerprint=splits["train"]["sha256"][:16], splits=splits, left_out=report.counts,
+                    made_with=dataclasses.asdict(cfg))
+        with open(os.path.join(aside, "meta.json"), "w", encoding="utf-8") as file:
+            json.dump(meta, file, indent=1)
+        os.rename(aside, cfg.out_dir)
+    except OSError as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise UserError(f"{error.filename or cfg.out_dir}: {error.strerror}") from None
+    except UserError:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    report.print()
+    for split, count in splits.items():
+        print(f"{cfg.out_dir}/{split}.npy: {count['documents']:,} documents, {count['bytes']:,} bytes, "
+              f"{count['tokens']:,} tokens of {tokenizer.vocab_size:,}")
+
+
+def write_tokens(inputs, tokenizer, cfg, report, folder):
+    """-> dict split -> counts. Each document goes to a split whole, but a .txt is divided by position."""
+    dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
+    byte_counts, progress, draw = token_byte_counts(tokenizer), Progress([p for _, p in inputs]), random.Random(cfg.seed)
+    writers = {}
+    counts = {}
+
+    def put(split, ids):
+        if split not in writers:
+            writers[split] = ArrayWriter(os.path.join(folder, f"{split}.npy"), dtype)
+            counts[split] = dict(documents=0, tokens=0, bytes=0)
+        writers[split].write(ids)
+        counts[split]["bytes"] += int(byte_counts[ids].sum(dtype=np.int64))
+
+    def finish(split, last):
+        if last != tokenizer.end:                             # token ids may bring their own end tokens
+            put(split, np.array([tokenizer.end]))
+        counts[split]["documents"] += 1
+
+    for home, path in inputs:
+        pieces = divide_txt(path, home, cfg.val_frac, report) if kind_of(path) == ".txt" else \
+            divide_documents(path, home, cfg.val_frac, draw, report)
+        document, last = None, None                           # the document that is being written
+        for split, number, ids in tokenize(pieces, tokenizer, path):
+            if document is not None and document != (split, number):
+                finish(document[0], last)
+                document = None
+            if not len(ids):
+                if document is None:
+                    report.skip("empty documents", f"{path}:{number}")
+                continue
+            put(split, ids)
+            document, last = (split, number), ids[-1]
+            progress.show(sum(w.count for w in writers.values()))
+        if document is not None:
+            finish(document[0], last)
+        progress.show(sum(w.count for w in writers.values()), done_file=path)
+    if "train" not in writers:
+        raise UserError("--input: no text left to train on" + (", everything went to validation; lower --val_frac"
+                                                               if "val" in writers else ""))
+    for split, writer in writers.items():
+        writer.close()
+        counts[split] |= dict(tokens=writer.count, sha256=writer.sha.hexdigest())
+    return counts
+
+
+def divide_documents(path, home, val_frac, draw, report):
+    """Yield (split, number, text or ids): a held-out document is drawn once, whatever the number of its pieces."""
+    previous, split = None, home
+    for number, piece in READERS[kind_of(path)](path, report):
+        if number != previous and val_frac:
+            split = "val" if draw.random() < val_frac else "train"
+        previous = number
+        yield split, number, piece
+
+
+def divide_txt(path, home, val_frac, report):
+    """Yield (split, number, text): the last val_frac of the characters, from the start of a line, is held out."""
+    cut = None
+    if val_frac:
+        cut = round((1 - val_frac) * sum(len(piece) for _, piece in read_txt(path, report)))
+    seen = 0
+    for number, piece in read_txt(path, report):
+        if cut is None or seen + len(piece) <= cut:
+            yield home, number, piece
+        elif seen >= cut:
+            yield "val", number, piece
+        else:
+            at = piece.rfind("\n", 0, cut - seen) + 1 or cut - seen
+            yield home, number, piece[:at]
+            yield "val", number, piece[at:]
+        seen += len(piece)
+
+
+def tokenize(pieces, tokenizer, path):
+    """(split, number, text or ids) -> (split, number, ids as an array), many texts in one call; ids are checked."""
+    waiting, size = [], 0
+    for split, number, piece in pieces:
+        if isinstance(piece, str):
+            waiting.append((split, number, piece))
+            size += len(piece)
+            if size >= BLOCK:
+                yield from encode_all(waiting, tokenizer)
+                waiting, size = [], 0
+            continue
+        if piece.size and not 0 <= piece.min() <= piece.max() < tokenizer.vocab_size:
+            wrong = piece.min() if piece.min() < 0 else piece.max()
+            raise UserError(f"{path}: document {number} has token id {wrong}, but --tokenizer has "
+                            f"{tokenizer.vocab_size}; give the tokenizer that made these ids")
+        yield split, number, piece
+    yield from encode_all(waiting, tokenizer)
+
+
+def encode_all(waiting, tokenizer):
+    if tokenizer.kind == "bytes":
+        encoded = [np.frombuffer(text.encode(), np.uint8) for _, _, text in waiting]
+    else:
+        encoded = tokenizer.encode_batch([text for _, _, text in waiting])
+    for (split, number, _), ids in zip(waiting, encoded):
+        yield split, number, np.asarray(ids, dtype=np.int64)
+
+
+def prepare_tokenizer(cfg):
+    """Train a SentencePiece BPE vocabulary on lines of text."""
+    if os.path.exists(cfg.out):
+        raise UserError(f"--out={cfg.out}: already there; remove it or choose another")
+    paths = find_files(cfg.input)
+
+    def lines():
+        for path in paths:
+            if kind_of(path) not in (".txt", ".jsonl"):
+                raise UserError(f"--input={path}: a tokenizer learns from text (.txt, .jsonl)")
+            for _, piece in READERS[kind_of(path)](path, Report("error")):
+                yield from (line for line in piece.splitlines() if line)
+    model = train_sentencepiece(lines(), cfg.vocab_size)
+    os.makedirs(os.path.dirname(cfg.out) or ".", exist_ok=True)
+    with open(cfg.out + ".partial", "wb") as file:
+        file.write(model)
+    os.replace(cfg.out + ".partial", cfg.out)
+    print(f"{cfg.out}: {load_tokenizer(cfg.out).vocab_size} tokens")
+
+
+COMMANDS = {"text": (TextConfig, prepare_text), "tokenizer": (TokenizerConfig, prepare_tokenizer)}
+
+if __name__ == "__main__":
+    if len(sys.argv) < 2 or sys.argv[1] not in COMMANDS:
+        if sys.argv[1:] and sys.argv[1] not in ("-h", "--help"):
+            raise UserError(f"unknown command {sys.argv[1]}; expected one of {', '.join(COMMANDS)}")
+        print(__doc__.strip() + "\n\nThe options of a command: python data/prepare.py COMMAND --help")
+        sys.exit(0)
+    config_class, command = COMMANDS[sys.argv[1]]
+    command(parse_config(config_class, sys.argv[2:]))
