@@ -37,10 +37,9 @@ def save(out_dir, step, model, optimizer, info, files, keep_last=2, val_loss=Non
     """
     name = f"step_{step:06d}"
     target, aside = os.path.join(out_dir, name), os.path.join(out_dir, f".{name}.partial")
-    dist.from_rank_zero(lambda: _clean(out_dir))
     sums, error = {}, None
     try:
-        os.makedirs(aside, exist_ok=True)
+        dist.from_rank_zero(lambda: _make_room(out_dir, aside))
         if dist.world()[0] == 0:
             for file_name, content in files.items():
                 sums[file_name] = _write(aside, file_name, lambda f, content=content: f.write(content))
@@ -107,12 +106,12 @@ def _on_cpu(value):
     return [_on_cpu(v) for v in value] if isinstance(value, list) else value
 
 
-def _clean(out_dir):
-    """Remove what a killed save has left."""
-    os.makedirs(out_dir, exist_ok=True)
+def _make_room(out_dir, aside):
+    """Make the folder aside, and remove what killed saves have left."""
     for name in os.listdir(out_dir):
         if re.fullmatch(r"\.step_\d+\.partial", name):
-            shutil.rmtree(os.path.join(out_dir, name), ignore_errors=True)
+            shutil.rmtree(os.path.join(out_dir, name))
+    os.makedirs(aside)
 
 
 def _prune(out_dir, keep_last):

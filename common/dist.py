@@ -124,19 +124,19 @@ def gather_objects(value):
 
 def from_rank_zero(function):
     """
-    Call function() on rank 0 and give every rank its result; a UserError there is raised on all ranks. For work that
+    Call function() on rank 0 and give every rank its result, or raise what it raised on every rank. For work that
     touches the disk once for all: no rank goes on before it is done.
     """
     outcome = [None, None]
     if world()[0] == 0:
         try:
             outcome[0] = function()
-        except UserError as error:
-            outcome[1] = str(error)
+        except Exception as error:                            # the others are waiting: they must hear of it
+            outcome[1] = error
     if td.is_initialized():
         td.broadcast_object_list(outcome, src=0)
     if outcome[1] is not None:
-        raise UserError(outcome[1])
+        raise outcome[1]
     return outcome[0]
 
 
