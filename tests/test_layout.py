@@ -1,0 +1,124 @@
+"""The house rules a machine can check: who imports whom, no dead options, file sizes, shared blocks, words."""
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+STAGES = sorted(ROOT.glob("train_*.py"))
+SCRIPTS = [*STAGES, ROOT / "sample.py"]
+COMMON = sorted((ROOT / "common").glob("*.py"))
+PREPARE = ROOT / "data/prepare.py"
+FIXED = {"torch", "numpy", "tiktoken", "sentencepiece"}
+
+
+def by_name(path):
+    return path.name
+
+
+def imports(tree):
+    """Dotted names of every module imported in an ast: `from common import dist` is common.dist."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {f"common.{alias.name}" for alias in node.names} if node.module == "common" else {node.module}
+    return names
+
+
+def parse(path):
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("path", COMMON, ids=by_name)
+def test_a_common_file_imports_dist_at_most(path):
+    """So that it can be copied out alone, or with dist.py."""
+    ours = {name for name in imports(parse(path)) if name.split(".")[0] in ("common", "data", "sample")
+            or name.startswith("train_")}
+    assert ours <= {"common.dist"}
+
+
+@pytest.mark.parametrize("path", [*COMMON, *SCRIPTS, PREPARE], ids=by_name)
+def test_only_the_fixed_packages_are_needed_at_the_top_of_a_module(path):
+    import sys
+    tree = parse(path)
+    top = imports(ast.Module([n for n in tree.body if isinstance(n, (ast.Import, ast.ImportFrom))], []))
+    assert {name.split(".")[0] for name in top} - set(sys.stdlib_module_names) <= FIXED | {"common"}
+
+
+def test_tokenizer_packages_are_imported_in_one_place():
+    users = {p.name for p in [*COMMON, *SCRIPTS, PREPARE] if imports(parse(p)) & {"tiktoken", "sentencepiece"}}
+    assert users == {"tokenizer.py"}
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=by_name)
+def test_scripts_do_not_import_scripts(path):
+    assert not {name for name in imports(parse(path)) if name.split(".")[0] in ("sample", "data") or name.startswith("train_")}
+
+
+def config_fields(tree):
+    """Names of the fields of class Config, with those it inherits from SamplingConfig."""
+    config = next(n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == "Config")
+    names = {n.target.id for n in config.body if isinstance(n, ast.AnnAssign)}
+    if any(getattr(base, "id", "") == "SamplingConfig" for base in config.bases):
+        from common.sampling import SamplingConfig
+        names |= set(SamplingConfig.__dataclass_fields__)
+    return names
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=by_name)
+def test_every_option_is_read_and_every_read_is_an_option(path):
+    tree = parse(path)
+    reads = {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name)
+             and n.value.id == "cfg"}
+    assert config_fields(tree) == reads
+
+
+def test_every_model_option_is_read():
+    from common.model import ModelConfig
+    tree = parse(ROOT / "common/model.py")
+    reads = {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name)
+             and n.value.id in ("c", "self", "config")}
+    assert set(ModelConfig.__dataclass_fields__) <= reads
+
+
+def test_the_environment_is_read_in_one_place():
+    readers = {p.name for p in [*SCRIPTS, *COMMON, PREPARE] if re.search(r"environ|getenv", p.read_text())}
+    assert readers == {"dist.py"}
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=by_name)
+def test_a_script_fits_in_one_sitting(path):
+    assert len(path.read_text().splitlines()) <= 350
+
+
+def test_common_stays_small():
+    assert sum(len(p.read_text().splitlines()) for p in COMMON) <= 3000
+    assert max(len(p.read_text().splitlines()) for p in COMMON) <= 600
+
+
+def test_the_setup_block_is_the_same_in_every_stage():
+    """Copies are allowed, drift is not."""
+    blocks = {re.search(r"# setup \(identical in every stage\)\n(.*?)\n    # -{70}", path.read_text(), re.S)[1]
+              for path in STAGES}
+    assert len(blocks) == 1
+
+
+@pytest.mark.parametrize("path", [*COMMON, *SCRIPTS, PREPARE, *ROOT.glob("configs/**/*.py")], ids=by_name)
+def test_lines_fit_110_columns_and_options_have_comments(path):
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        assert len(line) <= 110, f"{path.name}:{number}"
+    for node in ast.walk(parse(path)):
+        if isinstance(node, ast.ClassDef) and node.name.endswith("Config"):
+            for field in (n for n in node.body if isinstance(n, ast.AnnAssign) and n.target.id != "model"):
+                line = path.read_text().splitlines()[field.end_lineno - 1]
+                assert re.search(r"  # \S", line), f"{path.name}: {field.target.id} has no help text"
+
+
+def test_no_silent_shortcuts():
+    for path in [*COMMON, *SCRIPTS, PREPARE]:
+        text = path.read_text()
+        assert not re.search(r"strict=False|except:|warnings\.filter|NotImplementedError|TODO|FIXME", text), path.name
+        assert "weights_only=False" not in text and not re.search(r"pickle\.loads?\(", text), path.name

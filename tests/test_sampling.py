@@ -1,0 +1,577 @@
+"""
+common/sampling.py against hand tables, a naive uncached loop and chi-square: processors, generation, streaming.
+"""
+import io
+import math
+from dataclasses import replace
+
+import pytest
+import sentencepiece
+import torch
+
+from common.losses import token_logps
+from common.model import GPT, ModelConfig
+from common.sampling import SamplingConfig, complete, generate, sample_next, stream, uniforms
+from common.tokenizer import Tokenizer, train_sentencepiece
+
+PLAIN = SamplingConfig(temperature=1.0)
+LARGEST = 1 - 2**-24                                     # the largest float32 below 1: what torch.rand can give
+N = 100_000
+
+
+def every_u(logits, cfg, seen=()):
+    """
+    Draw with N evenly spaced u from the logits of one row -> (how often each token came / N, exp of its logp), lists.
+
+    A token of probability p owns an interval of u of length p, so its share is p to 1/N: no randomness is involved.
+    """
+    logits = torch.tensor([logits])
+    u = (torch.arange(N, dtype=torch.float64) + 0.5) / N
+    mask = torch.zeros(logits.shape, dtype=torch.bool)
+    mask[0, list(seen)] = True
+    tokens, logps = sample_next(logits.expand(N, -1), cfg, u.float(), mask.expand(N, -1) if seen else None)
+    share, probs = [0.0] * logits.shape[1], [0.0] * logits.shape[1]
+    for token in tokens.unique().tolist():
+        of_token = logps[tokens == token]
+        assert of_token.eq(of_token[0]).all()
+        share[token], probs[token] = len(of_token) / N, of_token[0].exp().item()
+    return share, probs
+
+
+def logs(*weights):
+    """Logits whose softmax is proportional to weights; a temperature T raises weights to 1/T, a penalty p to p or 1/p."""
+    return [math.log(w) for w in weights]
+
+
+# -----------------------------------------------------------------------------
+# one step against hand-computed tables
+
+TABLES = {                     # logits, options, tokens seen, probabilities
+    "plain": (logs(5, 3, 1, 1), {}, (), [0.5, 0.3, 0.1, 0.1]),
+    "temperature 1/2 squares": (logs(3, 2, 1), dict(temperature=0.5), (), [9 / 14, 4 / 14, 1 / 14]),
+    "temperature 2 takes roots": (logs(9, 4, 1), dict(temperature=2.0), (), [3 / 6, 2 / 6, 1 / 6]),
+    "top_k": (logs(1, 5, 3, 1.5), dict(top_k=2), (), [0, 5 / 8, 3 / 8, 0]),
+    "top_k of one": (logs(1, 5, 3, 1.5), dict(top_k=1), (), [0, 1, 0, 0]),
+    "top_k of the vocabulary": (logs(5, 3, 2), dict(top_k=3), (), [0.5, 0.3, 0.2]),
+    "top_k above the vocabulary": (logs(5, 3, 2), dict(top_k=50), (), [0.5, 0.3, 0.2]),
+    "top_p keeps the token that crosses it": (logs(1, 5, 3, 1), dict(top_p=0.6), (), [0, 5 / 8, 3 / 8, 0]),
+    "top_p just reached": (logs(1, 5, 3, 1), dict(top_p=0.499), (), [0, 1, 0, 0]),
+    "top_p below the first": (logs(1, 5, 3, 1), dict(top_p=1e-9), (), [0, 1, 0, 0]),
+    "top_p near one": (logs(50, 30, 19, 1), dict(top_p=0.98), (), [50 / 99, 30 / 99, 19 / 99, 0]),
+    "suppress": (logs(5, 3, 1, 1), dict(suppress=(0, 3)), (), [0, 0.75, 0.25, 0]),
+    "penalty divides positive logits": (logs(16, 4, 4), dict(repetition_penalty=2.0), (0,), [1 / 3] * 3),
+    "penalty multiplies negative logits": (logs(1 / 4, 1 / 16, 1 / 16), dict(repetition_penalty=2.0), (0,), [1 / 3] * 3),
+    "penalty below one favours": (logs(4, 1 / 4, 2), dict(repetition_penalty=0.5), (0, 1), [32 / 37, 1 / 37, 4 / 37]),
+    "penalty leaves a zero logit": (logs(1, 1), dict(repetition_penalty=5.0), (0,), [0.5, 0.5]),
+    # the order: each would be another table if the two were swapped
+    "suppress before top_k": (logs(9, 5, 3, 1), dict(suppress=(0,), top_k=2), (), [0, 5 / 8, 3 / 8, 0]),
+    "suppress before top_p": (logs(9, 5, 3, 2), dict(suppress=(0,), top_p=0.6), (), [0, 5 / 8, 3 / 8, 0]),
+    "suppress before penalty": (logs(9, 1 / 9, 1), dict(suppress=(0, 1), repetition_penalty=2.0), (0, 1), [0, 0, 1]),
+    "penalty before top_k": (logs(16, 9, 2), dict(repetition_penalty=2.0, top_k=1), (0,), [0, 1, 0]),
+    # [81, 16, 9] / 106: the first has .764. At temperature 1 it would have .5625 and the second would stay
+    "temperature before top_p": (logs(9, 4, 3), dict(temperature=0.5, top_p=0.76), (), [1, 0, 0]),
+    # of the best two the first has 5/8; of all it has .5 and the second would stay
+    "top_k before top_p": (logs(5, 3, 1, 1), dict(top_k=2, top_p=0.6), (), [1, 0, 0, 0]),
+    # suppress 4; 16 -> 4 and 1/4 -> 1/16; squares 16, 81, 9, 1/256; best three 81, 16, 9 of 106; .764 < .8 <= .915
+    "all of them": (logs(16, 9, 3, 1 / 4, 100), dict(suppress=(4,), repetition_penalty=2.0, temperature=0.5, top_k=3,
+                                                     top_p=0.8), (0, 3, 4), [16 / 97, 81 / 97, 0, 0, 0]),
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_tokens_and_logps_follow_the_hand_computed_table(name):
+    logits, options, seen, expected = TABLES[name]
+    share, probs = every_u(logits, replace(PLAIN, **options), seen)
+    assert probs == pytest.approx(expected, abs=2e-6)
+    assert share == pytest.approx(expected, abs=1.5 / N)
+    assert [s > 0 for s in share] == [e > 0 for e in expected]
+
+
+@pytest.mark.parametrize("options, seen, token, logp", [
+    ({}, (), 1, math.log(5 / 10)),
+    (dict(top_k=2, top_p=0.1), (), 1, math.log(5 / 10)),                # what is kept does not matter to greedy
+    (dict(suppress=(1,)), (), 2, math.log(3 / 5)),
+    (dict(repetition_penalty=2.0), (1,), 2, math.log(3 / (5 + 5 ** 0.5))),
+], ids=["plain", "top_k, top_p", "suppress", "penalty"])
+@pytest.mark.parametrize("u", [0.0, LARGEST])
+def test_temperature_0_is_greedy_with_logps_of_temperature_1(options, seen, token, logp, u):
+    mask = torch.zeros(1, 4, dtype=torch.bool)
+    mask[0, list(seen)] = True
+    logits = torch.tensor([logs(1, 5, 3, 1)])
+    tokens, logps = sample_next(logits, replace(PLAIN, temperature=0, **options), torch.tensor([u]), mask)
+    assert tokens.tolist() == [token] and logps.tolist() == pytest.approx([logp], abs=1e-6)
+
+
+def test_rows_are_drawn_independently():
+    """Each row has its own logits, u and seen tokens."""
+    torch.manual_seed(0)
+    cfg = replace(PLAIN, repetition_penalty=1.7, top_k=6, top_p=0.9, temperature=0.8)
+    logits, u, seen = 2 * torch.randn(50, 9), torch.rand(50), torch.rand(50, 9) < 0.3
+    tokens, logps = sample_next(logits, cfg, u, seen)
+    for row in range(50):
+        token, logp = sample_next(logits[row:row + 1], cfg, u[row:row + 1], seen[row:row + 1])
+        assert token == tokens[row] and logp == pytest.approx(logps[row].item(), abs=1e-6)
+
+
+def test_the_logits_given_are_left_as_they_are():
+    logits = torch.tensor([logs(1, 5, 3, 1)])
+    before, seen = logits.clone(), torch.ones(1, 4, dtype=torch.bool)
+    sample_next(logits, SamplingConfig(suppress=(0,), repetition_penalty=2.0, top_k=2, top_p=0.5),
+                torch.tensor([0.3]), seen)
+    assert logits.equal(before) and seen.all()
+
+
+@pytest.mark.parametrize("options", [{}, dict(top_k=20), dict(top_p=0.9), dict(top_k=20, top_p=0.9)], ids=str)
+@pytest.mark.parametrize("u", [0.0, LARGEST])
+def test_the_ends_of_u_give_tokens_of_positive_probability(u, options):
+    """The first and last ids are impossible, and so are those 200 below the others: exp of that is 0 in float32."""
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(200, 3000, generator=generator)
+    logits[:, 1:50] -= 200
+    logits[:, -50:] -= 200
+    cfg = replace(PLAIN, suppress=(0, 2999), **options)
+    tokens, logps = sample_next(logits, cfg, torch.full((200,), u))
+    assert logps.isfinite().all()
+    assert tokens.min() >= 50 and tokens.max() < 2950
+    if not options:                                      # by id: 0 is the first possible token
+        first, last = tokens == 50, tokens == 2949
+        assert (first if u == 0 else last).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("vocab_size", [1, 2, 5])
+def test_a_vocabulary_with_one_possible_token_gives_it_for_every_u(vocab_size):
+    logits = torch.full((3, vocab_size), -torch.inf)
+    logits[:, -1] = -1e4
+    tokens, logps = sample_next(logits, PLAIN, torch.tensor([0.0, 0.5, LARGEST]))
+    assert tokens.tolist() == [vocab_size - 1] * 3 and logps.tolist() == [0.0] * 3
+
+
+# -----------------------------------------------------------------------------
+# chi-square
+
+def p_value(counts, probs):
+    """Probability of counts at least so far from probs (Pearson); what has probability 0 must not have been counted."""
+    counts, probs = torch.as_tensor(counts).double(), torch.as_tensor(probs).double()
+    assert counts[probs == 0].sum() == 0
+    counts, expected = counts[probs > 0], counts.sum() * probs[probs > 0] / probs.sum()
+    assert expected.min() > 5                            # else the statistic is not chi-square
+    statistic = ((counts - expected) ** 2 / expected).sum()
+    return torch.special.gammaincc(torch.tensor((len(counts) - 1) / 2).double(), statistic / 2).item()
+
+
+TRUNCATIONS = [{}, dict(top_k=3), dict(top_p=0.8), dict(top_k=4, top_p=0.7)]
+
+
+@pytest.mark.parametrize("options", TRUNCATIONS, ids=str)
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 1.3])
+def test_samples_have_the_distribution_that_their_logps_claim(temperature, options):
+    logits = [1.0, -0.5, 2.0, 0.3, 1.4]
+    cfg = replace(PLAIN, temperature=temperature, **options)
+    u = torch.rand(20_000, generator=torch.Generator().manual_seed(1))
+    tokens, logps = sample_next(torch.tensor([logits]).expand(len(u), -1), cfg, u)
+    claimed = torch.zeros(5).scatter(0, tokens, logps.exp())
+    assert claimed.sum().item() == pytest.approx(1, abs=1e-5)
+    counts = tokens.bincount(minlength=5)
+    assert p_value(counts, claimed) > 1e-3
+    other = (torch.tensor(logits) / (temperature + 0.15)).softmax(0) * (claimed > 0)
+    assert claimed.count_nonzero() == 1 or p_value(counts, other) < 1e-3     # the test would notice
+
+
+@pytest.mark.parametrize("options", TRUNCATIONS[:1] + TRUNCATIONS[-1:], ids=str)
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 1.3])
+def test_first_tokens_of_many_samples_have_the_distribution_that_their_logps_claim(temperature, options):
+    """Through generate, so the random streams of the rows take part."""
+    model = tiny_model(vocab_size=5)
+    cfg = replace(PLAIN, temperature=temperature, max_new_tokens=1, **options)
+    (_, tokens, logps), = generate(model, [[1, 2, 3]], cfg, num_samples=4000, seed=11)
+    claimed = torch.zeros(5).scatter(0, torch.tensor(tokens), torch.tensor(logps).exp())
+    assert claimed.sum().item() == pytest.approx(1, abs=1e-5)
+    assert p_value(torch.tensor(tokens).bincount(minlength=5), claimed) > 1e-3
+
+
+@pytest.mark.parametrize("streams", [[(5, row) for row in range(4000)], [(seed, 0) for seed in range(4000)]],
+                         ids=["rows", "seeds"])
+def test_the_random_streams_of_rows_and_of_seeds_are_independent(streams):
+    """First and second number of a stream, and first numbers of neighbouring streams: uniform on an 8 x 8 grid."""
+    u = torch.stack([uniforms(seed, row, 2) for seed, row in streams])
+    cells = (u * 8).long()                                                      # (4000, 2)
+    for a, b in ((cells[:, 0], cells[:, 1]), (cells[:-1, 0], cells[1:, 0])):
+        assert p_value((8 * a + b).bincount(minlength=64), torch.ones(64)) > 1e-3
+
+
+def test_a_random_stream_is_a_function_of_seed_and_row_and_longer_ones_go_on():
+    long = uniforms(3, 2, 100)
+    for n in (1, 7, 16, 40):
+        assert uniforms(3, 2, n).equal(long[:n])
+    assert not uniforms(2, 3, 100).eq(long).any() and not uniforms(3, 1, 100).eq(long).any()
+    assert 0 <= long.min() and long.max() < 1
+    assert uniforms(-5, 0, 3).shape == uniforms(2**62, 9, 3).shape == (3,)      # any int is a seed
+
+
+# -----------------------------------------------------------------------------
+# generation against a naive loop
+
+def tiny_model(seed=0, **changes):
+    """A GPT with weights so large that its distributions are far from uniform and depend on every token."""
+    options = dict(vocab_size=40, n_layer=2, n_head=4, n_kv_head=2, n_embd=32, d_ff=48, seq_len=20) | changes
+    torch.manual_seed(seed)
+    model = GPT(ModelConfig(**options)).eval()
+    for name, p in model.named_parameters():
+        torch.nn.init.normal_(p, mean=float("norm" in name), std=0.25)
+    return model
+
+
+@torch.no_grad()
+def naive(model, prompt, cfg, row, end=None, seed=0):
+    """One row, no cache: a whole forward for every token -> tokens, logps"""
+    ids, logps = list(prompt), []
+    u = uniforms(seed, row, cfg.max_new_tokens)
+    for n in range(cfg.max_new_tokens):
+        if len(ids) > model.config.seq_len or (ids[len(prompt):] and ids[-1] == end):
+            break
+        logits = model(torch.tensor([ids]))[:, -1] @ model.head.T
+        seen = torch.zeros_like(logits, dtype=torch.bool)
+        seen[0, ids] = True
+        token, logp = sample_next(logits, cfg, u[n:n + 1], seen)
+        ids.append(token.item())
+        logps.append(logp.item())
+    return ids[len(prompt):], logps
+
+
+def assert_same(result, expected):
+    """result, expected: (list of token lists, list of logp lists)"""
+    assert result[0] == expected[0]
+    for got, wanted in zip(result[1], expected[1], strict=True):
+        assert got == pytest.approx(wanted, abs=1e-5)
+
+
+PROMPTS = [[5, 7, 9], [1], [2, 4, 6, 8, 10, 12, 14]]     # lengths 3, 1, 7
+CONFIGS = {
+    "plain": replace(PLAIN, max_new_tokens=10),
+    "greedy": SamplingConfig(temperature=0, max_new_tokens=10),
+    "greedy with penalty": SamplingConfig(temperature=0, repetition_penalty=1.5, max_new_tokens=10),
+    "everything": SamplingConfig(10, suppress=(0, 3), repetition_penalty=1.3, temperature=1.2, top_k=15, top_p=0.9),
+}
+
+
+@pytest.mark.parametrize("num_samples", [1, 3])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_batch_of_prompts_is_generated_as_by_a_naive_uncached_loop(name, num_samples):
+    model, cfg = tiny_model(), CONFIGS[name]
+    expected = [naive(model, PROMPTS[row // num_samples], cfg, row, seed=4) for row in range(3 * num_samples)]
+    result = complete(model, PROMPTS, cfg, num_samples=num_samples, seed=4)
+    assert_same(result, list(zip(*expected)) and tuple(map(list, zip(*expected))))
+    assert len({tuple(row) for row in result[0]}) >= 3   # the rows are not all alike
+
+
+def test_a_row_does_not_depend_on_the_others_in_its_batch():
+    model, cfg = tiny_model(), CONFIGS["everything"]
+    tokens, logps = complete(model, PROMPTS, cfg, seed=4)
+    for row, prompt in enumerate(PROMPTS):               # the same row among others of another length
+        result = complete(model, [[11] * 9] * row + [prompt], cfg, seed=4)
+        assert_same(([result[0][row]], [result[1][row]]), ([tokens[row]], [logps[row]]))
+    assert complete(model, PROMPTS, cfg, seed=4)[0] == tokens
+    assert complete(model, PROMPTS, cfg, seed=5)[0] != tokens
+    # a longer budget goes on from the same tokens
+    assert [row[:4] for row in tokens] == complete(model, PROMPTS, replace(cfg, max_new_tokens=4), seed=4)[0]
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 1.3])
+def test_logps_are_those_that_training_computes_for_the_same_tokens(temperature):
+    """The ratio of a policy update starts at 1."""
+    model, cfg = tiny_model(), replace(PLAIN, temperature=temperature, max_new_tokens=10)
+    tokens, logps = complete(model, PROMPTS, cfg, num_samples=2)
+    for row in range(6):
+        ids = torch.tensor([PROMPTS[row // 2] + tokens[row]])
+        with torch.no_grad():
+            recomputed = token_logps(model(ids[:, :-1]), model.head, ids[:, 1:], temperature)[0, -10:]
+        ratio = (recomputed.double() - torch.tensor(logps[row]).double()).exp()
+        assert (ratio - 1).abs().max() < 1e-5
+
+
+def naive_probs(logits, cfg, seen):
+    """The processors as their definitions read, one token after the other in Python floats -> dict of id to probability."""
+    z = {i: x for i, x in enumerate(logits) if i not in cfg.suppress}
+    z = {i: (x / cfg.repetition_penalty if x > 0 else x * cfg.repetition_penalty) if i in seen else x
+         for i, x in z.items()}
+    w = {i: math.exp(x / cfg.temperature) for i, x in z.items()}
+    order = sorted(w, key=w.get, reverse=True)[:cfg.top_k or None]
+    total, kept, reached = sum(w[i] for i in order), [], 0.0
+    for i in order:
+        if reached < cfg.top_p:
+            kept.append(i)
+        reached += w[i] / total
+    total = sum(w[i] for i in kept)
+    return {i: w[i] / total for i in kept}
+
+
+@pytest.mark.parametrize("options", [
+    dict(), dict(top_k=5), dict(top_p=0.7), dict(repetition_penalty=1.5), dict(suppress=(1, 2, 3)),
+    dict(suppress=(7,), repetition_penalty=1.3, top_k=8, top_p=0.9)], ids=str)
+def test_logps_are_those_of_an_uncached_forward_under_the_same_processors(options):
+    model, cfg = tiny_model(), replace(PLAIN, temperature=0.9, max_new_tokens=8, **options)
+    tokens, logps = complete(model, PROMPTS, cfg, num_samples=2)
+    for row in range(6):
+        ids = PROMPTS[row // 2] + tokens[row]
+        with torch.no_grad():
+            logits = (model(torch.tensor([ids]))[0] @ model.head.T).tolist()
+        for i, logp in enumerate(logps[row], start=len(ids) - 8):
+            probs = naive_probs(logits[i - 1], cfg, set(ids[:i]))
+            assert logp == pytest.approx(math.log(probs[ids[i]]), abs=2e-5)
+
+
+def record_shapes(model):
+    """-> list that grows by the shape of the tokens of every forward"""
+    shapes = []
+    model.register_forward_hook(lambda _, args, __: shapes.append(tuple(args[0].shape)))
+    return shapes
+
+
+def test_each_prompt_is_prefilled_once_for_all_its_samples_which_differ():
+    model = tiny_model()
+    shapes = record_shapes(model)
+    tokens, _ = complete(model, PROMPTS[:2], replace(PLAIN, max_new_tokens=4), num_samples=8)
+    assert shapes == [(2, 3)] + [(16, 1)] * 3            # the last token needs no forward after it
+    for prompt in (tokens[:8], tokens[8:]):
+        assert len({row[0] for row in prompt}) > 2       # not one first token for the whole group
+        assert len({tuple(row) for row in prompt}) > 6
+
+
+def test_rows_leave_the_batch_after_their_end_token_and_the_others_go_on_unchanged():
+    model, cfg = tiny_model(), replace(PLAIN, max_new_tokens=12)
+    free, free_logps = complete(model, PROMPTS, cfg, num_samples=2, seed=1)
+    end = free[2][3]                                     # so that row 2 ends at its fourth token at the latest
+    lengths = [row.index(end) + 1 if end in row else 12 for row in free]
+    assert min(lengths) < max(lengths)
+    shapes = record_shapes(model)
+    steps = list(generate(model, PROMPTS, cfg, end, num_samples=2, seed=1))
+    for n, (rows, tokens, logps) in enumerate(steps):
+        assert rows == [row for row in range(6) if lengths[row] > n]
+        assert tokens == [free[row][n] for row in rows]
+        assert logps == pytest.approx([free_logps[row][n] for row in rows], abs=1e-5)
+    assert len(steps) == max(lengths)
+    assert shapes == [(3, 7)] + [(len(rows), 1) for rows, _, _ in steps[1:]]
+
+
+def test_rows_stop_when_the_context_is_full_each_at_its_own_time():
+    """Positions for 20 tokens: the last one given is sampled from position 20 and never fed back."""
+    model, cfg = tiny_model(), replace(PLAIN, max_new_tokens=50)
+    prompts = [[3] * 18, [1, 2, 3, 4, 5], [4] * 20, [6]]
+    expected = [naive(model, prompt, cfg, row) for row, prompt in enumerate(prompts)]
+    assert [len(tokens) for tokens, _ in expected] == [3, 16, 1, 20]
+    assert_same(complete(model, prompts, cfg), tuple(map(list, zip(*expected))))
+
+
+def test_prompts_that_cannot_be_continued_are_refused_with_the_lengths():
+    model = tiny_model()
+    for prompts in ([[1], []], [[1] * 21, [2]]):
+        with pytest.raises(ValueError, match=f"1 to 20 tokens.*{max(map(len, prompts))}"):
+            complete(model, prompts, PLAIN)
+    assert not model.training
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("leave", ["finish", "break", "raise"])
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+def test_training_state_and_random_state_are_left_alone(training, leave):
+    model = tiny_model(attn_dropout=0.5).train(training)
+    expected = complete(tiny_model(), PROMPTS, CONFIGS["plain"])[0]
+    before = torch.get_rng_state()
+    tokens = []
+    try:
+        for n, (_, step, _) in enumerate(generate(model, PROMPTS, CONFIGS["plain"])):
+            assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()    # in the caller's loop
+            tokens.append(step)
+            if n == 3 and leave == "break":
+                break
+            if n == 3 and leave == "raise":
+                raise Stop
+    except Stop:
+        pass
+    assert model.training == training and all(m.training == training for m in model.modules())
+    assert torch.get_rng_state().equal(before)
+    # dropout was off: the tokens are those of a model without it
+    assert tokens == [list(step) for step in zip(*expected)][:len(tokens)] and len(tokens) >= 4
+    model(torch.tensor([[1, 2, 3]])).sum().backward()    # nothing of inference mode stays behind
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_generation_changes_no_gradient_of_a_training_step():
+    losses = []
+    for sample_between in (False, True):
+        model = tiny_model(attn_dropout=0.3).train()
+        torch.manual_seed(5)
+        if sample_between:
+            complete(model, PROMPTS, CONFIGS["plain"])
+        loss = model(torch.tensor([PROMPTS[2]])).pow(2).mean()
+        loss.backward()
+        losses.append((loss.item(), model.embed.weight.grad))
+    assert losses[0][0] == losses[1][0] and losses[0][1].equal(losses[1][1])
+
+
+def test_generation_under_autocast_uses_a_cache_of_its_dtype():
+    model = tiny_model()
+    with torch.autocast("cpu", torch.bfloat16):
+        tokens, logps = complete(model, PROMPTS, CONFIGS["plain"], seed=4)
+    exact = torch.tensor([naive_logps(model, prompt, row) for prompt, row in zip(PROMPTS, tokens)])
+    assert (torch.tensor(logps) - exact).abs().max() < 0.15            # bf16 keeps 3 digits of logits up to 10
+    assert torch.tensor(logps).exp().le(1).all()
+
+
+def naive_logps(model, prompt, tokens):
+    ids = torch.tensor([prompt + tokens])
+    with torch.no_grad():
+        logps = (model(ids[:, :-1]) @ model.head.T).log_softmax(-1)
+    return logps.gather(-1, ids[:, 1:, None])[0, len(prompt) - 1:, 0].tolist()
+
+
+# -----------------------------------------------------------------------------
+# streamed text
+
+class Scripted(torch.nn.Module):
+    """A model that says the given ids whatever it reads. `fed` lists the tokens of each forward."""
+    def __init__(self, ids, vocab_size, seq_len=1000):
+        super().__init__()
+        self.config = ModelConfig(vocab_size=vocab_size, seq_len=seq_len)
+        self.head, self.ids, self.fed = torch.eye(vocab_size), list(ids), []
+
+    def forward(self, tokens, cache):
+        self.fed.append(tokens[0].tolist())
+        cache.add(tokens.shape[1])
+        return 100 * self.head[self.ids[len(self.fed) - 1]].expand(1, tokens.shape[1], -1)
+
+    def new_cache(self, B, T):
+        return CountingCache(T)
+
+
+class CountingCache:
+    """Only knows how many positions are taken."""
+    def __init__(self, capacity):
+        self.capacity, self.used = capacity, 0
+
+    def add(self, T):
+        self.used += T
+        assert self.used <= self.capacity, f"{self.used} positions in a cache of {self.capacity}"
+
+    def set_lengths(self, lengths):
+        self.used = int(lengths.max())
+
+    def select(self, rows):
+        assert len(rows) == 1
+
+
+TEXT = "  Grüße, naïve  Welt!\n你好，世界。👋🏽👨‍👩‍👧 結尾\n\n end"
+
+
+@pytest.fixture(scope="module")
+def lines():
+    return [f"Grüße an die Welt, naïve {i}: 你好，世界。 The end of the line, {i * 7}!" for i in range(40)]
+
+
+@pytest.fixture(scope="module", params=["bytes", "sentencepiece"])
+def tokenizer(request, lines):
+    if request.param == "bytes":
+        return Tokenizer("bytes")
+    return Tokenizer("sentencepiece", train_sentencepiece(lines, 360))
+
+
+def test_streamed_text_is_the_whole_text_and_arrives_as_soon_as_it_can(tokenizer):
+    ids = tokenizer.encode(TEXT)
+    pieces = list(stream(Scripted(ids + [tokenizer.end, 0, 0], tokenizer.vocab_size), tokenizer, "Prompt"))
+    assert "".join(pieces) == TEXT
+    assert len(ids) < len(TEXT.encode()) or tokenizer.kind == "bytes"
+    data = b""
+    for n, token in enumerate(ids):                      # after each token: every character that is complete, no more
+        data += tokenizer.token_bytes[token]
+        assert "".join(pieces[:n + 1]) == data.decode(errors="ignore")
+    assert any(piece == "" for piece in pieces)          # some tokens end inside a character
+
+
+def test_streaming_stops_at_the_end_token_and_samples_nothing_after_it(tokenizer):
+    model = Scripted([*tokenizer.encode("Stop."), tokenizer.end, *tokenizer.encode("never")], tokenizer.vocab_size)
+    assert "".join(stream(model, tokenizer, "Prompt")) == "Stop."
+    assert len(model.fed) == len(tokenizer.encode("Stop.")) + 1
+    assert model.fed[0] == tokenizer.encode("Prompt")
+
+
+@pytest.mark.parametrize("seq_len", [1, 2, 7, 8])
+def test_streaming_goes_on_past_the_context_from_its_second_half(tokenizer, seq_len):
+    ids = tokenizer.encode(TEXT * 2)
+    model = Scripted(ids + [tokenizer.end], tokenizer.vocab_size, seq_len)
+    prompt = tokenizer.encode("P")
+    assert "".join(stream(model, tokenizer, "P")) == TEXT * 2
+    everything, half = prompt + ids, max(1, seq_len // 2)
+    assert model.fed[0] == (prompt if len(prompt) < seq_len else prompt[-half:])
+    # from then on: prefill with the last half of the context, then one token at a time until it is full
+    at, n = len(model.fed[0]) + 0, 0
+    at = len(prompt)
+    held = len(model.fed[0])
+    for fed in model.fed[1:]:
+        at += 1
+        expected = everything[at - 1:at] if held < seq_len else everything[at - half:at]
+        assert fed == expected
+        held = held + 1 if held < seq_len else half
+
+
+@pytest.mark.parametrize("budget", [1, 2, 3, 9, 20])
+def test_streaming_gives_max_new_tokens_at_most_and_marks_a_cut_character(tokenizer, budget):
+    ids = tokenizer.encode("世👋" + TEXT)
+    for seq_len in (1000, 6):
+        model = Scripted(ids, tokenizer.vocab_size, seq_len)
+        text = "".join(stream(model, tokenizer, "P", SamplingConfig(max_new_tokens=budget)))
+        assert text == b"".join(tokenizer.token_bytes[i] for i in ids[:budget]).decode(errors="replace")
+        assert len(model.fed) == budget
+
+
+def test_streaming_without_a_prompt_starts_a_document(tokenizer):
+    for prompt in ("", []):
+        model = Scripted([*tokenizer.encode("Hi"), tokenizer.end], tokenizer.vocab_size)
+        assert "".join(stream(model, tokenizer, prompt)) == "Hi"
+        assert model.fed[0] == [tokenizer.end]
+
+
+def test_a_prompt_of_ids_is_not_changed_and_is_the_prompt_of_its_text(tokenizer):
+    model, prompt = tiny_model(vocab_size=tokenizer.vocab_size), tokenizer.encode("Grüße")
+    cfg = SamplingConfig(max_new_tokens=8)
+    before = list(prompt)
+    assert list(stream(model, tokenizer, prompt, cfg)) == list(stream(model, tokenizer, "Grüße", cfg))
+    assert prompt == before
+
+
+def test_a_model_streams_what_it_completes(tokenizer):
+    model, cfg = tiny_model(vocab_size=tokenizer.vocab_size, seq_len=64), replace(PLAIN, max_new_tokens=30)
+    for seed in range(3):
+        (tokens,), _ = complete(model, [tokenizer.encode("Grüße")], cfg, tokenizer.end, seed=seed)
+        text = "".join(stream(model, tokenizer, "Grüße", cfg, seed))
+        assert text == tokenizer.decode(tokens, continues=True)
+
+
+def test_a_model_streams_past_its_context_with_new_random_numbers():
+    """24 tokens from a context of 6: the same for the same seed, and not the same few over and over."""
+    tokenizer = Tokenizer("bytes")
+    model = tiny_model(vocab_size=tokenizer.vocab_size, seq_len=6)
+    cfg = replace(PLAIN, max_new_tokens=24, suppress=tuple(range(128, tokenizer.vocab_size)))
+    texts = ["".join(stream(model, tokenizer, "abc", cfg, seed)) for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2] and [len(text) for text in texts] == [24] * 3
+    # 4 tokens until the context is full, then 4 at a time from its last 3
+    ids, part = list(b"abc"), 0
+    while len(ids) < 27:
+        tokens, _ = naive(model, ids if len(ids) < 6 else ids[-3:], replace(cfg, max_new_tokens=27 - len(ids)), 0,
+                          seed=1 + 7919 * part)
+        ids, part = ids + tokens, part + 1
+    assert bytes(ids[3:]).decode() == texts[0]
+
+
+def test_only_the_first_text_of_a_document_loses_the_space_that_sentencepiece_adds(lines):
+    """A Llama-like vocabulary writes a space before the first word: " end" after a prompt is two words apart from it."""
+    out = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(lines), model_writer=out, model_type="bpe",
+                                             vocab_size=360, byte_fallback=True, minloglevel=2)
+    tokenizer = Tokenizer("sentencepiece", out.getvalue())
+    ids = tokenizer.encode("end of line")
+    for prompt, expected in (("The", " end of line"), ("", "end of line")):
+        model = Scripted(ids + [tokenizer.end], tokenizer.vocab_size)
+        assert "".join(stream(model, tokenizer, prompt)) == expected

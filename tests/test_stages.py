@@ -1,0 +1,371 @@
+"""
+Every stage through its real command line: it learns, it does not depend on ranks, micro-batches or ZeRO-1, a killed run
+resumes bit for bit, and mistakes are answered by one line (PITFALLS 1, 7, 8, 10, 19, 20).
+"""
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, run
+
+TIMINGS = {"ms", "tok_per_s", "mfu"}
+TINY = ["--model.n_layer=2", "--model.n_head=2", "--model.n_kv_head=1", "--model.n_embd=16", "--seq_len=32",
+        "--batch_size=8", "--warmup_steps=5", "--lr=1e-2", "--eval_seqs=20", "--log_every=1", "--device=cpu"]
+# stage -> how to run it on the small token set
+STAGES = {"train_pretrain.py": TINY}
+
+
+@pytest.fixture(params=STAGES)
+def stage(request, token_set, tmp_path):
+    """start(out, *options, ranks=1) -> the finished process; the run directory is tmp_path / out"""
+    def start(out, *options, ranks=1, check=True, **kwargs):
+        return run(request.param, *STAGES[request.param], f"--data_dir={token_set}", f"--out_dir={tmp_path / out}", *options,
+                   ranks=ranks, check=check, **kwargs)
+    start.script, start.folder, start.data = request.param, tmp_path, token_set
+    return start
+
+
+def records(folder):
+    """metrics.jsonl without its timings"""
+    with open(folder / "metrics.jsonl") as file:
+        return [{k: v for k, v in json.loads(line).items() if k not in TIMINGS} for line in file]
+
+
+def losses(folder):
+    return [r["loss"] for r in records(folder) if "loss" in r]
+
+
+def final_weights(folder):
+    newest = max(folder.glob("step_*"))
+    return torch.load(newest / "model.pt", weights_only=True)
+
+
+def same_weights(a, b):
+    a, b = final_weights(a), final_weights(b)
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def assert_same_curve(a, b, tolerance=1e-5):
+    a, b = losses(a), losses(b)
+    assert len(a) == len(b)
+    assert max(abs(x - y) for x, y in zip(a, b, strict=True)) < tolerance
+
+
+def start_and_signal(stage, out, *options, number, ranks=1, when):
+    """Start a run, send it a signal once metrics.jsonl has `when` lines -> exit code, stderr"""
+    launcher = [sys.executable] if ranks == 1 else [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    process = subprocess.Popen([*launcher, stage.script, *STAGES[stage.script], f"--data_dir={stage.data}",
+                                f"--out_dir={stage.folder / out}", *options], cwd=ROOT, start_new_session=True,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True,
+                               stdout=subprocess.DEVNULL)
+    path = stage.folder / out / "metrics.jsonl"
+    deadline = time.time() + 120
+    while not path.exists() or path.read_text().count("\n") < when:
+        assert process.poll() is None, process.stderr.read()
+        assert time.time() < deadline
+        time.sleep(0.002)
+    if number == signal.SIGKILL:
+        os.killpg(process.pid, number)                        # the launcher and all ranks, as when a machine goes down
+    else:
+        process.send_signal(number)
+    _, stderr = process.communicate(timeout=120)
+    return process.returncode, stderr
+
+
+# -----------------------------------------------------------------------------
+# learning and layouts
+
+def test_it_overfits_one_batch(stage):
+    stage("run", "--num_steps=120", "--schedule=constant", "--eval_every=0", "--num_epochs=0", "--seed=1",
+          "--batch_size=2", "--seq_len=16", f"--data_dir={small_set(stage.folder)}", "--eval_seqs=0")
+    curve = losses(stage.folder / "run")
+    assert curve[0] > 5 and max(curve[-4:]) < 0.1
+
+
+def small_set(folder):
+    """33 bytes: two windows of 16"""
+    (folder / "small.txt").write_text("abcdefghijklmnopqrstuvwxyz012345")
+    run("data/prepare.py", "text", f"--input={folder}/small.txt", f"--out_dir={folder}/small")
+    return folder / "small"
+
+
+def test_losses_and_weights_do_not_depend_on_the_layout(stage):
+    common = ["--num_steps=20", "--eval_every=10"]
+    layouts = {"1x8": dict(options=["--micro_batch_size=8"]),
+               "8x1": dict(options=["--micro_batch_size=1"]),
+               "2 ranks": dict(options=["--micro_batch_size=4"], ranks=2),
+               "2 ranks, zero1": dict(options=["--micro_batch_size=2", "--zero1=true"], ranks=2)}
+    for name, layout in layouts.items():
+        stage(name, *common, *layout["options"], ranks=layout.get("ranks", 1))
+    reference = final_weights(stage.folder / "1x8")
+    val = [r["val_loss"] for r in records(stage.folder / "1x8") if "val_loss" in r]
+    norms = [r["grad_norm"] for r in records(stage.folder / "1x8") if "loss" in r]
+    assert len(losses(stage.folder / "1x8")) == 20 and len(val) == 3
+    for name in layouts:
+        assert_same_curve(stage.folder / "1x8", stage.folder / name)
+        assert [r["val_loss"] for r in records(stage.folder / name) if "val_loss" in r] == pytest.approx(val, abs=1e-5)
+        assert [r["grad_norm"] for r in records(stage.folder / name) if "loss" in r] == pytest.approx(norms, rel=1e-4)
+        weights = final_weights(stage.folder / name)
+        assert max((weights[k] - reference[k]).abs().max().item() for k in reference) < 1e-4
+
+
+def test_three_ranks_and_a_checkpoint_that_changes_layout(stage):
+    """1 rank straight = 2 ranks with ZeRO-1, then 1 rank, then 3 ranks with ZeRO-1."""
+    def start(out, steps, *options, **kwargs):
+        stage(out, f"--num_steps={steps}", "--eval_every=0", "--batch_size=6", "--schedule=constant", *options, **kwargs)
+    start("straight", 18)
+    start("moving", 6, "--zero1=true", ranks=2)
+    assert len(list((stage.folder / "moving/step_000006").glob("optimizer_*"))) == 2
+    start("moving", 12, "--resume=true")
+    assert len(list((stage.folder / "moving/step_000012").glob("optimizer_*"))) == 1
+    start("moving", 18, "--resume=true", "--zero1=true", ranks=3)
+    assert_same_curve(stage.folder / "straight", stage.folder / "moving")
+
+
+def test_state_of_a_zero1_rank_is_one_nth(stage):
+    def state_bytes(result):
+        return int(re.search(r"([\d,]+) bytes of optimizer state", result.stdout)[1].replace(",", ""))
+    whole = state_bytes(stage("one", "--num_steps=1"))
+    shard = state_bytes(stage("two", "--num_steps=1", "--zero1=true", ranks=2))
+    assert whole == sum(2 * 4 * w.numel() for w in final_weights(stage.folder / "one").values())
+    assert whole / 2 <= shard < whole / 2 + 100               # padding to a multiple of the ranks
+
+
+@pytest.mark.parametrize("options", [["--doc_mask=true"], ["--activation_checkpointing=true"], ["--model.attn_dropout=0.1"],
+                                     ["--optimizer=muon"], ["--optimizer=lion", "--lr=5e-3"], ["--dtype=float16"],
+                                     ["--param_dtype=bfloat16"], ["--critical_ids=97,101", "--critical_alpha=3"]],
+                         ids=lambda options: options[0].lstrip("-").split("=")[0] + "=" + options[0].split("=")[1])
+def test_options_learn_and_resume_bit_for_bit(stage, options):
+    """Stopping after 10 of 20 steps and resuming gives the same numbers as 20 steps in one go."""
+    common = ["--eval_every=5", "--save_every=10", "--schedule=constant", *options]
+    stage("straight", "--num_steps=20", *common)
+    stage("halves", "--num_steps=10", *common)
+    stage("halves", "--num_steps=20", "--resume=true", *common)
+    curve = losses(stage.folder / "straight")
+    assert curve[-1] < curve[0] - 1
+    assert records(stage.folder / "straight") == records(stage.folder / "halves")
+    assert same_weights(stage.folder / "straight", stage.folder / "halves")
+
+
+def test_activation_checkpointing_and_compile_change_nothing(stage):
+    stage("plain", "--num_steps=4")
+    stage("recomputed", "--num_steps=4", "--activation_checkpointing=true")
+    stage("compiled", "--num_steps=4", "--compile=true")
+    assert losses(stage.folder / "plain") == losses(stage.folder / "recomputed")
+    assert_same_curve(stage.folder / "plain", stage.folder / "compiled")
+
+
+# -----------------------------------------------------------------------------
+# kill, resume, stop
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_kill_9_and_resume_equals_the_uninterrupted_run_bit_for_bit(stage, ranks):
+    # 62 windows and 8 a step: the kill falls in the middle of an epoch, and the run crosses into the next ones
+    options = ["--num_steps=40", "--save_every=5", "--eval_every=7", "--model.attn_dropout=0.1",
+               *(["--zero1=true"] if ranks > 1 else [])]
+    stage("straight", *options, ranks=ranks)
+    for when in (random.randint(3, 12), random.randint(20, 36)):   # any moment will do
+        code, _ = start_and_signal(stage, "killed", *options, "--resume=true", number=signal.SIGKILL, when=when,
+                                   ranks=ranks)
+        assert code == -signal.SIGKILL
+    with open(stage.folder / "killed/metrics.jsonl", "a") as file:
+        file.write('{"step": 39, "lo')                         # a line that a kill has cut short
+    stage("killed", *options, "--resume=true", ranks=ranks)
+    assert records(stage.folder / "killed") == records(stage.folder / "straight")
+    assert same_weights(stage.folder / "killed", stage.folder / "straight")
+
+
+@pytest.mark.parametrize("number, ranks", [(signal.SIGTERM, 1), (signal.SIGINT, 1), (signal.SIGTERM, 2)])
+def test_a_signal_finishes_the_step_and_saves(stage, number, ranks):
+    options = ["--num_steps=100000", "--save_every=0", "--eval_every=0", "--schedule=constant"]
+    code, stderr = start_and_signal(stage, "stopped", *options, number=number, when=10, ranks=ranks)
+    if ranks == 1:
+        assert code == 0
+    assert "finishing this step" in stderr and "Traceback" not in stderr.split("torch/distributed")[0]
+    saved = max((stage.folder / "stopped").glob("step_*"))
+    step = int(saved.name[5:])
+    assert step >= 10 and len(losses(stage.folder / "stopped")) == step
+    stage("stopped", *options[1:], f"--num_steps={step + 3}", "--resume=true", ranks=ranks)
+    assert len(losses(stage.folder / "stopped")) == step + 3
+
+
+def test_evaluation_and_samples_do_not_change_training(stage):
+    stage("rare", "--num_steps=12", "--eval_every=0", "--model.attn_dropout=0.1")
+    stage("often", "--num_steps=12", "--eval_every=1", "--model.attn_dropout=0.1", "--eval_prompts=Document,word1")
+    assert losses(stage.folder / "rare") == losses(stage.folder / "often")
+    assert same_weights(stage.folder / "rare", stage.folder / "often")
+    samples = [json.loads(line) for line in open(stage.folder / "often/samples.jsonl")]
+    assert len(samples) == 2 * 13 and all(len(s["text"]) > 0 for s in samples)
+
+
+def test_a_damaged_checkpoint_is_passed_over(stage):
+    options = ["--num_steps=20", "--save_every=5", "--eval_every=0"]
+    stage("straight", *options)
+    stage("damaged", *options[1:], "--num_steps=20")
+    path = stage.folder / "damaged/step_000020/model.pt"
+    path.write_bytes(path.read_bytes()[:-100])
+    result = stage("damaged", *options, "--resume=true")
+    assert "step_000020: damaged checkpoint, model.pt" in result.stderr and "from step 15" in result.stdout
+    assert records(stage.folder / "damaged") == records(stage.folder / "straight")
+
+
+def test_a_full_disk_costs_nothing_that_was_saved(stage):
+    import resource
+    options = ["--save_every=4", "--eval_every=0", "--schedule=constant"]
+    stage("run", "--num_steps=4", *options)
+
+    def limit():                                              # writing a larger file fails, as on a full disk
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+    result = stage("run", "--num_steps=12", "--resume=true", *options, check=False, preexec_fn=limit)
+    assert result.returncode == 2
+    assert result.stderr.count("earlier checkpoints are untouched") == 2       # the run went on after the first
+    assert "the last checkpoint could not be saved" in result.stderr
+    assert [p.name for p in (stage.folder / "run").glob("step_*")] == ["step_000004"]
+    stage("run", "--num_steps=12", "--resume=true", *options)
+    assert len(losses(stage.folder / "run")) == 12
+
+
+# -----------------------------------------------------------------------------
+# what the log says is true
+
+def test_the_logged_loss_is_the_loss_of_the_saved_weights_on_that_batch(stage):
+    from common import checkpoint
+    from common.data import TokenData
+    from common.model import GPT, ModelConfig
+    stage("run", "--num_steps=7", "--save_every=6", "--micro_batch_size=2")
+    folder = stage.folder / "run/step_000006"
+    model = GPT(ModelConfig(**checkpoint.read_manifest(str(folder))["model"]))
+    checkpoint.load_weights(str(folder), model)
+    tokens, targets, _, _ = TokenData(str(stage.data), "train", 32, 8, seed=1337).batch(6)
+    logits = model(tokens) @ model.head.T                      # (8, 32, V)
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten()).item()
+    assert losses(stage.folder / "run")[6] == pytest.approx(loss, abs=1e-5)
+
+
+def test_tokens_per_second_are_tokens_over_wall_time(stage):
+    start = time.time()
+    stage("run", "--num_steps=150", "--micro_batch_size=2", "--eval_every=0", "--eval_seqs=0", "--save_every=0")
+    whole = time.time() - start
+    rows = [json.loads(line) for line in open(stage.folder / "run/metrics.jsonl")]
+    seconds = sum(r["ms"] for r in rows) / 1000
+    assert all(r["tokens"] == 8 * 32 for r in rows)
+    assert all(r["tok_per_s"] == pytest.approx(r["tokens"] / (r["ms"] / 1000)) for r in rows)
+    created = (stage.folder / "run/config.json").stat().st_mtime       # training starts here and ends with the last record
+    wall = (stage.folder / "run/metrics.jsonl").stat().st_mtime - created
+    assert seconds < whole and seconds == pytest.approx(wall, rel=0.05, abs=0.1)
+
+
+def test_the_learning_rate_is_a_function_of_the_step(stage):
+    stage("run", "--num_steps=20", "--save_every=10", "--initial_lr=1e-3", "--min_lr_frac=0.1")
+    lr = [r["lr"] for r in records(stage.folder / "run") if "lr" in r]
+    assert lr[0] == pytest.approx(1e-3 + 9e-3 / 5) and lr[4] == pytest.approx(1e-2) and lr[19] == pytest.approx(1e-3)
+
+
+def test_epochs_end_with_a_partial_step(stage):
+    """31 windows and a batch of 8: two epochs are 7 whole steps and one of 6 sequences."""
+    from common.data import TokenData
+    n = TokenData(str(stage.data), "train", 32, 8).num_samples
+    stage("run", "--num_steps=0", "--num_epochs=2", "--lr=0", "--weight_decay=0", "--eval_every=0", "--batch_size=24")
+    curve = losses(stage.folder / "run")
+    assert 2 * n % 24 and len(curve) == -(-2 * n // 24)
+    # at lr 0 the weights stay, so the mean over both epochs weighs every window twice
+    sizes = [24] * (len(curve) - 1) + [2 * n - 24 * (len(curve) - 1)]
+    stage("all", "--num_steps=1", "--lr=0", "--weight_decay=0", "--eval_every=0", f"--batch_size={n}")
+    mean = sum(loss * size for loss, size in zip(curve, sizes, strict=True)) / (2 * n)
+    assert mean == pytest.approx(losses(stage.folder / "all")[0], abs=1e-5)
+
+
+def test_the_run_directory_can_run_again(stage):
+    stage("first", "--num_steps=3", "--lr=3e-3")
+    run(stage.script, stage.folder / "first/config.json", f"--out_dir={stage.folder / 'again'}")
+    assert records(stage.folder / "first") == records(stage.folder / "again")
+    assert (stage.folder / "first/code" / stage.script).read_text() == (ROOT / stage.script).read_text()
+    assert (stage.folder / "first/code/common/zero1.py").exists()
+
+
+def test_a_longer_context_is_one_flag(stage):
+    stage("short", "--num_steps=10")
+    stage("long", "--num_steps=2", f"--init_from={stage.folder / 'short'}", "--seq_len=128", "--model.rope_scaling=yarn",
+          "--batch_size=2")
+    config = json.loads((stage.folder / "long/step_000002/checkpoint.json").read_text())["model"]
+    assert (config["seq_len"], config["rope_original_len"], config["rope_factor"]) == (128, 32, 4.0)
+    result = stage("no", "--num_steps=2", f"--init_from={stage.folder / 'short'}", "--seq_len=128", check=False)
+    assert_one_line(result, "--seq_len=128: the checkpoint was trained at 32; add --model.rope_scaling=yarn")
+
+
+# -----------------------------------------------------------------------------
+# mistakes
+
+def assert_one_line(result, text):
+    assert result.returncode == 2, result.stdout + result.stderr
+    lines = [line for line in result.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1 and lines[0].startswith("error: ") and text in lines[0], result.stderr
+
+
+@pytest.mark.parametrize("options, message", [
+    (["--data_dir=nowhere"], "--data_dir=nowhere: no meta.json there; make the set with data/prepare.py"),
+    (["--batch_size=9", "--micro_batch_size=2"], "--batch_size=9: must be a multiple of ranks x micro_batch_size = 1 x 2"),
+    (["--seq_len=100000"], "fewer than --seq_len=100000"),
+    (["--num_epochs=1"], "set one of them"),
+    (["--init_from=nowhere"], "nowhere: no such run or checkpoint"),
+    (["--model.n_head=3"], "--model.n_head=3: must divide n_embd=16"),
+    (["--model.vocab_size=100"], "--model.vocab_size=100"),
+    (["--device=tpu"], "--device=tpu: expected auto, cpu, cuda or mps"),
+    (["--learning_rate=1"], "unknown option --learning_rate"),
+    (["--lr=fast"], "--lr=fast: expected float"),
+    (["--out_dir=/proc/nothing/here"], "--out_dir=/proc/nothing/here: cannot write there")])
+def test_mistakes_are_answered_by_one_line(stage, options, message):
+    assert_one_line(stage("run", "--num_steps=2", *options, check=False), message)
+    assert not (stage.folder / "run").exists()
+
+
+def test_a_run_directory_in_use_is_left_alone(stage):
+    (stage.folder / "run").mkdir()
+    (stage.folder / "run/thesis.txt").write_text("mine")
+    assert_one_line(stage("run", "--num_steps=2", check=False), "not empty; choose another, or continue that run")
+    assert [p.name for p in (stage.folder / "run").iterdir()] == ["thesis.txt"]
+
+
+def test_resuming_with_other_data_or_order_is_refused(stage):
+    stage("run", "--num_steps=2")
+    assert_one_line(stage("run", "--num_steps=4", "--resume=true", "--batch_size=4", check=False), "'batch_size': 8")
+    assert_one_line(stage("run", "--num_steps=4", "--resume=true", "--model.n_layer=3", check=False),
+                    "--model.n_layer=3: the checkpoint has 2, which cannot change")
+    assert_one_line(stage("run", "--num_steps=4", "--resume=true", "--optimizer=lion", check=False), "optimizer state")
+
+
+def test_a_set_of_another_tokenizer_is_refused(stage, corpus):
+    stage("run", "--num_steps=2")
+    run("data/prepare.py", "tokenizer", f"--input={corpus}/corpus.jsonl", "--vocab_size=400",
+        f"--out={stage.folder}/t.model")
+    run("data/prepare.py", "text", f"--input={corpus}/corpus.jsonl", "--val_frac=0.2", f"--out_dir={stage.folder}/other",
+        f"--tokenizer={stage.folder}/t.model")
+    result = stage("no", "--num_steps=2", f"--init_from={stage.folder / 'run'}", f"--data_dir={stage.folder}/other",
+                   check=False)
+    assert_one_line(result, "was trained with another tokenizer")
+
+
+def test_an_exploding_run_stops_and_says_so(stage):
+    result = stage("run", "--num_steps=100", "--lr=1e30", "--warmup_steps=0", "--max_bad_steps=3", "--save_every=1",
+                   check=False)
+    assert result.returncode == 2 and "not finite in 3 steps in a row; lower --lr" in result.stderr
+    bad = [r["step"] for r in records(stage.folder / "run") if "loss" in r and r["loss"] != r["loss"]]
+    assert bad[-3:] == list(range(bad[-1] - 2, bad[-1] + 1))
+
+
+def test_ranks_that_disagree_on_the_config_are_refused(stage):
+    code = ("import os, runpy, sys; sys.argv = ['train', *sys.argv[1:], '--lr=' + ('1e-3' if os.environ['RANK'] == '0' else "
+            f"'1e-4')]; runpy.run_path({str(ROOT / stage.script)!r}, run_name='__main__')")
+    (stage.folder / "differ.py").write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n" + code)
+    result = run(stage.folder / "differ.py", *STAGES[stage.script], f"--data_dir={stage.data}",
+                 f"--out_dir={stage.folder / 'run'}", ranks=2, check=False)
+    assert result.returncode != 0
+    assert "error: config differs between ranks: lr is 0.001 on rank 0 and 0.0001 on rank 1" in result.stderr
