@@ -106,7 +106,7 @@ if __name__ == "__main__":
     if (cfg.num_steps > 0) == (cfg.num_epochs > 0):
         raise UserError(f"--num_steps={cfg.num_steps} --num_epochs={cfg.num_epochs}: set one of them, the other to 0")
     autocast, dtype = dist.autocast(device, cfg.dtype)
-    tokenizer, meta = load_tokenizer(cfg.data_dir), read_meta(cfg.data_dir)
+    meta, tokenizer = read_meta(cfg.data_dir), load_tokenizer(cfg.data_dir)
     if tokenizer.fingerprint != meta["fingerprint"]:
         raise UserError(f"--data_dir={cfg.data_dir}: was prepared with another tokenizer than lies beside it")
     previous = checkpoint.latest(cfg.out_dir) if cfg.resume else None         # where this run left off
@@ -168,8 +168,8 @@ if __name__ == "__main__":
     for step in range(start_step, num_steps + 1):
         last_step = step == num_steps                                         # no update: only the final evaluation and save
         stop = dist.stop_requested()
-        save_now = last_step or stop or (cfg.save_every and step % cfg.save_every == 0 and step > start_step)
-        eval_now = last_step or save_now or (cfg.eval_every and step % cfg.eval_every == 0)
+        save_now = last_step or (cfg.save_every and step and step % cfg.save_every == 0)
+        eval_now = save_now or (cfg.eval_every and step % cfg.eval_every == 0)    # so every checkpoint has a val_loss
 
         if eval_now and val_data:
             val_loss, bits_per_byte = evaluate(model, val_data, cfg.eval_seqs, autocast)
@@ -178,11 +178,11 @@ if __name__ == "__main__":
         if eval_now:
             for prompt in cfg.eval_prompts:
                 log.sample(step, prompt, "".join(sampling.stream(model, tokenizer, prompt, seed=step)))
-        if save_now:
+        if (save_now or stop) and step > start_step:
             info = dict(model=asdict(model_config), config=as_dict(cfg), identity=identity,
                         fingerprint=tokenizer.fingerprint)
             saved_ok = checkpoint.save(cfg.out_dir, step, model, optimizer, info, tokenizer.files(), cfg.keep_last,
-                                       val_loss if val_data else None)
+                                       val_loss if save_now else None)
             if not saved_ok and (last_step or stop):
                 raise UserError(f"--out_dir={cfg.out_dir}: the last checkpoint could not be saved; make room and continue "
                                 "with --resume=true")

@@ -60,6 +60,9 @@ def save(out_dir, step, model, optimizer, info, files, keep_last=2, val_loss=Non
             manifest = dict(step=step, val_loss=val_loss, **info, files={k: v for s, _ in everyone for k, v in s.items()})
             _write(aside, MANIFEST, lambda f: f.write((json.dumps(manifest, indent=1) + "\n").encode()))
             _sync_folder(aside)
+            if os.path.exists(target):                        # damaged, or the run would have resumed from it
+                shutil.rmtree(target + ".damaged", ignore_errors=True)
+                os.rename(target, target + ".damaged")
             os.rename(aside, target)
             _sync_folder(out_dir)
         except OSError as problem:

@@ -67,6 +67,7 @@ def init(device="auto"):
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ["LOCAL_WORLD_SIZE"])))
     if world_size > 1 and not td.is_initialized():
         td.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        sys.excepthook = _show_user_error                    # torch has put one of its own that swallows our exit code
     return rank, world_size, torch.device(device)
 
 

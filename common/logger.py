@@ -67,7 +67,7 @@ class Logger:
             print(*text, flush=True)
 
     def metrics(self, step, **values):
-        """Append one record to metrics.jsonl."""
+        """Append one record to metrics.jsonl; nan and inf, which JSON lacks, become null."""
         self._append("metrics.jsonl", dict(step=step, **values))
 
     def sample(self, step, prompt, text):
@@ -76,6 +76,7 @@ class Logger:
 
     def _append(self, name, record):
         if self.is_main:
+            record = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
             # opened each time: nothing is buffered when the process is killed, and the file may be moved while we run
             with open(os.path.join(self.out_dir, name), "a", encoding="utf-8") as file:
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")

@@ -126,32 +126,40 @@ def rope_frequencies(c, length):
     return inv.float(), mscale(1.0)
 
 
+def rotary(x, cos, sin):
+    """
+    Rotate-half RoPE: x (B, T, H, D), cos and sin (B or 1, T, 1, D'/2) -> (B, T, H, D). Channels i and i + D'/2 form a
+    pair; channels past D' stay.
+    """
+    if not torch.compiler.is_compiling():
+        return Rotate.apply(x, cos, sin)
+    half, cos, sin = cos.shape[-1], cos.to(x.dtype), sin.to(x.dtype)
+    a, b, rest = x[..., :half], x[..., half:2 * half], x[..., 2 * half:]
+    return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1)
+
+
 class Rotate(torch.autograd.Function):
-    """
-    Rotate-half RoPE on x (B, T, H, D) by cos, sin (B or 1, T, 1, D'/2): channels i and i + D'/2 form a pair; channels past
-    D' stay. Written out because the eager form makes nine passes over memory; its backward is the turn by -angle.
-    """
+    """`rotary` in four passes over memory instead of nine; its backward is the turn by -angle."""
     @staticmethod
     def forward(ctx, x, cos, sin):
         ctx.save_for_backward(cos, sin)
-        return rotate(x, cos, sin)
+        return Rotate.turn(x, cos, sin)
 
     @staticmethod
     def backward(ctx, grad):
         cos, sin = ctx.saved_tensors
-        return rotate(grad, cos, -sin), None, None
+        return Rotate.turn(grad, cos, -sin), None, None
 
-
-def rotate(x, cos, sin):
-    half = cos.shape[-1]
-    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-    a, b = x[..., :half], x[..., half:2 * half]
-    out = torch.empty_like(x)
-    torch.mul(a, cos, out=out[..., :half]).addcmul_(b, sin, value=-1)
-    torch.mul(b, cos, out=out[..., half:2 * half]).addcmul_(a, sin)
-    if 2 * half < x.shape[-1]:
-        out[..., 2 * half:] = x[..., 2 * half:]
-    return out
+    @staticmethod
+    def turn(x, cos, sin):
+        half, cos, sin = cos.shape[-1], cos.to(x.dtype), sin.to(x.dtype)
+        a, b = x[..., :half], x[..., half:2 * half]
+        out = torch.empty_like(x)
+        torch.mul(a, cos, out=out[..., :half]).addcmul_(b, sin, value=-1)
+        torch.mul(b, cos, out=out[..., half:2 * half]).addcmul_(a, sin)
+        if 2 * half < x.shape[-1]:
+            out[..., 2 * half:] = x[..., 2 * half:]
+        return out
 
 
 # -----------------------------------------------------------------------------
@@ -183,7 +191,7 @@ class Attention(nn.Module):
         qk, v = self.qkv(x).view(B, T, H + 2 * K, D).split([H + K, K], dim=2)     # (B, T, H + K, D), (B, T, K, D)
         if self.q_norm is not None:
             qk = torch.cat([self.q_norm(qk[:, :, :H]), self.k_norm(qk[:, :, H:])], dim=2)
-        qk = Rotate.apply(qk, cos, sin)
+        qk = rotary(qk, cos, sin)
         q, k = qk.transpose(1, 2).split([H, K], dim=1)                             # (B, H, T, D), (B, K, T, D)
         v = v.transpose(1, 2)                                                      # (B, K, T, D)
         if cache is not None:

@@ -43,7 +43,7 @@ def losses(folder):
 
 
 def final_weights(folder):
-    newest = max(folder.glob("step_*"))
+    newest = max(folder.glob("step_??????"))
     return torch.load(newest / "model.pt", weights_only=True)
 
 
@@ -203,7 +203,7 @@ def test_evaluation_and_samples_do_not_change_training(stage):
     assert losses(stage.folder / "rare") == losses(stage.folder / "often")
     assert same_weights(stage.folder / "rare", stage.folder / "often")
     samples = [json.loads(line) for line in open(stage.folder / "often/samples.jsonl")]
-    assert len(samples) == 2 * 13 and all(len(s["text"]) > 0 for s in samples)
+    assert len(samples) == 2 * 13 and sum(len(s["text"]) > 0 for s in samples) > 20     # "" is an end token at once
 
 
 def test_a_damaged_checkpoint_is_passed_over(stage):
@@ -215,6 +215,7 @@ def test_a_damaged_checkpoint_is_passed_over(stage):
     result = stage("damaged", *options, "--resume=true")
     assert "step_000020: damaged checkpoint, model.pt" in result.stderr and "from step 15" in result.stdout
     assert records(stage.folder / "damaged") == records(stage.folder / "straight")
+    assert same_weights(stage.folder / "damaged", stage.folder / "straight")
 
 
 def test_a_full_disk_costs_nothing_that_was_saved(stage):
@@ -344,7 +345,7 @@ def test_resuming_with_other_data_or_order_is_refused(stage):
 
 def test_a_set_of_another_tokenizer_is_refused(stage, corpus):
     stage("run", "--num_steps=2")
-    run("data/prepare.py", "tokenizer", f"--input={corpus}/corpus.jsonl", "--vocab_size=400",
+    run("data/prepare.py", "tokenizer", f"--input={corpus}/corpus.jsonl", "--vocab_size=320",
         f"--out={stage.folder}/t.model")
     run("data/prepare.py", "text", f"--input={corpus}/corpus.jsonl", "--val_frac=0.2", f"--out_dir={stage.folder}/other",
         f"--tokenizer={stage.folder}/t.model")
@@ -357,8 +358,9 @@ def test_an_exploding_run_stops_and_says_so(stage):
     result = stage("run", "--num_steps=100", "--lr=1e30", "--warmup_steps=0", "--max_bad_steps=3", "--save_every=1",
                    check=False)
     assert result.returncode == 2 and "not finite in 3 steps in a row; lower --lr" in result.stderr
-    bad = [r["step"] for r in records(stage.folder / "run") if "loss" in r and r["loss"] != r["loss"]]
-    assert bad[-3:] == list(range(bad[-1] - 2, bad[-1] + 1))
+    rows = [r for r in records(stage.folder / "run") if "loss" in r]
+    assert [None in r.values() for r in rows[-4:]] == [False, True, True, True]
+    assert all(torch.isfinite(w).all() for w in final_weights(stage.folder / "run").values())
 
 
 def test_ranks_that_disagree_on_the_config_are_refused(stage):
