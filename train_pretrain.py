@@ -53,7 +53,7 @@ class Config:
     wsd_decay_frac: float = 0.2        # wsd: fraction of the steps, at the end, in which lr falls
     weight_decay: float = 0.1          # on tensors of two or more dimensions
     beta1: float = 0.9                 # decay of the running mean of gradients
-    beta2: float = 0.95                # decay of the running mean of squares (adamw), of the momentum (lion, muon)
+    beta2: float = 0.95                # decay of the running mean of squares (adamw), of the momentum (lion)
     grad_clip: float = 1.0             # largest global gradient norm; 0 = off
     zero1: bool = False                # each rank keeps and updates 1/N of the optimizer state
     critical_ids: tuple[int, ...] = ()  # target ids with a weight of their own in the loss
@@ -192,9 +192,9 @@ if __name__ == "__main__":
         timer = Timer()
         dist.seed(cfg.seed, step)                                             # dropout: a function of the step
         micro_batches = [train_data.batch(step * num_micro + i) for i in range(num_micro)]
-        weights = [losses.critical_weights(targets, critical_ids, cfg.critical_alpha) * mask
-                   for _, targets, mask, _ in micro_batches]
-        n_targets = dist.all_sum(sum(w.sum() for w in weights))               # of this whole step, all ranks
+        weights = [losses.critical_weights(targets, critical_ids, cfg.critical_alpha)
+                   for _, targets, _, _ in micro_batches]
+        n_targets = dist.all_sum(sum((w * mask).sum() for w, (_, _, mask, _) in zip(weights, micro_batches)))  # all ranks
         step_loss = torch.zeros((), device=device)
         for i, ((tokens, targets, mask, docs), weight) in enumerate(zip(micro_batches, weights)):
             optimizer.sync = i == num_micro - 1                               # gradients travel during the last backward only

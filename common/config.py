@@ -57,7 +57,10 @@ def read_config_file(path):
         with open(path, encoding="utf-8") as file:
             text = file.read()
         if path.endswith(".json"):
-            return json.loads(text)
+            names = json.loads(text)
+            if not isinstance(names, dict):
+                raise ValueError("expected an object of options")
+            return names
         names = {}
         exec(compile(text, path, "exec"), {"__builtins__": {"dict": dict}}, names)
         return names

@@ -5,7 +5,7 @@ Everything returns sums or unreduced values; the training script divides once, b
 ranks, so that results do not depend on the layout.
 """
 import torch
-import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 
 def chunk_rows(device, chunk_size):
@@ -27,56 +27,59 @@ def linear_cross_entropy(hidden, weight, targets, mask=None, token_weight=None, 
     -> scalar float32 SUM. Divide by the global count of targets.
 
     The gradients are formed in forward, chunk by chunk, while the chunk's softmax is at hand; backward only scales them.
-    That is exact because the loss is a scalar. Memory: one chunk of logits and one gradient of weight.
+    That is exact because the loss is a scalar. Computes in fp32 (autocast's dtype where it is on). Memory: one chunk of logits and one gradient of weight.
     """
     C = hidden.shape[-1]
-    scale = torch.ones(targets.shape, device=hidden.device) if token_weight is None else token_weight.float()
-    if mask is not None:
-        scale = scale * mask
-    return _LinearCrossEntropy.apply(hidden.reshape(-1, C), weight, targets.reshape(-1), scale.reshape(-1),
-                                     chunk_rows(hidden.device, chunk_size), compute_dtype(hidden))
+    hidden, targets = hidden.reshape(-1, C), targets.reshape(-1)
+    scale = None if token_weight is None else token_weight.reshape(-1).float()
+    if mask is not None and not mask.all():                   # what does not count is not computed
+        counts = mask.reshape(-1).nonzero()[:, 0]
+        hidden, targets = hidden[counts], targets[counts]
+        scale = None if scale is None else scale[counts]
+    # the grad mode is asked here: inside forward it is always off
+    return _LinearCrossEntropy.apply(hidden, weight, targets, scale, chunk_rows(hidden.device, chunk_size),
+                                     compute_dtype(hidden), torch.is_grad_enabled())
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, targets, scale, chunk, dtype):
-        need_hidden, need_weight = ctx.needs_input_grad[:2]
+    def forward(ctx, hidden, weight, targets, scale, chunk, dtype, grad_enabled):
+        need_hidden, need_weight = (needed and grad_enabled for needed in ctx.needs_input_grad[:2])
         h_all, w = hidden.to(dtype), weight.to(dtype)
         d_hidden = torch.empty_like(h_all) if need_hidden else None
         d_weight = torch.zeros(weight.shape, device=w.device) if need_weight else None     # summed in fp32
         buffer = w.new_empty(min(chunk, len(h_all)), len(w))
         loss = torch.zeros((), device=w.device)
         for i in range(0, len(h_all), chunk):
-            h, target, s = h_all[i:i + chunk], targets[i:i + chunk, None], scale[i:i + chunk]
+            h, target = h_all[i:i + chunk], targets[i:i + chunk, None]
             logits = torch.mm(h, w.T, out=buffer[:len(h)])                                 # (N, V)
             p = logits if dtype == torch.float32 else logits.float()
             at_target, largest = p.gather(1, target), p.amax(1, keepdim=True)
             torch.softmax(p, dim=-1, out=p)
-            # log-sum-exp = max - log(max p): unlike -log p[target] it cannot overflow when p[target] underflows
-            nll = (largest - p.amax(1, keepdim=True).log() - at_target)[:, 0]
-            # a position that does not count must not poison the sum either (0 * inf = nan)
-            loss += torch.where(s != 0, nll * s, 0.0).sum()
+            # log-sum-exp = max - log(max p): unlike -log p[target] it is right when p[target] underflows to 0
+            nll = largest - p.amax(1, keepdim=True).log() - at_target                      # (N, 1)
+            s = None if scale is None else scale[i:i + chunk, None]
+            loss += nll.sum() if s is None else (nll * s).sum()
             if need_hidden or need_weight:
-                p.scatter_add_(1, target, torch.full_like(at_target, -1.0)).mul_(s[:, None])
-                g = p.to(dtype)                                                            # d loss / d logits
+                p.scatter_add_(1, target, torch.full_like(at_target, -1.0))
+                g = (p if s is None else p.mul_(s)).to(dtype)                              # d loss / d logits
                 if need_hidden:
                     torch.mm(g, w, out=d_hidden[i:i + chunk])
                 if need_weight and dtype == torch.float32:
                     d_weight.addmm_(g.T, h)
                 elif need_weight:
                     d_weight += g.T @ h
-        ctx.d_hidden, ctx.d_weight, ctx.dtypes = d_hidden, d_weight, (hidden.dtype, weight.dtype)
+        ctx.gradients, ctx.dtypes = (d_hidden, d_weight), (hidden.dtype, weight.dtype)
         return loss
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
-        d_hidden, d_weight = ctx.d_hidden, ctx.d_weight
-        ctx.d_hidden = ctx.d_weight = None                      # scaled in place, so they serve once
-        if d_hidden is not None:
-            d_hidden = d_hidden.mul_(grad).to(ctx.dtypes[0])
-        if d_weight is not None:
-            d_weight = d_weight.mul_(grad).to(ctx.dtypes[1])
-        return d_hidden, d_weight, None, None, None, None
+        if ctx.gradients is None:
+            raise RuntimeError("linear_cross_entropy: backward a second time; its gradients are scaled in place")
+        gradients, ctx.gradients = ctx.gradients, None
+        d_hidden, d_weight = (None if g is None else g.mul_(grad).to(dtype) for g, dtype in zip(gradients, ctx.dtypes))
+        return d_hidden, d_weight, None, None, None, None, None
 
 
 def token_logps(hidden, weight, targets, temperature=1.0, chunk_size=0):
@@ -105,19 +108,24 @@ class _TokenLogps(torch.autograd.Function):
         return logps
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         hidden, weight, targets, lse = ctx.saved_tensors
         dtype, chunk = ctx.dtype, ctx.chunk
         h_all, w = hidden.to(dtype), weight.to(dtype)
-        d_hidden = torch.empty_like(h_all)
-        d_weight = torch.zeros(weight.shape, device=w.device)
+        need_hidden, need_weight = ctx.needs_input_grad[:2]
+        d_hidden = torch.empty_like(h_all) if need_hidden else None
+        d_weight = torch.zeros(weight.shape, device=w.device) if need_weight else None
         for i in range(0, len(h_all), chunk):
             h, target, g = h_all[i:i + chunk], targets[i:i + chunk, None], grad[i:i + chunk, None] / ctx.temperature
             p = (h @ w.T).float().div_(ctx.temperature).sub_(lse[i:i + chunk, None]).exp_()
             d_logits = p.mul_(-g).scatter_add_(1, target, g).to(dtype)                     # (onehot - p) g / temperature
-            torch.mm(d_logits, w, out=d_hidden[i:i + chunk])
-            d_weight += d_logits.T @ h
-        return d_hidden.to(hidden.dtype), d_weight.to(weight.dtype), None, None, None, None
+            if need_hidden:
+                torch.mm(d_logits, w, out=d_hidden[i:i + chunk])
+            if need_weight:
+                d_weight += d_logits.T @ h
+        return (d_hidden.to(hidden.dtype) if need_hidden else None, d_weight.to(weight.dtype) if need_weight else None,
+                None, None, None, None)
 
 
 def critical_weights(targets, critical_ids, alpha):
@@ -128,8 +136,3 @@ def critical_weights(targets, critical_ids, alpha):
     """
     return torch.where(torch.isin(targets, critical_ids), float(alpha), 1.0)
 
-
-def cross_entropy_reference(hidden, weight, targets, mask):
-    """The textbook form of linear_cross_entropy, which holds all logits: what tests and benchmarks compare with."""
-    nll = F.cross_entropy((hidden @ weight.T).float().flatten(0, -2), targets.flatten(), reduction="none")
-    return (nll * mask.flatten()).sum()

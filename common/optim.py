@@ -4,8 +4,8 @@ Update rules and parameter groups. A rule knows nothing of ranks or models: it u
     rule.slots                     names of the state it keeps per parameter
     rule.unit                      numbers that must stay together (1 = any piece will do, a whole matrix for Muon)
     rule.update(param, grad, state, lr, weight_decay, step, grad_scale)
-        param, grad, state[slot]: fp32 (N,), N a multiple of unit; step: 1 at the first update; grad is divided by
-        grad_scale (a float) first, which is how loss scale and clipping arrive
+        param, grad, state[slot]: fp32 (N,), N a multiple of unit; step: 1 at the first update; grad is used up: divided
+        in place by grad_scale (a float) first, which is how loss scale and clipping arrive
 
 `zero1.ShardedOptimizer` decides which piece is whose and calls the rule.
 """
@@ -30,13 +30,15 @@ def parameter_groups(model, optimizer="adamw", weight_decay=0.1, beta1=0.9, beta
     matrices inside the blocks; embeddings, head and vectors stay with AdamW. Parameters without requires_grad are left out.
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    if optimizer not in ("adamw", "lion", "muon"):
+        raise ValueError(f"no optimizer is called {optimizer!r}")
     rule = Lion(beta1, beta2) if optimizer == "lion" else AdamW(beta1, beta2)
     groups = []
     if optimizer == "muon":
         matrices = [(name, p) for name, p in named if p.ndim == 2 and name.startswith("blocks.")]
         for shape in dict.fromkeys(p.shape for _, p in matrices):
             same = [(name, p) for name, p in matrices if p.shape == shape]
-            groups.append(Group(same, Muon(shape, momentum=beta2), weight_decay))
+            groups.append(Group(same, Muon(shape), weight_decay))
         taken = {name for name, _ in matrices}
         named = [(name, p) for name, p in named if name not in taken]
     groups.append(Group([(name, p) for name, p in named if p.ndim >= 2], rule, weight_decay))
@@ -81,8 +83,8 @@ class Muon:
     slots = ("momentum",)
 
     def __init__(self, shape, momentum=0.95, newton_schulz_steps=5):
-        self.shape, self.unit, self.momentum, self.newton_schulz_steps = tuple(shape), math.prod(shape), momentum, \
-            newton_schulz_steps
+        self.shape, self.unit = tuple(shape), math.prod(shape)
+        self.momentum, self.newton_schulz_steps = momentum, newton_schulz_steps
 
     def update(self, param, grad, state, lr, weight_decay, step, grad_scale):
         grad.div_(grad_scale)

@@ -18,7 +18,9 @@ def learning_rate(kind, step, num_steps, lr, min_lr, warmup_steps=0, initial_lr=
         return cosine_restarts(step, num_steps, lr, min_lr, warmup_steps, period, period_mul)
     if kind == "wsd":
         return warmup_stable_decay(step, num_steps, lr, min_lr, decay_frac)
-    return lr
+    if kind == "constant":
+        return lr
+    raise ValueError(f"no schedule is called {kind!r}")
 
 
 def cosine(step, num_steps, lr, min_lr, warmup_steps=0):
@@ -29,8 +31,8 @@ def cosine(step, num_steps, lr, min_lr, warmup_steps=0):
 
 def cosine_restarts(step, num_steps, lr, min_lr, warmup_steps=0, period=0, period_mul=1.0):
     """
-    Cosine that starts again at lr after `period` steps, each period period_mul times as long as the one before (SGDR).
-    period 0: one period over everything that follows the warm-up.
+    Cosine that starts again from lr after `period` steps, each period period_mul times as long as the one before (SGDR);
+    the last update of a period is at min_lr. period 0: one period over everything that follows the warm-up.
     """
     start, length = warmup_steps, period or max(1, num_steps - warmup_steps)
     while step >= start + length:
@@ -39,7 +41,7 @@ def cosine_restarts(step, num_steps, lr, min_lr, warmup_steps=0, period=0, perio
 
 
 def warmup_stable_decay(step, num_steps, lr, min_lr, decay_frac=0.2):
-    """lr, then over the last decay_frac of the steps a straight line down to min_lr (WSD, MiniCPM 2404.06395)."""
-    decay_steps = max(1, round(decay_frac * num_steps))
+    """lr, then over the last decay_frac of the steps a straight line down to min_lr (2405.18392, the "linear" cooldown)."""
+    decay_steps = round(decay_frac * num_steps)
     left = num_steps - (step + 1)                                                     # updates after this one
     return lr if left >= decay_steps else min_lr + (lr - min_lr) * left / decay_steps

@@ -11,14 +11,16 @@ The parameters of a group lie one after the other in a flat buffer, their gradie
 views of them. The flat space is cut into equal buckets, regardless of where one tensor ends and the next begins. As soon
 as the gradients of a bucket are complete, while backward still runs, the bucket is summed over the ranks:
 
-    replicated (zero1=False)   all-reduce; every rank updates everything
+    replicated (zero1=False)   all-reduce; every rank updates parameters
     zero1=True                 reduce-scatter; rank r updates r-th part of every bucket and keeps only that part's state;
                                the updated parameters are gathered while the next bucket is being updated
 
-Buckets travel in one fixed order on all ranks, so it does not matter when, or whether, a rank uses a parameter. One that
-no rank uses has a zero gradient. Nothing here averages: the loss is to be divided by the global count before backward.
+Buckets travel in one fixed order on all ranks, and all have left when backward returns, so it does not matter when, or
+whether, a rank uses a parameter (one that it leaves unused holds later buckets back until then). A parameter that no rank
+uses has a zero gradient. Nothing here averages: the loss is to be divided by the global count before backward.
 
-Parameters in bf16 or fp16 get an fp32 master copy (part of the sharded state) and fp32 gradients.
+Parameters in bf16 or fp16 get an fp32 master copy (part of the sharded state) and fp32 gradients. Load weights into a
+model before the optimizer is made, or its masters are those of the old weights.
 """
 import math
 
@@ -44,19 +46,27 @@ class ShardedOptimizer:
         self.lr, self.sync = 0.0, True
         self.num_updates = 0
         self.loss_scale, self.loss_scaling, self.good_steps = 2.0**16 if loss_scaling else 1.0, loss_scaling, 0
-        bucket_size = bucket_mb * 2**20 // 4 if self.world_size > 1 else None
+        bucket_size = int(bucket_mb * 2**20 / 4) if self.world_size > 1 else None
         self.flats = [FlatGroup(group, self.rank if zero1 else 0, self.shards, bucket_size) for group in groups]
         # the order in which backward completes them, nearly: by how far into their group they reach
         self.buckets = sorted((bucket for flat in self.flats for bucket in flat.buckets), key=lambda b: b.reaches)
-        self.launched = 0                                     # buckets under way in this step
+        self.launched, self.closing = 0, False                # buckets under way in this step; see _gradient_ready
         for flat in self.flats:
             for i, p in enumerate(flat.params):
                 p.register_post_accumulate_grad_hook(lambda p, flat=flat, i=i: self._gradient_ready(flat, i))
 
     def _gradient_ready(self, flat, i):
         flat.collect(i)
-        if not self.sync or self.world_size == 1:
+        if self.world_size == 1:
             return
+        if any(bucket.work for bucket in flat.buckets_of[i]):
+            raise RuntimeError("backward after the gradients were sent; set optimizer.sync = False in all micro-batches "
+                               "but the last")
+        if not self.sync:
+            return
+        if not self.closing:                                  # once a backward: what it leaves unused follows at its end
+            self.closing = True
+            torch.autograd.Variable._execution_engine.queue_callback(self._launch_rest)
         for bucket in flat.buckets_of[i]:
             bucket.missing.discard(i)
         while self.launched < len(self.buckets) and not self.buckets[self.launched].missing:
@@ -66,6 +76,11 @@ class ShardedOptimizer:
         self.buckets[self.launched].reduce(self.shards)
         self.launched += 1
 
+    def _launch_rest(self):
+        self.closing = False
+        while self.launched < len(self.buckets):
+            self._launch()
+
     def step(self, grad_clip=0.0, apply=True):
         """
         Finish the sum over ranks, clip to the global norm grad_clip (0 = off), update. -> the norm before clipping (float,
@@ -73,8 +88,7 @@ class ShardedOptimizer:
         same); the gradients are zero afterwards in any case.
         """
         if self.world_size > 1:
-            while self.launched < len(self.buckets):          # parameters that this backward did not use
-                self._launch()
+            self._launch_rest()                               # nothing to do, unless there was no backward
             for bucket in self.buckets:
                 bucket.wait()
         square = torch.stack([bucket.my_grad.norm() for bucket in self.buckets]).square().sum()
@@ -126,15 +140,22 @@ class ShardedOptimizer:
                             for flat in self.flats])
 
     def load_state_dict(self, parts):
-        """parts: the state_dict of every shard, in any order. ValueError when they are not of these parameters."""
-        if sorted(part["shard"] for part in parts) != list(range(parts[0]["shards"])):
-            raise ValueError(f"optimizer state has {len(parts)} of its {parts[0]['shards']} shards")
-        for key in ("num_updates", "loss_scale", "good_steps"):
-            setattr(self, key, parts[0][key])
+        """
+        parts: the state_dict of every shard, in any order. ValueError, and nothing changed, when shards are missing or of
+        another model or optimizer.
+        """
+        shards = parts[0]["shards"] if parts else 1
+        if sorted(part["shard"] for part in parts) != list(range(shards)):
+            raise ValueError(f"optimizer state has {len(parts)} of its {shards} shards")
         for part in parts:
             if len(part["groups"]) != len(self.flats):
                 raise ValueError(f"optimizer state has {len(part['groups'])} parameter groups, this model "
                                  f"{len(self.flats)}; was it another --optimizer?")
+            for flat, saved in zip(self.flats, part["groups"]):
+                flat.check(saved)
+        for key in ("num_updates", "loss_scale", "good_steps"):
+            setattr(self, key, parts[0][key])
+        for part in parts:
             for flat, saved in zip(self.flats, part["groups"]):
                 flat.load(saved)
 
@@ -153,8 +174,8 @@ class FlatGroup:
         self.starts = [sum(sizes[:i]) for i in range(len(sizes))]
         self.numel = sum(sizes)
         step = self.rule.unit * shards                        # a bucket must divide into whole units for each shard
-        bucket_size = -(-min(bucket_size or self.numel, self.numel) // step) * step
-        count = -(-self.numel // bucket_size)
+        count = -(-self.numel // max(step, bucket_size or self.numel))
+        bucket_size = -(-self.numel // count // step) * step  # equal buckets: no more padding than they need
         self.param = torch.zeros(count * bucket_size, dtype=first.dtype, device=first.device)
         self.grad = torch.zeros(count * bucket_size, dtype=torch.float32, device=first.device)
         self.views = []
@@ -167,7 +188,7 @@ class FlatGroup:
         if first.dtype != torch.float32:
             self.state["master"] = torch.empty(count * bucket_size // shards, device=first.device)
         self.buckets = [Bucket(self, b, bucket_size, rank, shards) for b in range(count)]
-        self.buckets_of = [[b for b in self.buckets if i in b.everything] for i in range(len(self.params))]
+        self.buckets_of = [[b for b in self.buckets if i in b.parameters] for i in range(len(self.params))]
 
     def collect(self, i):
         """The gradient of parameter i has arrived in p.grad: make sure it is in the flat buffer."""
@@ -177,14 +198,17 @@ class FlatGroup:
         view += p.grad                                        # low precision, or the user called zero_grad()
         p.grad = view if p.dtype == torch.float32 else None
 
-    def load(self, saved):
-        """saved: one entry of state_dict()["groups"], from any layout"""
+    def check(self, saved):
+        """saved: one entry of state_dict()["groups"], from any layout; ValueError when it is not of these parameters"""
         ours = [(name, list(p.shape)) for name, p in zip(self.names, self.params)]
         theirs = [(name, list(shape)) for name, shape in saved["parameters"]]
         if ours != theirs or set(saved["state"]) != set(self.state):
             wrong = next((f"{a} against {b}" for a, b in zip(theirs, ours) if a != b), f"{len(theirs)} against "
                          f"{len(ours)} parameters, state {sorted(saved['state'])} against {sorted(self.state)}")
             raise ValueError(f"optimizer state of another model or optimizer: {wrong}")
+
+    def load(self, saved):
+        """Copy what of saved (see check) belongs to this rank."""
         offset = 0
         for start, size in saved["pieces"]:
             for bucket in self.buckets:
@@ -210,11 +234,11 @@ class Bucket:
             self.state["master"].copy_(self.my_param)
         ends = [s + p.numel() for s, p in zip(flat.starts, flat.params)]
         self.reaches = min(1.0, (start + size) / flat.numel)
-        self.everything = {i for i, (s, e) in enumerate(zip(flat.starts, ends)) if s < start + size and e > start}
+        self.parameters = {i for i, (s, e) in enumerate(zip(flat.starts, ends)) if s < start + size and e > start}
         self.expect_all()
 
     def expect_all(self):
-        self.missing = set(self.everything)                   # parameters whose gradient is not complete yet
+        self.missing = set(self.parameters)                   # parameters whose gradient is not complete yet
 
     def reduce(self, shards):
         if shards > 1:

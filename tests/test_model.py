@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from common.dist import UserError
-from common.model import GPT, ModelConfig, RMSNorm, Rotate, SwiGLUInCache, rope_frequencies, rotate, swiglu
+from common.model import GPT, ModelConfig, RMSNorm, Rotate, SwiGLUInCache, rope_frequencies, swiglu
 
 TINY = ModelConfig(vocab_size=50, n_layer=2, n_head=4, n_kv_head=2, n_embd=32, d_ff=48, seq_len=24)
 HEADS = {"MHA": 4, "GQA": 2, "MQA": 1}
@@ -226,7 +226,7 @@ def test_rotation_is_multiplication_by_a_complex_number(rotated):
     torch.manual_seed(0)
     x = torch.randn(2, 5, 3, 8, dtype=torch.float64)                              # (B, T, H, D)
     angles = torch.randn(2, 5, 1, rotated // 2, dtype=torch.float64)
-    y = rotate(x, 1.3 * angles.cos(), 1.3 * angles.sin())
+    y = Rotate.turn(x, 1.3 * angles.cos(), 1.3 * angles.sin())
     for b in range(2):
         for t in range(5):
             for h in range(3):

@@ -222,7 +222,7 @@ def sync_never_off(c):
         train(model, always_on, [0], num_micro=4)
     except (RuntimeError, AssertionError):
         return "refused"
-    return weights_of(model)
+    return "accepted"
 
 
 def skipped(c):
@@ -482,10 +482,9 @@ def test_a_sum_over_ranks_between_backward_and_step_does_not_mix_with_the_bucket
 
 
 @each_parallel_layout
-def test_leaving_sync_on_in_all_micro_batches_is_refused_or_right(results, layout):
-    for value in results(sync_never_off, layout):
-        if value != "refused":
-            assert_close(value, torch_adamw(1)[0])
+def test_leaving_sync_on_in_all_micro_batches_is_refused(results, layout):
+    # otherwise a gradient is summed or lost depending on whether its bucket has left yet
+    assert results(sync_never_off, layout) == ["refused"] * layout[0]
 
 
 @each_layout
