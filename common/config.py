@@ -17,7 +17,7 @@ import inspect
 import json
 import re
 import sys
-from dataclasses import asdict, is_dataclass, replace
+from dataclasses import asdict, fields, is_dataclass, replace
 from typing import Literal, get_args, get_origin, get_type_hints
 
 from common.dist import UserError
@@ -163,21 +163,21 @@ def help_text(cls, width=110):
 
 
 def options(instance, path):
-    """Yield (group or "", dotted name, type, default, comment) for every field, sections included."""
+    """Yield (group or "", dotted name, type, default, comment) for every field, sections included, in source order."""
+    types, comments, groups = get_type_hints(type(instance)), {}, {}
     for cls in reversed([c for c in type(instance).__mro__ if is_dataclass(c)]):
-        types, group = get_type_hints(cls), ""
+        group = ""
         for line in inspect.getsource(cls).splitlines():
             if heading := re.fullmatch(r"    # (.+)", line):
                 group = heading[1]
-            field = re.match(r"    (\w+): [^=]+=.*?(?:\s#\s(.*))?$", line)
-            if not field or field[1] not in types:
-                continue
-            name, comment = field[1], field[2] or ""
-            value = getattr(instance, name)
-            if is_dataclass(value):
-                nested = list(options(value, f"{path}{name}."))
-                yield (comment or name, *nested[0][1:])
-                yield from nested[1:]
-            else:
-                yield group, path + name, types[name], value, comment
-                group = ""
+            if field := re.match(r"    (\w+): [^=]+=.*?(?:\s#\s(.*))?$", line):
+                comments[field[1]] = field[2] or ""
+                groups[field[1]], group = group, ""
+    for field in fields(instance):
+        value = getattr(instance, field.name)
+        if is_dataclass(value):
+            nested = list(options(value, f"{path}{field.name}."))
+            yield (comments[field.name] or field.name, *nested[0][1:])
+            yield from nested[1:]
+        else:
+            yield groups[field.name], path + field.name, types[field.name], value, comments[field.name]

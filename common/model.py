@@ -51,8 +51,14 @@ class ModelConfig:
 
     def resolved(self):
         """A copy in which every 0 that stands for "derived" is filled in; UserError where numbers do not fit."""
-        if self.n_embd < 1 or self.n_head < 1 or self.n_layer < 1 or self.vocab_size < 1 or self.seq_len < 1:
-            raise UserError(f"--model: n_layer, n_head, n_embd, vocab_size and seq_len must be positive, got {self}")
+        for name in ("vocab_size", "n_layer", "n_head", "n_embd", "seq_len"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--model.{name}={getattr(self, name)}: must be positive")
+        for name in ("n_kv_head", "head_dim", "d_ff", "rope_original_len"):
+            if getattr(self, name) < 0:
+                raise UserError(f"--model.{name}={getattr(self, name)}: must be positive, or 0 for the default")
+        if not 0 <= self.attn_dropout < 1:
+            raise UserError(f"--model.attn_dropout={self.attn_dropout}: must be at least 0 and below 1")
         if not self.head_dim and self.n_embd % self.n_head:
             raise UserError(f"--model.n_head={self.n_head}: must divide n_embd={self.n_embd}, or set --model.head_dim")
         original = self.rope_original_len or self.seq_len
@@ -61,9 +67,10 @@ class ModelConfig:
                     rope_factor=self.rope_factor or self.seq_len / original)
         if c.n_head % c.n_kv_head:
             raise UserError(f"--model.n_kv_head={c.n_kv_head}: must divide n_head={c.n_head}")
-        if c.head_dim % 2 or int(c.head_dim * c.partial_rotary_factor) % 2 or not 0 < c.partial_rotary_factor <= 1:
-            raise UserError(f"--model.head_dim={c.head_dim}: head_dim and its rotated part "
-                            f"(partial_rotary_factor={c.partial_rotary_factor}) must be even and positive")
+        rotated = int(c.head_dim * c.partial_rotary_factor)
+        if c.head_dim % 2 or rotated % 2 or not 0 < rotated <= c.head_dim:
+            raise UserError(f"--model.head_dim={c.head_dim} --model.partial_rotary_factor={c.partial_rotary_factor}: "
+                            f"head_dim and its rotated part, {rotated}, must be even and positive")
         if c.rope_factor < 1:
             raise UserError(f"--model.rope_factor={c.rope_factor}: must be at least 1 (seq_len / rope_original_len)")
         return c
@@ -289,6 +296,8 @@ class GPT(nn.Module):
         B, T = tokens.shape
         positions = torch.arange(T, device=tokens.device)[None]                    # (1, T)
         mask, length = None, T
+        if docs is not None and cache is not None:
+            raise ValueError("docs (packed documents) and a cache do not go together")
         if docs is not None:
             first = docs.diff(dim=1, prepend=docs[:, :1] - 1) != 0                 # (B, T): a document starts here
             positions = positions - torch.where(first, positions, 0).cummax(dim=1).values
@@ -380,3 +389,4 @@ class KVCache:
     def select(self, rows):
         """Keep these rows only (repeats allowed: a prompt's cache for all its samples). rows (B',) int64"""
         self.k, self.v, self.lengths = self.k[:, rows], self.v[:, rows], self.lengths[rows]
+        self.used = int(self.lengths.max())

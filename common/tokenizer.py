@@ -13,8 +13,10 @@ a UTF-8 character, and SentencePiece's spaces are bytes like any other.
 import base64
 import codecs
 import hashlib
+import io
 import json
 import os
+import re
 
 import numpy as np
 import sentencepiece
@@ -220,7 +222,6 @@ def train_sentencepiece(lines, vocab_size):
     Train a BPE vocabulary on an iterable of lines. vocab_size counts our special tokens too, so that it is the model's.
     -> content of a .model file. Lossless: no normalisation, no added spaces, bytes for what is not in the vocabulary.
     """
-    import io
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -230,8 +231,11 @@ def train_sentencepiece(lines, vocab_size):
             allow_whitespace_only_pieces=True, split_digits=True, user_defined_symbols=["\n"],
             bos_id=-1, eos_id=-1, pad_id=-1, max_sentence_length=1 << 16, input_sentence_size=2_000_000,
             shuffle_input_sentence=True, num_threads=os.cpu_count(), minloglevel=2)
-    except (RuntimeError, OSError) as error:
-        raise UserError(f"--vocab_size={vocab_size}: SentencePiece refuses ({str(error).splitlines()[-1]})") from None
+    except RuntimeError as error:
+        most = re.search(r"value <= (\d+)", str(error))
+        raise UserError(f"--vocab_size={vocab_size}: " + (
+            f"this text has words for {int(most[1]) + len(SPECIAL_TOKENS)} tokens at most; lower it or give more text"
+            if most else f"SentencePiece refuses ({str(error).splitlines()[-1]})")) from None
     return model.getvalue()
 
 
