@@ -1,8 +1,9 @@
 """
-Losses on hidden states and the output head, a few positions at a time: the logits (B, T, V) are never held whole.
+Losses on hidden states and the output head, a few positions at a time: the logits (B, T, V) are never held
+whole.
 
-Everything returns sums or unreduced values; the training script divides once, by the count over all micro-batches and
-ranks, so that results do not depend on the layout.
+Everything returns sums or unreduced values; the training script divides once, by the count over all
+micro-batches and ranks, so that results do not depend on the layout.
 """
 import torch
 from torch.autograd.function import once_differentiable
@@ -14,20 +15,21 @@ def chunk_rows(device, chunk_size):
 
 
 def compute_dtype(hidden):
-    """The dtype of matrix products: autocast's where it is on (out= variants do not follow it by themselves)."""
+    """The dtype of matrix products: autocast's where it is on, which out= variants do not follow by themselves."""
     kind = hidden.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
 
 
 def linear_cross_entropy(hidden, weight, targets, mask=None, token_weight=None, chunk_size=0):
     """
-    Sum over positions of -log softmax(hidden @ weight.T)[target], times token_weight where given, where mask is True.
+    Sum over positions where mask is True of -log softmax(hidden @ weight.T)[target], times token_weight if given.
 
-    hidden (B, T, C) or (N, C), weight (V, C), targets int64, mask bool, token_weight float, all of hidden's leading shape
+    hidden (B, T, C) or (N, C), weight (V, C); targets int64, mask bool, token_weight float of hidden's leading shape
     -> scalar float32 SUM. Divide by the global count of targets.
 
-    The gradients are formed in forward, chunk by chunk, while the chunk's softmax is at hand; backward only scales them.
-    That is exact because the loss is a scalar. Computes in fp32 (autocast's dtype where it is on). Memory: one chunk of logits and one gradient of weight.
+    The gradients are formed in forward, chunk by chunk, while the chunk's softmax is at hand; backward only scales
+    them, which is exact because the loss is a scalar. Memory: one chunk of logits and one gradient of weight. Sums
+    in fp32; matrix products are in hidden's dtype, or autocast's.
     """
     C = hidden.shape[-1]
     hidden, targets = hidden.reshape(-1, C), targets.reshape(-1)
@@ -76,9 +78,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         if ctx.gradients is None:
-            raise RuntimeError("linear_cross_entropy: backward a second time; its gradients are scaled in place")
+            raise RuntimeError("linear_cross_entropy: a second backward; the first has scaled its gradients in place")
         gradients, ctx.gradients = ctx.gradients, None
-        d_hidden, d_weight = (None if g is None else g.mul_(grad).to(dtype) for g, dtype in zip(gradients, ctx.dtypes))
+        d_hidden, d_weight = (None if g is None else g.mul_(grad).to(dtype)
+                              for g, dtype in zip(gradients, ctx.dtypes))
         return d_hidden, d_weight, None, None, None, None, None
 
 
@@ -86,8 +89,8 @@ def token_logps(hidden, weight, targets, temperature=1.0, chunk_size=0):
     """
     log softmax(hidden @ weight.T / temperature)[target] of every position.
 
-    hidden (B, T, C), weight (V, C), targets (B, T) int64 -> (B, T) float32, differentiable in hidden and weight; the
-    logits of a chunk are computed again in backward.
+    hidden (B, T, C), weight (V, C), targets (B, T) int64 -> (B, T) float32, differentiable in hidden and weight;
+    the logits of a chunk are computed again in backward.
     """
     logps = _TokenLogps.apply(hidden.reshape(-1, hidden.shape[-1]), weight, targets.reshape(-1), temperature,
                               chunk_rows(hidden.device, chunk_size), compute_dtype(hidden))
@@ -117,20 +120,21 @@ class _TokenLogps(torch.autograd.Function):
         d_hidden = torch.empty_like(h_all) if need_hidden else None
         d_weight = torch.zeros(weight.shape, device=w.device) if need_weight else None
         for i in range(0, len(h_all), chunk):
-            h, target, g = h_all[i:i + chunk], targets[i:i + chunk, None], grad[i:i + chunk, None] / ctx.temperature
+            h, target = h_all[i:i + chunk], targets[i:i + chunk, None]
+            g = grad[i:i + chunk, None] / ctx.temperature
             p = (h @ w.T).float().div_(ctx.temperature).sub_(lse[i:i + chunk, None]).exp_()
-            d_logits = p.mul_(-g).scatter_add_(1, target, g).to(dtype)                     # (onehot - p) g / temperature
+            d_logits = p.mul_(-g).scatter_add_(1, target, g).to(dtype)             # (onehot - p) g / temperature
             if need_hidden:
                 torch.mm(d_logits, w, out=d_hidden[i:i + chunk])
             if need_weight:
                 d_weight += d_logits.T @ h
-        return (d_hidden.to(hidden.dtype) if need_hidden else None, d_weight.to(weight.dtype) if need_weight else None,
-                None, None, None, None)
+        return (d_hidden.to(hidden.dtype) if need_hidden else None,
+                d_weight.to(weight.dtype) if need_weight else None, None, None, None, None)
 
 
 def critical_weights(targets, critical_ids, alpha):
     """
-    Weight alpha on targets that are listed in critical_ids, 1 elsewhere: the loss becomes sum(w nll) / sum(w).
+    Weight alpha on targets listed in critical_ids, 1 elsewhere: the loss becomes sum(w nll) / sum(w).
 
     targets (B, T), critical_ids (N,) int64, alpha float -> (B, T) float32
     """

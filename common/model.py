@@ -1,16 +1,17 @@
 """
-A decoder-only transformer in the form of Llama and Qwen3: RMSNorm before each block, rotary positions, grouped-query
-attention, SwiGLU, no biases.
+A decoder-only transformer in the form of Llama and Qwen3: RMSNorm before each block, rotary positions,
+grouped-query attention, SwiGLU, no biases.
 
     model = GPT(ModelConfig(vocab_size=6400, seq_len=512))
     hidden = model(tokens)                         # (B, T) int64 -> (B, T, C), after the final norm
-    logits = hidden @ model.head.T                 # (B, T, V); the losses do this in chunks and never hold it whole
+    logits = hidden @ model.head.T                 # (B, T, V); the losses do this in chunks, never whole
 
     cache = model.new_cache(B, T)                  # room for T positions
-    hidden = model(tokens[:, :9], cache=cache)     # prefill, then token by token; same numbers as without a cache
+    hidden = model(tokens[:, :9], cache=cache)     # prefill, then token by token; the same numbers
 
 Papers: RMSNorm 1910.07467, RoPE 2104.09864, GQA 2305.13245, SwiGLU 2002.05202, YaRN 2309.00071.
-Shapes: B sequences, T positions, C channels, V vocabulary, H query heads, K key/value heads, D head dim, L layers.
+Shapes: B sequences, T positions, C channels, V vocabulary, H query heads, K key/value heads, D head dim,
+L layers.
 """
 import math
 from dataclasses import dataclass, fields, replace
@@ -29,10 +30,10 @@ class ModelConfig:
     vocab_size: int = 0                # tokens, special ones included; 0 = the data set's
     n_layer: int = 8                   # transformer blocks
     n_head: int = 8                    # query heads
-    n_kv_head: int = 0                 # key/value heads, divides n_head; 0 = n_head, 1 = multi-query attention
+    n_kv_head: int = 0                 # key/value heads, divides n_head; 0 = n_head, 1 = multi-query
     n_embd: int = 512                  # channels of the residual stream
     head_dim: int = 0                  # channels per head, even; 0 = n_embd / n_head
-    d_ff: int = 0                      # hidden channels of the MLP; 0 = 8/3 n_embd, rounded up to a multiple of 32
+    d_ff: int = 0                      # hidden channels of the MLP; 0 = 8/3 n_embd, up to a multiple of 32
     seq_len: int = 0                   # longest sequence, in tokens; 0 = the run's seq_len
     tie_embeddings: bool = True        # the output head is the token embedding
     qk_norm: bool = False              # RMSNorm on every query and key head, as in Qwen3
@@ -40,45 +41,48 @@ class ModelConfig:
     norm_eps: float = 1e-6             # added to the mean square in RMSNorm
     rope_theta: float = 10_000.0       # base of the rotary wavelengths
     partial_rotary_factor: float = 1.0  # fraction of head_dim that is rotated
-    rope_scaling: Literal["none", "linear", "dynamic", "yarn"] = "none"   # how positions past rope_original_len are met
+    rope_scaling: Literal["none", "linear", "dynamic", "yarn"] = "none"  # positions past the original length
     rope_factor: float = 0.0           # stretch of the context; 0 = seq_len / rope_original_len
     rope_original_len: int = 0         # sequence length before the stretch, in tokens; 0 = seq_len
-    yarn_beta_fast: float = 32.0       # wavelengths that turn more often than this in the original length are kept
-    yarn_beta_slow: float = 1.0        # those that turn less often than this are stretched by rope_factor
+    yarn_beta_fast: float = 32.0       # pairs that turn more often than this in the original length stay
+    yarn_beta_slow: float = 1.0        # pairs that turn less often than this are stretched by rope_factor
     yarn_attention_factor: float = 0.0  # multiplies cos and sin; 0 = from the mscales, or 0.1 ln(factor) + 1
-    yarn_mscale: float = 0.0           # with yarn_mscale_all_dim: the ratio of the two is the attention factor
+    yarn_mscale: float = 0.0           # with yarn_mscale_all_dim: their ratio is the attention factor
     yarn_mscale_all_dim: float = 0.0   # see yarn_mscale
 
     def resolved(self):
-        """A copy in which every 0 that stands for "derived" is filled in; UserError where numbers do not fit."""
+        """A copy with every 0 that means "derived" filled in; UserError where numbers do not fit."""
         for name in ("vocab_size", "n_layer", "n_head", "n_embd", "seq_len"):
             if getattr(self, name) < 1:
                 raise UserError(f"--model.{name}={getattr(self, name)}: must be positive")
         for name in ("n_kv_head", "head_dim", "d_ff", "rope_original_len"):
             if getattr(self, name) < 0:
-                raise UserError(f"--model.{name}={getattr(self, name)}: must be positive, or 0 for the default")
+                raise UserError(f"--model.{name}={getattr(self, name)}: must be positive, or 0 = derived")
         if not 0 <= self.attn_dropout < 1:
             raise UserError(f"--model.attn_dropout={self.attn_dropout}: must be at least 0 and below 1")
         if not self.head_dim and self.n_embd % self.n_head:
-            raise UserError(f"--model.n_head={self.n_head}: must divide n_embd={self.n_embd}, or set --model.head_dim")
+            raise UserError(f"--model.n_head={self.n_head}: must divide n_embd={self.n_embd}, "
+                            "or set --model.head_dim")
         original = self.rope_original_len or self.seq_len
-        c = replace(self, n_kv_head=self.n_kv_head or self.n_head, head_dim=self.head_dim or self.n_embd // self.n_head,
+        c = replace(self, n_kv_head=self.n_kv_head or self.n_head,
+                    head_dim=self.head_dim or self.n_embd // self.n_head,
                     d_ff=self.d_ff or -(-8 * self.n_embd // 3 // 32) * 32, rope_original_len=original,
                     rope_factor=self.rope_factor or self.seq_len / original)
         if c.n_head % c.n_kv_head:
             raise UserError(f"--model.n_kv_head={c.n_kv_head}: must divide n_head={c.n_head}")
         rotated = int(c.head_dim * c.partial_rotary_factor)
         if c.head_dim % 2 or rotated % 2 or not 0 < rotated <= c.head_dim:
-            raise UserError(f"--model.head_dim={c.head_dim} --model.partial_rotary_factor={c.partial_rotary_factor}: "
-                            f"head_dim and its rotated part, {rotated}, must be even and positive")
+            raise UserError(f"--model.head_dim={c.head_dim} "
+                            f"--model.partial_rotary_factor={c.partial_rotary_factor}: head_dim and its rotated part, {rotated}, must be even and positive")
         if c.rope_factor < 1:
-            raise UserError(f"--model.rope_factor={c.rope_factor}: must be at least 1 (seq_len / rope_original_len)")
+            raise UserError(f"--model.rope_factor={c.rope_factor}: must be at least 1 "
+                            "(seq_len / rope_original_len)")
         return c
 
     def continued(self, wanted, seq_len):
         """
-        The config to go on from a checkpoint of this (resolved) config: wanted is this one with what the user asked for.
-        Only what leaves the tensors as they are may differ; a longer seq_len needs a rope_scaling.
+        The config to go on from a checkpoint of this (resolved) config: wanted is this one with what the user
+        asked for. Only what leaves the tensors as they are may differ; a longer seq_len needs a rope_scaling.
         """
         for f in fields(self):
             if not f.name.startswith(("rope_", "yarn_", "seq_len", "attn_dropout")) \
@@ -117,7 +121,7 @@ def rope_frequencies(c, length):
     if c.rope_scaling != "yarn":
         return inv.float(), 1.0
 
-    def dim(rotations):                                       # the pair that turns so often in the original length
+    def dim(rotations):                                   # the pair that turns so often in the original length
         return d * math.log(c.rope_original_len / (rotations * 2 * math.pi)) / (2 * math.log(theta))
     low = max(math.floor(dim(c.yarn_beta_fast)), 0)
     high = min(math.ceil(dim(c.yarn_beta_slow)), d - 1)
@@ -135,8 +139,8 @@ def rope_frequencies(c, length):
 
 def rotary(x, cos, sin):
     """
-    Rotate-half RoPE: x (B, T, H, D), cos and sin (B or 1, T, 1, D'/2) -> (B, T, H, D). Channels i and i + D'/2 form a
-    pair; channels past D' stay.
+    Rotate-half RoPE: x (B, T, H, D), cos and sin (B or 1, T, 1, D'/2) -> (B, T, H, D). Channels i and i + D'/2
+    form a pair; channels past D' stay.
     """
     if not torch.compiler.is_compiling():
         return Rotate.apply(x, cos, sin)
@@ -185,7 +189,8 @@ class RMSNorm(nn.Module):
 class Attention(nn.Module):
     def __init__(self, c):
         super().__init__()
-        self.n_head, self.n_kv_head, self.head_dim, self.dropout = c.n_head, c.n_kv_head, c.head_dim, c.attn_dropout
+        self.n_head, self.n_kv_head, self.head_dim = c.n_head, c.n_kv_head, c.head_dim
+        self.dropout = c.attn_dropout
         self.qkv = nn.Linear(c.n_embd, (c.n_head + 2 * c.n_kv_head) * c.head_dim, bias=False)
         self.out = nn.Linear(c.n_head * c.head_dim, c.n_embd, bias=False)
         self.q_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else None
@@ -195,16 +200,17 @@ class Attention(nn.Module):
         """x (B, T, C); mask: None = causal, else bool, True = may look, (B, 1, T, S) -> (B, T, C)"""
         B, T, _ = x.shape
         H, K, D = self.n_head, self.n_kv_head, self.head_dim
-        qk, v = self.qkv(x).view(B, T, H + 2 * K, D).split([H + K, K], dim=2)     # (B, T, H + K, D), (B, T, K, D)
+        qkv = self.qkv(x).view(B, T, H + 2 * K, D)
+        qk, v = qkv.split([H + K, K], dim=2)                              # (B, T, H + K, D), (B, T, K, D)
         if self.q_norm is not None:
             qk = torch.cat([self.q_norm(qk[:, :, :H]), self.k_norm(qk[:, :, H:])], dim=2)
         qk = rotary(qk, cos, sin)
-        q, k = qk.transpose(1, 2).split([H, K], dim=1)                             # (B, H, T, D), (B, K, T, D)
-        v = v.transpose(1, 2)                                                      # (B, K, T, D)
+        q, k = qk.transpose(1, 2).split([H, K], dim=1)                    # (B, H, T, D), (B, K, T, D)
+        v = v.transpose(1, 2)                                             # (B, K, T, D)
         if cache is not None:
-            k, v = cache.append(layer, k, v)                                       # (B, K, S, D): past and present
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1,
-                                           dropout_p=self.dropout if self.training else 0.0, enable_gqa=H != K)
+            k, v = cache.append(layer, k, v)                              # (B, K, S, D): past and present
+        y = F.scaled_dot_product_attention(q, k, v, mask, self.dropout if self.training else 0.0,
+                                           is_causal=mask is None and T > 1, enable_gqa=H != K)
         return self.out(y.transpose(1, 2).reshape(B, T, H * D))
 
 
@@ -227,7 +233,7 @@ def swiglu(x):
 
 
 class SwiGLUInCache(torch.autograd.Function):
-    """swiglu for (N, 2F) on a CPU: a few rows at a time, so that the intermediate results never leave the cache."""
+    """swiglu for (N, 2F) on a CPU: a few rows at a time, so that intermediate results never leave the cache."""
     @staticmethod
     def forward(ctx, x):
         ctx.save_for_backward(x)
@@ -269,8 +275,8 @@ class GPT(nn.Module):
     """
     model(tokens, docs=None, cache=None) -> hidden states (B, T, C); `head` (V, C) turns them into logits.
 
-    config (resolved ModelConfig) describes it completely. Set `activation_checkpointing = True` to recompute each block
-    in backward instead of keeping its activations.
+    config (resolved ModelConfig) describes it completely. Set `activation_checkpointing = True` to recompute each
+    block in backward instead of keeping its activations.
     """
     def __init__(self, config):
         super().__init__()
@@ -290,8 +296,8 @@ class GPT(nn.Module):
 
     def forward(self, tokens, docs=None, cache=None):
         """
-        tokens (B, T) int64; docs (B, T): number of the document that each token belongs to - tokens see only their own
-        document, whose positions start at 0; cache: a KVCache that holds the past -> (B, T, C)
+        tokens (B, T) int64; docs (B, T): number of the document that each token belongs to - tokens see only their
+        own document, whose positions start at 0; cache: a KVCache that holds the past -> (B, T, C)
         """
         B, T = tokens.shape
         positions = torch.arange(T, device=tokens.device)[None]                    # (1, T)
@@ -299,7 +305,7 @@ class GPT(nn.Module):
         if docs is not None and cache is not None:
             raise ValueError("docs (packed documents) and a cache do not go together")
         if docs is not None:
-            first = docs.diff(dim=1, prepend=docs[:, :1] - 1) != 0                 # (B, T): a document starts here
+            first = docs.diff(dim=1, prepend=docs[:, :1] - 1) != 0        # (B, T): a document starts here
             positions = positions - torch.where(first, positions, 0).cummax(dim=1).values
             mask = (docs[:, :, None] == docs[:, None, :]).tril()[:, None]          # (B, 1, T, T)
         if cache is not None:
@@ -319,7 +325,7 @@ class GPT(nn.Module):
         return self.norm(x)
 
     def new_cache(self, B, T):
-        """An empty KVCache for B sequences of up to T positions, in the dtype that attention computes in now."""
+        """An empty KVCache for B sequences of up to T positions, in the dtype that attention computes in."""
         weight, c = self.embed.weight, self.config
         kind = weight.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
@@ -330,8 +336,9 @@ class GPT(nn.Module):
 
     def flops_per_token(self, T):
         """
-        FLOPs that one trained token of a causal sequence of T costs, forward and backward: 6 per weight of a matrix
-        product, and the half of attention's T x T products that a causal mask needs (PaLM, appendix B, halved).
+        FLOPs that one trained token of a causal sequence of T costs, forward and backward: 6 per weight of a
+        matrix product, and the half of attention's T x T products that a causal mask needs (PaLM, appendix B;
+        counting the other half too is common, and flatters).
         """
         c = self.config
         weights = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
@@ -342,14 +349,15 @@ class GPT(nn.Module):
 
 class KVCache:
     """
-    Keys and values of the past, (L, B, K, S, D) each, preallocated. Row b holds its first lengths[b] positions; what lies
-    behind is never looked at and is overwritten by the next tokens. So prompts of different lengths are padded on the
-    right, and after the prefill the caller sets `lengths` to the true ones.
+    Keys and values of the past, (L, B, K, S, D) each, preallocated. Row b holds its first lengths[b] positions;
+    what lies behind is never looked at and is overwritten by the next tokens. So prompts of different lengths are
+    padded on the right, and after the prefill the caller sets the true lengths with `set_lengths`.
     """
     def __init__(self, shape, device, dtype):
-        self.k, self.v = torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype)
+        self.k = torch.zeros(shape, device=device, dtype=dtype)
+        self.v = torch.zeros(shape, device=device, dtype=dtype)
         self.lengths = torch.zeros(shape[1], dtype=torch.int64, device=device)     # (B,)
-        self.used = 0                                                              # no row is longer than this
+        self.used = 0                                                     # no row is longer than this
 
     @property
     def capacity(self):
