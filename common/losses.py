@@ -15,21 +15,22 @@ def chunk_rows(device, chunk_size):
 
 
 def compute_dtype(hidden):
-    """The dtype of matrix products: autocast's where it is on, which out= variants do not follow by themselves."""
+    """The dtype of matrix products: autocast's where it is on, out= variants do not follow it."""
     kind = hidden.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
 
 
 def linear_cross_entropy(hidden, weight, targets, mask=None, token_weight=None, chunk_size=0):
     """
-    Sum over positions where mask is True of -log softmax(hidden @ weight.T)[target], times token_weight if given.
+    Sum over positions where mask is True of -log softmax(hidden @ weight.T)[target], times token_weight if
+    given.
 
-    hidden (B, T, C) or (N, C), weight (V, C); targets int64, mask bool, token_weight float of hidden's leading shape
-    -> scalar float32 SUM. Divide by the global count of targets.
+    hidden (B, T, C) or (N, C), weight (V, C); targets int64, mask bool, token_weight float of hidden's
+    leading shape -> scalar float32 SUM. Divide by the global count of targets.
 
-    The gradients are formed in forward, chunk by chunk, while the chunk's softmax is at hand; backward only scales
-    them, which is exact because the loss is a scalar. Memory: one chunk of logits and one gradient of weight. Sums
-    in fp32; matrix products are in hidden's dtype, or autocast's.
+    The gradients are formed in forward, chunk by chunk, while the chunk's softmax is at hand; backward only
+    scales them, which is exact because the loss is a scalar. Memory: one chunk of logits and one gradient of
+    weight. Sums in fp32; matrix products are in hidden's dtype, or autocast's.
     """
     C = hidden.shape[-1]
     hidden, targets = hidden.reshape(-1, C), targets.reshape(-1)
@@ -78,7 +79,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         if ctx.gradients is None:
-            raise RuntimeError("linear_cross_entropy: a second backward; the first has scaled its gradients in place")
+            raise RuntimeError("linear_cross_entropy: a second backward; the first scaled its gradients in
+            place")
         gradients, ctx.gradients = ctx.gradients, None
         d_hidden, d_weight = (None if g is None else g.mul_(grad).to(dtype)
                               for g, dtype in zip(gradients, ctx.dtypes))
@@ -89,8 +91,8 @@ def token_logps(hidden, weight, targets, temperature=1.0, chunk_size=0):
     """
     log softmax(hidden @ weight.T / temperature)[target] of every position.
 
-    hidden (B, T, C), weight (V, C), targets (B, T) int64 -> (B, T) float32, differentiable in hidden and weight;
-    the logits of a chunk are computed again in backward.
+    hidden (B, T, C), weight (V, C), targets (B, T) int64 -> (B, T) float32, differentiable in hidden and
+    weight; the logits of a chunk are computed again in backward.
     """
     logps = _TokenLogps.apply(hidden.reshape(-1, hidden.shape[-1]), weight, targets.reshape(-1), temperature,
                               chunk_rows(hidden.device, chunk_size), compute_dtype(hidden))
@@ -123,7 +125,7 @@ class _TokenLogps(torch.autograd.Function):
             h, target = h_all[i:i + chunk], targets[i:i + chunk, None]
             g = grad[i:i + chunk, None] / ctx.temperature
             p = (h @ w.T).float().div_(ctx.temperature).sub_(lse[i:i + chunk, None]).exp_()
-            d_logits = p.mul_(-g).scatter_add_(1, target, g).to(dtype)             # (onehot - p) g / temperature
+            d_logits = p.mul_(-g).scatter_add_(1, target, g).to(dtype)       # (onehot - p) g / temperature
             if need_hidden:
                 torch.mm(d_logits, w, out=d_hidden[i:i + chunk])
             if need_weight:

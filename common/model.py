@@ -73,7 +73,8 @@ class ModelConfig:
         rotated = int(c.head_dim * c.partial_rotary_factor)
         if c.head_dim % 2 or rotated % 2 or not 0 < rotated <= c.head_dim:
             raise UserError(f"--model.head_dim={c.head_dim} "
-                            f"--model.partial_rotary_factor={c.partial_rotary_factor}: head_dim and its rotated part, {rotated}, must be even and positive")
+                            f"--model.partial_rotary_factor={c.partial_rotary_factor}: head_dim and its
+                            rotated part, {rotated}, must be even and positive")
         if c.rope_factor < 1:
             raise UserError(f"--model.rope_factor={c.rope_factor}: must be at least 1 "
                             "(seq_len / rope_original_len)")
@@ -121,7 +122,7 @@ def rope_frequencies(c, length):
     if c.rope_scaling != "yarn":
         return inv.float(), 1.0
 
-    def dim(rotations):                                   # the pair that turns so often in the original length
+    def dim(rotations):                               # the pair that turns so often in the original length
         return d * math.log(c.rope_original_len / (rotations * 2 * math.pi)) / (2 * math.log(theta))
     low = max(math.floor(dim(c.yarn_beta_fast)), 0)
     high = min(math.ceil(dim(c.yarn_beta_slow)), d - 1)
@@ -139,8 +140,8 @@ def rope_frequencies(c, length):
 
 def rotary(x, cos, sin):
     """
-    Rotate-half RoPE: x (B, T, H, D), cos and sin (B or 1, T, 1, D'/2) -> (B, T, H, D). Channels i and i + D'/2
-    form a pair; channels past D' stay.
+    Rotate-half RoPE: x (B, T, H, D), cos and sin (B or 1, T, 1, D'/2) -> (B, T, H, D). Channels i and i +
+    D'/2 form a pair; channels past D' stay.
     """
     if not torch.compiler.is_compiling():
         return Rotate.apply(x, cos, sin)
@@ -275,8 +276,8 @@ class GPT(nn.Module):
     """
     model(tokens, docs=None, cache=None) -> hidden states (B, T, C); `head` (V, C) turns them into logits.
 
-    config (resolved ModelConfig) describes it completely. Set `activation_checkpointing = True` to recompute each
-    block in backward instead of keeping its activations.
+    config (resolved ModelConfig) describes it completely. Set `activation_checkpointing = True` to recompute
+    each block in backward instead of keeping its activations.
     """
     def __init__(self, config):
         super().__init__()
@@ -296,8 +297,8 @@ class GPT(nn.Module):
 
     def forward(self, tokens, docs=None, cache=None):
         """
-        tokens (B, T) int64; docs (B, T): number of the document that each token belongs to - tokens see only their
-        own document, whose positions start at 0; cache: a KVCache that holds the past -> (B, T, C)
+        tokens (B, T) int64; docs (B, T): number of the document that each token belongs to - tokens see only
+        their own document, whose positions start at 0; cache: a KVCache that holds the past -> (B, T, C)
         """
         B, T = tokens.shape
         positions = torch.arange(T, device=tokens.device)[None]                    # (1, T)
@@ -349,9 +350,10 @@ class GPT(nn.Module):
 
 class KVCache:
     """
-    Keys and values of the past, (L, B, K, S, D) each, preallocated. Row b holds its first lengths[b] positions;
-    what lies behind is never looked at and is overwritten by the next tokens. So prompts of different lengths are
-    padded on the right, and after the prefill the caller sets the true lengths with `set_lengths`.
+    Keys and values of the past, (L, B, K, S, D) each, preallocated. Row b holds its first lengths[b]
+    positions; what lies behind is never looked at and is overwritten by the next tokens. So prompts of
+    different lengths are padded on the right, and after the prefill the caller sets the true lengths with
+    `set_lengths`.
     """
     def __init__(self, shape, device, dtype):
         self.k = torch.zeros(shape, device=device, dtype=dtype)
