@@ -1,0 +1,30 @@
+# make demo    own environment, data, training, samples, a table      (Python 3.11 or newer)
+# make test    own environment, ruff, the whole test suite
+# make bench   speed and memory, as ratios against named references
+
+PYTHON ?= python3
+BIN = .venv/bin
+
+.PHONY: demo test bench clean
+
+.venv/installed: requirements.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+.venv/installed-dev: .venv/installed requirements-dev.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-dev.txt
+	touch $@
+
+demo: .venv/installed
+	$(BIN)/python configs/demo/run.py
+
+test: .venv/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/python -m pytest -q --durations=10
+
+bench: .venv/installed-dev
+	$(BIN)/python tests/bench/bench.py
+
+clean:
+	rm -rf out .venv .pytest_cache .ruff_cache

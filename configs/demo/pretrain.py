@@ -1,0 +1,12 @@
+# Shakespeare from scratch in about three minutes on two CPU cores
+data_dir = "out/demo/data"
+out_dir = "out/demo/pretrain"
+num_steps = 900
+batch_size = 16                        # sequences per step
+seq_len = 128
+lr = 3e-3
+warmup_steps = 50
+eval_every = 300
+eval_seqs = 256
+save_every = 300
+model = dict(n_layer=6, n_head=6, n_kv_head=2, n_embd=192)
