@@ -79,8 +79,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         if ctx.gradients is None:
-            raise RuntimeError("linear_cross_entropy: a second backward; the first scaled its gradients in
-            place")
+            raise RuntimeError("linear_cross_entropy: a second backward; the first has "
+                               "scaled its gradients in place")
         gradients, ctx.gradients = ctx.gradients, None
         d_hidden, d_weight = (None if g is None else g.mul_(grad).to(dtype)
                               for g, dtype in zip(gradients, ctx.dtypes))

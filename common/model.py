@@ -73,8 +73,8 @@ class ModelConfig:
         rotated = int(c.head_dim * c.partial_rotary_factor)
         if c.head_dim % 2 or rotated % 2 or not 0 < rotated <= c.head_dim:
             raise UserError(f"--model.head_dim={c.head_dim} "
-                            f"--model.partial_rotary_factor={c.partial_rotary_factor}: head_dim and its
-                            rotated part, {rotated}, must be even and positive")
+                            f"--model.partial_rotary_factor={c.partial_rotary_factor}: "
+                            f"head_dim and its rotated part, {rotated}, must be even and positive")
         if c.rope_factor < 1:
             raise UserError(f"--model.rope_factor={c.rope_factor}: must be at least 1 "
                             "(seq_len / rope_original_len)")
