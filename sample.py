@@ -2,7 +2,7 @@
 Text from a trained model, streamed as it is sampled.
 
     python sample.py --init_from=out/pretrain --prompt="ROMEO:"
-    python sample.py --init_from=out/pretrain --interactive=true       # type a prompt, get its continuation, repeat
+    python sample.py --init_from=out/pretrain --interactive=true    # type prompts, get their continuations
     echo "To be, or" | python sample.py --init_from=out/pretrain --prompt=-
 
 From your own code:
@@ -26,7 +26,7 @@ from common.tokenizer import load_tokenizer
 class Config(SamplingConfig):
     # what
     init_from: str = "out/pretrain"    # run directory (its latest checkpoint) or one checkpoint folder
-    prompt: str = ""                   # text to continue; - reads it from standard input; "" starts a document
+    prompt: str = ""                   # text to continue; - reads it from stdin; "" starts a document
     interactive: bool = False          # ask for prompts in a loop; an empty line ends it
     num_samples: int = 1               # continuations of each prompt
     stream: bool = True                # print text as it is sampled; false: sample all at once, in one batch
@@ -47,12 +47,15 @@ def answer(model, tokenizer, prompt, cfg):
     """Print cfg.num_samples continuations of prompt."""
     ids = tokenizer.encode(prompt) or [tokenizer.end]
     if len(ids) > model.config.seq_len:
-        raise UserError(f"--prompt: {len(ids)} tokens, but the model's context is {model.config.seq_len}; shorten it")
+        raise UserError(f"--prompt: {len(ids)} tokens, but the model's context is "
+                        f"{model.config.seq_len}; shorten it")
     # a head padded beyond the vocabulary has rows that stand for nothing
     nothing = tuple(range(tokenizer.vocab_size, model.config.vocab_size))
-    sampling = SamplingConfig(cfg.max_new_tokens, cfg.suppress + nothing, cfg.repetition_penalty, cfg.temperature,
-                              cfg.top_k, cfg.top_p)
-    completions = None if cfg.stream else complete(model, [ids], sampling, tokenizer.end, cfg.num_samples, cfg.seed)[0]
+    sampling = SamplingConfig(cfg.max_new_tokens, cfg.suppress + nothing, cfg.repetition_penalty,
+                              cfg.temperature, cfg.top_k, cfg.top_p)
+    completions = None
+    if not cfg.stream:
+        completions, _ = complete(model, [ids], sampling, tokenizer.end, cfg.num_samples, cfg.seed)
     for i in range(cfg.num_samples):
         if cfg.num_samples > 1:
             print(f"{'' if i == 0 else chr(10)}--- sample {i + 1} of {cfg.num_samples}")
@@ -70,11 +73,13 @@ if __name__ == "__main__":
     _, _, device = dist.init(cfg.device)
     if cfg.temperature < 0 or cfg.top_k < 0 or not 0 < cfg.top_p <= 1 or cfg.repetition_penalty <= 0 \
             or cfg.max_new_tokens < 1 or cfg.num_samples < 1:
-        raise UserError(f"--temperature={cfg.temperature} --top_k={cfg.top_k} --top_p={cfg.top_p} --repetition_penalty="
-                        f"{cfg.repetition_penalty}: expected >= 0, >= 0, in (0, 1], > 0; counts at least 1")
+        raise UserError(f"--temperature={cfg.temperature} --top_k={cfg.top_k} --top_p={cfg.top_p} "
+                        f"--repetition_penalty={cfg.repetition_penalty}: "
+                        "expected >= 0, >= 0, in (0, 1], > 0; counts at least 1")
     model, tokenizer = load(cfg.init_from, device)
     if any(not 0 <= i < model.config.vocab_size for i in cfg.suppress):
-        raise UserError(f"--suppress={cfg.suppress}: ids must be below the vocabulary's {model.config.vocab_size}")
+        raise UserError(f"--suppress={cfg.suppress}: ids must be below the vocabulary's "
+                        f"{model.config.vocab_size}")
     try:
         if cfg.interactive:
             while prompt := input("\nprompt> "):

@@ -36,13 +36,13 @@ class Config:
     resume: bool = False               # continue out_dir from its latest whole checkpoint, if it has one
     # batch
     batch_size: int = 64               # sequences per step, over all ranks and micro-batches
-    micro_batch_size: int = 0          # sequences per forward and rank; lower it if memory runs out; 0 = all at once
+    micro_batch_size: int = 0          # sequences per forward and rank; lower saves memory; 0 = all at once
     seq_len: int = 512                 # tokens per sequence
     doc_mask: bool = False             # attend and count positions within each document only
     # optimization
     num_steps: int = 2000              # updates; 0 = as many as num_epochs takes
     num_epochs: float = 0.0            # passes over the data; set num_steps=0 with it
-    optimizer: Literal["adamw", "lion", "muon"] = "adamw"    # muon: for the blocks' matrices, adamw for the rest
+    optimizer: Literal["adamw", "lion", "muon"] = "adamw"  # muon: for blocks' matrices, adamw for the rest
     lr: float = 1e-3                   # learning rate after the warm-up
     schedule: Literal["cosine", "restarts", "constant", "wsd"] = "cosine"    # how lr falls after the warm-up
     warmup_steps: int = 100            # updates until lr is reached
@@ -65,12 +65,12 @@ class Config:
     save_every: int = 500              # steps; 0 = only at the end
     keep_last: int = 2                 # latest checkpoints to keep, next to the best by validation loss
     log_every: int = 10                # steps between console lines (metrics.jsonl gets every step)
-    max_bad_steps: int = 20            # stop after so many skipped steps (loss or gradient not finite) in a row
+    max_bad_steps: int = 20            # stop after so many skipped steps (loss or gradient nan/inf) in a row
     # system
     seed: int = 1337                   # of the weights, the order of the data and dropout
     device: str = "auto"               # auto, cpu, cuda, mps
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"    # to compute in; auto: bfloat16 on GPUs
-    param_dtype: Literal["float32", "bfloat16"] = "float32"    # of weights; bfloat16 has fp32 master weights in the optimizer
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # to compute in; auto: bfloat16 on GPUs
+    param_dtype: Literal["float32", "bfloat16"] = "float32"  # of weights; bfloat16: optimizer keeps fp32 copy
     compile: bool = False              # torch.compile the training forward
     activation_checkpointing: bool = False    # recompute blocks in backward: less memory, a third more time
     # model
@@ -79,11 +79,11 @@ class Config:
 
 @torch.no_grad()
 def evaluate(model, data, num_seqs, autocast):
-    """-> mean validation loss per token, bits per byte: over the first num_seqs sequences, all ranks together"""
+    """-> validation loss per token, bits per byte: over the first num_seqs sequences, all ranks together"""
     model.eval()
-    total = torch.zeros(3, device=data.device)                                # nll sum, targets, bytes of the targets
+    total = torch.zeros(3, device=data.device)                      # nll sum, targets, bytes of the targets
     for i in range(-(-num_seqs // (data.micro_batch_size * data.world_size))):
-        tokens, targets, mask, docs = data.batch(i)                           # (B, T) each
+        tokens, targets, mask, docs = data.batch(i)                 # (B, T) each
         with autocast:
             nll_sum = losses.linear_cross_entropy(model(tokens, docs), model.head, targets, mask)
         total += torch.stack([nll_sum, mask.sum(), (data.token_bytes[targets] * mask).sum()])
@@ -102,9 +102,10 @@ if __name__ == "__main__":
     if cfg.batch_size < 1 or micro_batch_size < 1 or cfg.batch_size % (micro_batch_size * world_size):
         raise UserError(f"--batch_size={cfg.batch_size}: must be a multiple of ranks x micro_batch_size = "
                         f"{world_size} x {micro_batch_size}")
-    num_micro = cfg.batch_size // (micro_batch_size * world_size)             # micro-batches per step on this rank
+    num_micro = cfg.batch_size // (micro_batch_size * world_size)  # micro-batches per step on this rank
     if (cfg.num_steps > 0) == (cfg.num_epochs > 0):
-        raise UserError(f"--num_steps={cfg.num_steps} --num_epochs={cfg.num_epochs}: set one of them, the other to 0")
+        raise UserError(f"--num_steps={cfg.num_steps} --num_epochs={cfg.num_epochs}: set one of them, "
+                        "the other to 0")
     autocast, dtype = dist.autocast(device, cfg.dtype)
     meta, tokenizer = read_meta(cfg.data_dir), load_tokenizer(cfg.data_dir)
     if tokenizer.fingerprint != meta["fingerprint"]:
@@ -121,7 +122,7 @@ if __name__ == "__main__":
         return TokenData(cfg.data_dir, split, cfg.seq_len, micro_batch_size, rank, world_size, device, seed,
                          cfg.doc_mask, total)
     train_data = load("train", cfg.seed, None)
-    if cfg.num_epochs:                                                        # the last step may be a partial one
+    if cfg.num_epochs:  # the last step may be a partial one
         train_data.total = round(cfg.num_epochs * train_data.num_samples)
     num_steps = cfg.num_steps or -(-train_data.total // cfg.batch_size)
     val_data = load("val", 0, cfg.eval_seqs) if cfg.eval_seqs else None
@@ -130,13 +131,15 @@ if __name__ == "__main__":
         old = ModelConfig(**saved["model"])
         model_config = old.continued(build(old, read_overrides().get("model", {}), "model."), cfg.seq_len)
         if previous and model_config != old:
-            raise UserError(f"--resume: {previous} has another --model or a smaller --seq_len; use --init_from instead")
+            raise UserError(f"--resume: {previous} has another --model or a smaller --seq_len; "
+                            "use --init_from instead")
     else:
         model_config = replace(cfg.model, vocab_size=cfg.model.vocab_size or meta["vocab_size"],
                                seq_len=cfg.model.seq_len or cfg.seq_len).resolved()
     if model_config.vocab_size < meta["vocab_size"] or model_config.seq_len < cfg.seq_len:
-        raise UserError(f"--model.vocab_size={model_config.vocab_size} --model.seq_len={model_config.seq_len}: smaller than "
-                        f"the data's {meta['vocab_size']} or --seq_len={cfg.seq_len}")
+        raise UserError(f"--model.vocab_size={model_config.vocab_size} "
+                        f"--model.seq_len={model_config.seq_len}: smaller than the data's "
+                        f"{meta['vocab_size']} or --seq_len={cfg.seq_len}")
     torch.manual_seed(cfg.seed)                                               # the same weights on every rank
     model = GPT(model_config).to(device, getattr(torch, cfg.param_dtype))
     model.activation_checkpointing = cfg.activation_checkpointing
@@ -145,76 +148,83 @@ if __name__ == "__main__":
     groups = optim.parameter_groups(model, cfg.optimizer, cfg.weight_decay, cfg.beta1, cfg.beta2)
     optimizer = ShardedOptimizer(groups, cfg.zero1, loss_scaling=dtype == torch.float16)
     # what the order of the data and the meaning of a step depend on: the same again after a resume
-    identity = dict(data=meta["data_fingerprint"], seed=cfg.seed, batch_size=cfg.batch_size, seq_len=cfg.seq_len)
+    identity = dict(data=meta["data_fingerprint"], seed=cfg.seed, batch_size=cfg.batch_size,
+                    seq_len=cfg.seq_len)
     start_step = 0
     if previous:
         if saved["identity"] != identity:
-            raise UserError(f"--resume: the run has {saved['identity']}, not {identity}; give it the same options and data")
+            raise UserError(f"--resume: the run has {saved['identity']}, not {identity}; "
+                            "give it the same options and data")
         checkpoint.load_optimizer(previous, optimizer)
         start_step = saved["step"]
-    forward = torch.compile(model) if cfg.compile else model                  # forward() trains; model evaluates, samples
+    forward = torch.compile(model) if cfg.compile else model  # forward() trains; model evaluates, samples
     critical_ids = torch.tensor(cfg.critical_ids, dtype=torch.int64, device=device)
     step_flops = cfg.batch_size * cfg.seq_len * model.flops_per_token(cfg.seq_len)
     peak_flops = dist.peak_flops(device) * world_size
     log = Logger(cfg.out_dir, as_dict(cfg), __file__, cfg.resume, start_step, num_steps, cfg.log_every)
-    log.print(f"{model.num_parameters():,} parameters, {optimizer.state_bytes():,} bytes of optimizer state on each of "
-              f"{world_size} rank{'s'[:world_size > 1]}, {train_data.num_samples * cfg.seq_len:,} training tokens, "
-              f"{num_steps} steps" + (f" from step {start_step} of {previous}" if previous else ""))
+    log.print(f"{model.num_parameters():,} parameters, {optimizer.state_bytes():,} bytes of optimizer state "
+              f"on each of {world_size} rank{'s'[:world_size > 1]}, "
+              f"{train_data.num_samples * cfg.seq_len:,} training tokens, {num_steps} steps"
+              + (f" from step {start_step} of {previous}" if previous else ""))
 
     # -------------------------------------------------------------------------
     # train
     dist.watch_signals()
     bad_steps, val_loss = 0, None
     for step in range(start_step, num_steps + 1):
-        last_step = step == num_steps                                         # no update: only the final evaluation and save
+        last_step = step == num_steps  # no update: only the final evaluation and save
         stop = dist.stop_requested()
         save_now = last_step or (cfg.save_every and step and step % cfg.save_every == 0)
-        eval_now = save_now or (cfg.eval_every and step % cfg.eval_every == 0)    # so every checkpoint has a val_loss
+        eval_now = save_now or (cfg.eval_every and step % cfg.eval_every == 0)  # so each save has a val_loss
 
         if eval_now and val_data:
             val_loss, bits_per_byte = evaluate(model, val_data, cfg.eval_seqs, autocast)
             log.metrics(step, val_loss=val_loss, val_bits_per_byte=bits_per_byte)
-            log.print(f"step {step}/{num_steps} | val loss {val_loss:.4f} | {bits_per_byte:.3f} bits per byte")
+            log.print(f"step {step}/{num_steps} | val loss {val_loss:.4f} | "
+                      f"{bits_per_byte:.3f} bits per byte")
         if eval_now:
             for prompt in cfg.eval_prompts:
                 log.sample(step, prompt, "".join(sampling.stream(model, tokenizer, prompt, seed=step)))
         if (save_now or stop) and step > start_step:
             info = dict(model=asdict(model_config), config=as_dict(cfg), identity=identity,
                         fingerprint=tokenizer.fingerprint)
-            saved_ok = checkpoint.save(cfg.out_dir, step, model, optimizer, info, tokenizer.files(), cfg.keep_last,
-                                       val_loss if save_now else None)
+            saved_ok = checkpoint.save(cfg.out_dir, step, model, optimizer, info, tokenizer.files(),
+                                       cfg.keep_last, val_loss if save_now else None)
             if not saved_ok and (last_step or stop):
-                raise UserError(f"--out_dir={cfg.out_dir}: the last checkpoint could not be saved; make room and continue "
-                                "with --resume=true")
+                raise UserError(f"--out_dir={cfg.out_dir}: the last checkpoint could not be saved; "
+                                "make room and continue with --resume=true")
         if last_step or stop:
             break
 
         timer = Timer()
-        dist.seed(cfg.seed, step)                                             # dropout: a function of the step
+        dist.seed(cfg.seed, step)  # dropout: a function of the step
         micro_batches = [train_data.batch(step * num_micro + i) for i in range(num_micro)]
         weights = [losses.critical_weights(targets, critical_ids, cfg.critical_alpha)
                    for _, targets, _, _ in micro_batches]
-        n_targets = dist.all_sum(sum((w * mask).sum() for w, (_, _, mask, _) in zip(weights, micro_batches)))  # all ranks
+        n_targets = sum((w * mask).sum() for w, (_, _, mask, _) in zip(weights, micro_batches))
+        n_targets = dist.all_sum(n_targets)                                   # over all ranks
         step_loss = torch.zeros((), device=device)
         for i, ((tokens, targets, mask, docs), weight) in enumerate(zip(micro_batches, weights)):
-            optimizer.sync = i == num_micro - 1                               # gradients travel during the last backward only
+            optimizer.sync = i == num_micro - 1  # gradients travel during the last backward only
             with autocast:
                 hidden = forward(tokens, docs)                                # (B, T, C)
                 loss_sum = losses.linear_cross_entropy(hidden, model.head, targets, mask, weight)
-            loss = loss_sum / n_targets.clamp(min=1)                          # sum, then divide once by the global count
+            loss = loss_sum / n_targets.clamp(min=1)  # sum, then divide once by the global count
             (loss * optimizer.loss_scale).backward()
             step_loss += loss.detach()
 
         step_loss = dist.all_sum(step_loss).item()
-        optimizer.lr = learning_rate(cfg.schedule, step, num_steps, cfg.lr, cfg.lr * cfg.min_lr_frac, cfg.warmup_steps,
-                                     cfg.initial_lr, cfg.restart_steps, cfg.restart_mul, cfg.wsd_decay_frac)
-        grad_norm = optimizer.step(cfg.grad_clip, apply=math.isfinite(step_loss))   # clip, update my shard, gather
+        optimizer.lr = learning_rate(cfg.schedule, step, num_steps, cfg.lr, cfg.lr * cfg.min_lr_frac,
+                                     cfg.warmup_steps, cfg.initial_lr, cfg.restart_steps, cfg.restart_mul,
+                                     cfg.wsd_decay_frac)
+        grad_norm = optimizer.step(cfg.grad_clip, apply=math.isfinite(step_loss))  # clip, update, gather
         bad_steps = 0 if math.isfinite(grad_norm) and math.isfinite(step_loss) else bad_steps + 1
         log.train_step(step, cfg.batch_size * cfg.seq_len, timer.lap(), step_flops, peak_flops,
                        loss=step_loss, lr=optimizer.lr, grad_norm=grad_norm)
         if bad_steps:
             log.print(f"step {step}: loss or gradient is not finite, skipped ({bad_steps} in a row)")
         if bad_steps == cfg.max_bad_steps:
-            raise UserError(f"loss or gradient was not finite in {bad_steps} steps in a row; lower --lr, or look at the "
-                            f"data around step {step}; checkpoints in {cfg.out_dir} are from before")
+            raise UserError(f"loss or gradient was not finite in {bad_steps} steps in a row; lower --lr, or "
+                            f"look at the data around step {step}; "
+                            f"checkpoints in {cfg.out_dir} are from before")
     dist.finish()

@@ -7,9 +7,10 @@ Checkpoints: directories that appear whole or not at all.
         tokenizer_info.json    and the vocabulary file
         checkpoint.json        step, val_loss, configs, and size and sha256 of every file above; written last
 
-A checkpoint is written to a folder aside, flushed to disk and renamed, so a crash at any moment leaves the earlier ones as
-they were. Loading checks every file first; `latest` steps back to the one before when something is damaged. Files are read
-with weights_only=True: they can hold tensors and plain values, never code.
+A checkpoint is written to a folder aside, flushed to disk and renamed, so a crash at any moment leaves the
+earlier ones as they were. Loading checks every file first; `latest` steps back to the one before when
+something is damaged. Files are read with weights_only=True: they can hold tensors and plain values, never
+code.
 """
 import hashlib
 import json
@@ -31,9 +32,10 @@ MANIFEST = "checkpoint.json"
 
 def save(out_dir, step, model, optimizer, info, files, keep_last=2, val_loss=None):
     """
-    Write out_dir/step_NNNNNN on all ranks together. info: plain values that a resume compares or needs (model config,
-    config, data). files: dict of name to bytes, such as tokenizer.files(). keep_last: how many of the latest to keep, next
-    to the best by val_loss. -> True, or False when it could not be written (disk full): the run may go on, nothing is lost.
+    Write out_dir/step_NNNNNN on all ranks together. info: plain values that a resume compares or needs (model
+    config, config, data). files: dict of name to bytes, such as tokenizer.files(). keep_last: how many of the
+    latest to keep, next to the best by val_loss. -> True, or False when it could not be written (disk full):
+    the run may go on, nothing is lost.
     """
     name = f"step_{step:06d}"
     target, aside = os.path.join(out_dir, name), os.path.join(out_dir, f".{name}.partial")
@@ -48,7 +50,7 @@ def save(out_dir, step, model, optimizer, info, files, keep_last=2, val_loss=Non
         if dist.world()[0] == 0 or state["shards"] > 1:
             shard = f"optimizer_{state['shard']}_of_{state['shards']}.pt"
             sums[shard] = _write(aside, shard, lambda f: torch.save(_on_cpu(state), f))
-    except (OSError, RuntimeError) as problem:                # torch.save turns a failed write into a RuntimeError
+    except (OSError, RuntimeError) as problem:  # torch.save turns a failed write into a RuntimeError
         error = f"{type(problem).__name__}: {str(problem).splitlines()[0]}"
     everyone = dist.gather_objects((sums, error))
     error = next((e for _, e in everyone if e), None)
@@ -57,7 +59,8 @@ def save(out_dir, step, model, optimizer, info, files, keep_last=2, val_loss=Non
         if error:
             return error
         try:
-            manifest = dict(step=step, val_loss=val_loss, **info, files={k: v for s, _ in everyone for k, v in s.items()})
+            manifest = dict(step=step, val_loss=val_loss, **info,
+                            files={k: v for s, _ in everyone for k, v in s.items()})
             _write(aside, MANIFEST, lambda f: f.write((json.dumps(manifest, indent=1) + "\n").encode()))
             _sync_folder(aside)
             if os.path.exists(target):                        # damaged, or the run would have resumed from it
@@ -71,7 +74,8 @@ def save(out_dir, step, model, optimizer, info, files, keep_last=2, val_loss=Non
         return None
     error = dist.from_rank_zero(publish)
     if error and dist.world()[0] == 0:
-        print(f"warning: {target} was not saved ({error}); earlier checkpoints are untouched", file=sys.stderr, flush=True)
+        print(f"warning: {target} was not saved ({error}); earlier checkpoints are untouched",
+              file=sys.stderr, flush=True)
         shutil.rmtree(aside, ignore_errors=True)
     return error is None
 
@@ -100,10 +104,11 @@ def _sync_folder(path):
 
 
 def _on_cpu(value):
-    """Tensors to the CPU, and views cut out of the buffer they look into (torch.save would write the whole buffer)."""
+    """Tensors to the CPU, views cut out of the buffer they look into (torch.save would write all of it)."""
     if torch.is_tensor(value):
         value = value.detach().cpu()
-        return value if value.numel() == value.untyped_storage().nbytes() // value.element_size() else value.clone()
+        whole = value.untyped_storage().nbytes() // value.element_size()
+        return value if value.numel() == whole else value.clone()
     if isinstance(value, dict):
         return {k: _on_cpu(v) for k, v in value.items()}
     return [_on_cpu(v) for v in value] if isinstance(value, list) else value
@@ -125,7 +130,7 @@ def _prune(out_dir, keep_last):
         try:
             losses[folder] = read_manifest(folder)["val_loss"]
         except UserError:
-            continue                                          # damaged: not the best of anything; left for the user to see
+            continue  # damaged: not the best of anything; left for the user to see
     scored = [f for f in losses if losses[f] is not None]
     keep = set(folders[-keep_last:]) | ({min(scored, key=losses.get)} if scored else set())
     for folder in losses:
@@ -158,7 +163,7 @@ def read_manifest(folder):
 
 
 def verify(folder):
-    """Compare every file with its recorded size and sha256; UserError names the first that differs. -> manifest"""
+    """Compare files with their recorded size and sha256; UserError names the first to differ. -> manifest"""
     manifest = read_manifest(folder)
     for name, expected in manifest["files"].items():
         path = os.path.join(folder, name)
@@ -183,7 +188,7 @@ def latest(out_dir):
 
 
 def find(path):
-    """path: a run directory (its latest whole checkpoint) or one checkpoint folder -> checkpoint folder, verified"""
+    """path: a run directory (its latest whole checkpoint) or one checkpoint folder -> the folder, verified"""
     if not os.path.isdir(path):
         raise UserError(f"{path}: no such run or checkpoint")
     if os.path.exists(os.path.join(path, MANIFEST)):
@@ -208,7 +213,7 @@ def load_weights(folder, model):
 
 
 def load_optimizer(folder, optimizer):
-    """Give optimizer its part of the state in a checkpoint folder, whatever the number of ranks that wrote it."""
+    """Give optimizer its part of the state in a checkpoint folder, however many ranks wrote it."""
     names = [name for name in read_manifest(folder)["files"] if name.startswith("optimizer_")]
     try:
         optimizer.load_state_dict([_load(os.path.join(folder, name)) for name in names])
@@ -219,5 +224,5 @@ def load_optimizer(folder, optimizer):
 def _load(path):
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:                                # whatever a damaged or malicious file makes torch.load raise
+    except Exception as error:  # whatever a damaged or malicious file makes torch.load raise
         raise UserError(f"{path}: refused or damaged ({type(error).__name__})") from None

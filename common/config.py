@@ -9,8 +9,8 @@ Later arguments win. A config file is Python made of plain assignments (or the c
     batch_size = 8 * 64                       # sequences per step
     model = dict(n_layer=6, n_embd=384)       # a section
 
-An unknown name, a wrong type or a value outside a Literal is a UserError, never a guess. The comment beside a field is
-its help text: `--help` prints every option with type, default and comment.
+An unknown name, a wrong type or a value outside a Literal is a UserError, never a guess. The comment beside a
+field is its help text: `--help` prints every option with type, default and comment.
 """
 import difflib
 import inspect
@@ -24,7 +24,7 @@ from common.dist import UserError
 
 
 def parse_config(cls, argv=None):
-    """-> an instance of the frozen dataclass cls. argv: config files and --name=value (default: the command line)."""
+    """-> an instance of the frozen dataclass cls. argv: config files and --name=value (default: sys.argv)."""
     argv = sys.argv[1:] if argv is None else argv
     if "--help" in argv or "-h" in argv:
         print(help_text(cls))
@@ -86,8 +86,8 @@ def build(base, overrides, path=""):
     for name, value in overrides.items():
         if name not in types:
             near = difflib.get_close_matches(name, types, 1)
-            raise UserError(f"unknown option --{path}{name}" + (f"; did you mean --{path}{near[0]}?" if near else
-                            "; --help lists them all"))
+            raise UserError(f"unknown option --{path}{name}" + (
+                f"; did you mean --{path}{near[0]}?" if near else "; --help lists them all"))
         if is_dataclass(types[name]):
             if not isinstance(value, dict):
                 raise UserError(f"--{path}{name} is a section: set --{path}{name}.FIELD=value")
@@ -120,7 +120,8 @@ def coerce(kind, value, name):
             number = float(value)
             if number != int(number):
                 raise ValueError
-            return int(value) if isinstance(value, str) and re.fullmatch(r"[-+]?[\d_]+", value) else int(number)
+            digits = isinstance(value, str) and re.fullmatch(r"[-+]?[\d_]+", value)
+            return int(value) if digits else int(number)
         return kind(value)
     except (ValueError, KeyError, TypeError, OverflowError):
         raise UserError(f"--{name}={value}: expected {type_name(kind)}") from None
@@ -143,8 +144,9 @@ def as_dict(config):
 # help
 
 def help_text(cls, width=110):
-    """The docstring of cls's module, then every option: --name=default, type, comment; grouped as in the source."""
-    lines = [(inspect.getmodule(cls).__doc__ or "").strip(), "", "Options (--name=value; the default is shown):"]
+    """The module's docstring, then every option: --name=default, type, comment; grouped as in the source."""
+    lines = [(inspect.getmodule(cls).__doc__ or "").strip(), "",
+             "Options (--name=value; the default is shown):"]
     for group, name, kind, default, comment in options(cls(), ""):
         if group:
             lines += ["", group]
@@ -163,7 +165,7 @@ def help_text(cls, width=110):
 
 
 def options(instance, path):
-    """Yield (group or "", dotted name, type, default, comment) for every field, sections included, in source order."""
+    """Yield (group or "", dotted name, type, default, comment) per field, sections too, in source order."""
     types, comments, groups = get_type_hints(type(instance)), {}, {}
     for cls in reversed([c for c in type(instance).__mro__ if is_dataclass(c)]):
         group = ""

@@ -3,14 +3,14 @@ Memory-mapped token sets and the batches of a run.
 
 A set is a folder that data/prepare.py makes:
 
-    train.npy, val.npy     token ids, documents one after the other, each closed by the end token; uint16 or uint32
+    train.npy, val.npy     token ids, document after document, each closed by the end token; uint16 or uint32
     token_bytes.npy        (V,) bytes of text per token
     meta.json              counts, vocab_size, end id, tokenizer fingerprint
     tokenizer_info.json    and the vocabulary file, if any
 
-`batch(i)` is a pure function: the rows of micro-batch i on this rank follow from (seed, i) alone, so a resumed run needs
-no replay. Step s of a run trains on samples [s, s + 1) * batch_size of the order, however ranks and micro-batches divide
-them. An epoch visits every sample once, in an order of its own.
+`batch(i)` is a pure function: the rows of micro-batch i on this rank follow from (seed, i) alone, so a
+resumed run needs no replay. Step s of a run trains on samples [s, s + 1) * batch_size of the order, however
+ranks and micro-batches divide them. An epoch visits every sample once, in an order of its own.
 """
 import json
 import math
@@ -29,7 +29,8 @@ def read_meta(data_dir):
         with open(path, encoding="utf-8") as file:
             return json.load(file)
     except FileNotFoundError:
-        raise UserError(f"--data_dir={data_dir}: no meta.json there; make the set with data/prepare.py") from None
+        raise UserError(f"--data_dir={data_dir}: no meta.json there; "
+                        "make the set with data/prepare.py") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({error}); prepare the set again") from None
 
@@ -53,7 +54,7 @@ class TokenData:
 
     batch(i) -> tokens, targets (B, T) int64, mask (B, T) bool, docs (B, T) int64 or None; on device.
         mask    False: this target does not count
-        docs    with doc_mask: the number of the document in the row; what follows the end token is not a target
+        docs    with doc_mask: the document's number in the row; what follows the end token is not a target
 
     num_samples     per epoch; total: samples that the run may use (rows past it are masked), None = no end
     tokens are checked against vocab_size as they are read.
@@ -63,8 +64,8 @@ class TokenData:
                  doc_mask=False, total=None):
         meta = read_meta(data_dir)
         if split not in meta["splits"]:
-            raise UserError(f"--data_dir={data_dir}: the set has no {split} split (prepare it with --val_frac or "
-                            f"--val_input)")
+            raise UserError(f"--data_dir={data_dir}: the set has no {split} split "
+                            "(prepare it with --val_frac or --val_input)")
         self.path = os.path.join(data_dir, f"{split}.npy")
         self.tokens = open_array(self.path, meta["splits"][split]["tokens"])
         self.token_bytes = torch.from_numpy(open_array(os.path.join(data_dir, "token_bytes.npy"),
@@ -75,21 +76,23 @@ class TokenData:
             raise UserError(f"{self.path}: {len(self.tokens)} tokens, fewer than --seq_len={seq_len} + 1; "
                             "lower --seq_len or prepare more text")
         self.windows = np.lib.stride_tricks.sliding_window_view(self.tokens, seq_len + 1)
-        self.seq_len, self.micro_batch_size, self.rank, self.world_size = seq_len, micro_batch_size, rank, world_size
+        self.seq_len, self.micro_batch_size = seq_len, micro_batch_size
+        self.rank, self.world_size = rank, world_size
         self.device, self.seed, self.doc_mask = torch.device(device), seed, doc_mask
         self.total = math.inf if total is None else total
         self.epoch, self.order = None, None
 
     def sample_ids(self, i):
-        """Which windows make micro-batch i here: (B,) of the sample number in its epoch, and which of them count."""
+        """Which windows make micro-batch i here: (B,) sample numbers in their epoch, and which count."""
         first = (i * self.world_size + self.rank) * self.micro_batch_size
         position = np.arange(first, first + self.micro_batch_size)
         ids = np.array([self._order(epoch)[k] for epoch, k in zip(*np.divmod(position, self.num_samples))])
         return ids, position < self.total
 
     def _order(self, epoch):
-        if epoch != self.epoch:                               # a cache only: the order is a function of (seed, epoch)
-            self.epoch, self.order = epoch, np.random.default_rng([self.seed, epoch]).permutation(self.num_samples)
+        if epoch != self.epoch:  # a cache only: the order is a function of (seed, epoch)
+            generator = np.random.default_rng([self.seed, epoch])
+            self.epoch, self.order = epoch, generator.permutation(self.num_samples)
         return self.order
 
     def batch(self, i):
@@ -97,8 +100,8 @@ class TokenData:
         rows = self.windows[ids * self.seq_len].astype(np.int64)                  # (B, T + 1)
         if rows.max() >= self.vocab_size:
             row, column = np.argwhere(rows >= self.vocab_size)[0]
-            raise UserError(f"{self.path}: token {ids[row] * self.seq_len + column} is {rows[row, column]}, but the "
-                            f"vocabulary has {self.vocab_size}; prepare the set again")
+            raise UserError(f"{self.path}: token {ids[row] * self.seq_len + column} is {rows[row, column]}, "
+                            f"but the vocabulary has {self.vocab_size}; prepare the set again")
         rows, counts = torch.from_numpy(rows), torch.from_numpy(counts)
         if self.device.type == "cuda":
             rows, counts = rows.pin_memory(), counts.pin_memory()

@@ -2,7 +2,7 @@
 A run directory and what is written into it while training.
 
     out_dir/
-        config.json        the options, readable as a config file: `python train_x.py out_dir/config.json` runs it again
+        config.json        the options as a config file: `python train_x.py out_dir/config.json` runs it again
         code/              the script and common/ as they ran
         metrics.jsonl      one JSON object per line: training steps, and evaluations ("val_..." keys)
         samples.jsonl      text generated from the eval prompts
@@ -22,7 +22,7 @@ from common.dist import UserError
 
 
 class Logger:
-    """config: plain dict of the options. start_step: the step a resumed run starts at; later records are taken out."""
+    """config: plain dict of options. start_step: where a resumed run starts; later records are taken out."""
 
     def __init__(self, out_dir, config, script, resume=False, start_step=0, num_steps=0, log_every=10):
         self.out_dir, self.num_steps, self.log_every = out_dir, num_steps, log_every
@@ -32,7 +32,8 @@ class Logger:
 
     def _open(self, config, script, resume, start_step):
         if os.path.exists(self.out_dir) and os.listdir(self.out_dir) and not resume:
-            raise UserError(f"--out_dir={self.out_dir}: not empty; choose another, or continue that run with --resume=true")
+            raise UserError(f"--out_dir={self.out_dir}: not empty; "
+                            "choose another, or continue that run with --resume=true")
         try:
             os.makedirs(self.out_dir, exist_ok=True)
             name = f"config_from_step_{start_step}.json" if start_step else "config.json"
@@ -42,14 +43,15 @@ class Logger:
                 self._rewind(os.path.join(self.out_dir, name), start_step)
             code = os.path.join(self.out_dir, f"code_from_step_{start_step}" if start_step else "code")
             shutil.rmtree(code, ignore_errors=True)
-            shutil.copytree(Path(__file__).parent, os.path.join(code, "common"), ignore=shutil.ignore_patterns("__*__"))
+            shutil.copytree(Path(__file__).parent, os.path.join(code, "common"),
+                            ignore=shutil.ignore_patterns("__*__"))
             shutil.copy(script, code)
         except OSError as error:
             raise UserError(f"--out_dir={self.out_dir}: cannot write there ({error.strerror})") from None
 
     @staticmethod
     def _rewind(path, start_step):
-        """Drop the records of start_step and later, which this run will write again, and a line cut short by a kill."""
+        """Drop the records from start_step on (this run writes them again) and a line cut short by a kill."""
         if not os.path.exists(path):
             return
         kept = []
@@ -76,15 +78,16 @@ class Logger:
 
     def _append(self, name, record):
         if self.is_main:
-            record = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-            # opened each time: nothing is buffered when the process is killed, and the file may be moved while we run
+            record = {k: None if isinstance(v, float) and not math.isfinite(v) else v
+                      for k, v in record.items()}
+            # opened each time: nothing is buffered when a kill comes, and the file may be moved while we run
             with open(os.path.join(self.out_dir, name), "a", encoding="utf-8") as file:
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
     def train_step(self, step, tokens, seconds, flops, peak_flops, **values):
         """
-        Record a training step, and print a line every log_every steps. tokens: of this step over all ranks; flops: of the
-        whole step; peak_flops: of all ranks together; values: loss, lr, grad_norm, ...
+        Record a training step, and print a line every log_every steps. tokens: of this step over all ranks;
+        flops: of the whole step; peak_flops: of all ranks together; values: loss, lr, grad_norm, ...
         """
         self.metrics(step, **values, tokens=tokens, ms=1000 * seconds, tok_per_s=tokens / seconds,
                      mfu=flops / seconds / peak_flops)
@@ -96,8 +99,8 @@ class Logger:
         mfu = flops / tokens * speed / peak_flops
         line = f"step {step + 1:>{len(str(self.num_steps))}}/{self.num_steps}"
         for name, value in values.items():
-            line += f" | {name.removeprefix('grad_')} " + (f"{value:.1e}" if name == "lr" else f"{value:.4g}" if
-                                                           name != "loss" else f"{value:.4f}")
+            line += f" | {name.removeprefix('grad_')} " + (
+                f"{value:.1e}" if name == "lr" else f"{value:.4f}" if name == "loss" else f"{value:.4g}")
         line += f" | {speed / 1000:.1f}k tok/s" + (f" | mfu {mfu:.0%}" if math.isfinite(mfu) else "")
         self.print(line + f" | eta {short_time((self.num_steps - step - 1) * tokens / speed)}")
         self.interval_tokens = self.interval_seconds = 0.0
@@ -106,7 +109,9 @@ class Logger:
 def short_time(seconds):
     """75 -> 1m15s"""
     hours, rest = divmod(int(seconds), 3600)
-    return f"{hours}h{rest // 60:02d}m" if hours else f"{rest // 60}m{rest % 60:02d}s" if rest >= 60 else f"{rest}s"
+    if hours:
+        return f"{hours}h{rest // 60:02d}m"
+    return f"{rest // 60}m{rest % 60:02d}s" if rest >= 60 else f"{rest}s"
 
 
 class Timer:

@@ -1,11 +1,11 @@
 """
 Sampling with a KV cache: one step on logits, batches of prompts, and streamed text.
 
-    for rows, tokens, logps in generate(model, prompts, SamplingConfig(max_new_tokens=64), end=tokenizer.end): ...
+    for rows, tokens, logps in generate(model, prompts, SamplingConfig(max_new_tokens=64), tokenizer.end): ...
     for text in stream(model, tokenizer, "KING HENRY:\n"): print(text, end="", flush=True)
 
-Every row draws from a random stream of its own, seeded by (seed, row): its text does not depend on which rows share the
-batch, nor on the training random state, which is left alone.
+Every row draws from a random stream of its own, seeded by (seed, row): its text does not depend on which rows
+share the batch, nor on the training random state, which is left alone.
 """
 from dataclasses import dataclass
 
@@ -17,7 +17,7 @@ class SamplingConfig:
     # sampling, applied in this order: suppress, repetition penalty, temperature, top-k, top-p
     max_new_tokens: int = 256          # tokens per sample at most
     suppress: tuple[int, ...] = ()     # token ids that are never produced
-    repetition_penalty: float = 1.0    # logits of tokens already there are divided (if > 0) or multiplied by this
+    repetition_penalty: float = 1.0    # logits of earlier tokens are divided (if > 0) or multiplied by this
     temperature: float = 0.8           # 0 = greedy
     top_k: int = 0                     # keep the k most likely tokens; 0 = all
     top_p: float = 1.0                 # keep the most likely tokens that together reach this probability
@@ -25,13 +25,13 @@ class SamplingConfig:
 
 def sample_next(logits, cfg, u, seen=None):
     """
-    One token per row. logits (B, V) float32; u (B,) uniform in [0, 1), decides the draw; seen (B, V) bool, tokens that the
-    repetition penalty applies to -> tokens (B,) int64, logps (B,) under the distribution that was sampled from (greedy:
-    under the softmax at temperature 1).
+    One token per row. logits (B, V) float32; u (B,) uniform in [0, 1), decides the draw; seen (B, V) bool,
+    tokens that the repetition penalty applies to -> tokens (B,) int64, logps (B,) under the distribution that
+    was sampled from (greedy: under the softmax at temperature 1).
     """
     if cfg.suppress:
         logits = logits.index_fill(1, torch.tensor(cfg.suppress, device=logits.device), -torch.inf)
-    if cfg.repetition_penalty != 1 and seen is not None:      # CTRL, 1909.05858 eq. 1, for logits of either sign
+    if cfg.repetition_penalty != 1 and seen is not None:  # CTRL, 1909.05858 eq. 1, for logits of either sign
         penalised = torch.where(logits > 0, logits / cfg.repetition_penalty, logits * cfg.repetition_penalty)
         logits = torch.where(seen, penalised, logits)
     if cfg.temperature == 0:
@@ -48,7 +48,7 @@ def sample_next(logits, cfg, u, seen=None):
         probs = torch.where(before < cfg.top_p, probs, 0.0)   # the first is always kept
         probs = probs / probs.sum(-1, keepdim=True)
     cdf = probs.cumsum(-1)
-    # the first index whose cumulative probability exceeds u: its own probability is > 0, so it is inside the support
+    # the first index whose cumulative probability exceeds u: its own is > 0, so it is inside the support
     index = torch.searchsorted(cdf, (u[:, None] * cdf[:, -1:]), right=True)               # (B, 1)
     logps = probs.gather(-1, index).log()[:, 0]
     return (index if ids is None else ids.gather(-1, index))[:, 0], logps
@@ -63,21 +63,22 @@ def uniforms(seed, row, n):
 @torch.inference_mode()
 def generate(model, prompts, cfg, end=None, num_samples=1, seed=0):
     """
-    Continue prompts (list of non-empty lists of ids, any lengths), num_samples of each; row p * num_samples + g is sample
-    g of prompt p. A row stops after `end`, after max_new_tokens, or when the model's context is full, and then leaves the
-    batch. Each prompt is prefilled once.
+    Continue prompts (list of non-empty lists of ids, any lengths), num_samples of each; row p * num_samples +
+    g is sample g of prompt p. A row stops after `end`, after max_new_tokens, or when the model's context is
+    full, and then leaves the batch. Each prompt is prefilled once.
 
     -> iterator of (rows, tokens, logps), lists of the rows still going and what each got in this step
     """
     was_training, device, limit = model.training, model.head.device, model.config.seq_len
     lengths = torch.tensor([len(p) for p in prompts])
     if min(map(len, prompts)) < 1 or max(map(len, prompts)) > limit:
-        raise ValueError(f"prompts of 1 to {limit} tokens (the model's seq_len), got {sorted(set(map(len, prompts)))}")
+        raise ValueError(f"prompts of 1 to {limit} tokens (the model's seq_len), got "
+                         f"{sorted(set(map(len, prompts)))}")
     model.eval()
     try:
-        tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(p) for p in prompts], batch_first=True).to(device)
+        tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(p) for p in prompts], batch_first=True)
         cache = model.new_cache(len(prompts), min(limit, tokens.shape[1] + cfg.max_new_tokens))
-        hidden = model(tokens, cache=cache)                                                   # (P, T, C)
+        hidden = model(tokens.to(device), cache=cache)                                        # (P, T, C)
         cache.set_lengths(lengths)
         hidden = hidden[torch.arange(len(prompts)), lengths - 1].repeat_interleave(num_samples, 0)
         cache.select(torch.arange(len(prompts), device=device).repeat_interleave(num_samples))
@@ -109,7 +110,7 @@ def generate(model, prompts, cfg, end=None, num_samples=1, seed=0):
 
 
 def complete(model, prompts, cfg, end=None, num_samples=1, seed=0):
-    """Collect `generate` -> list of token lists and list of log-prob lists, one per row (the end token included)."""
+    """Collect `generate` -> list of token lists, list of log-prob lists, one per row (end token included)."""
     completions = [[] for _ in range(len(prompts) * num_samples)]
     all_logps = [[] for _ in completions]
     for rows, tokens, logps in generate(model, prompts, cfg, end, num_samples, seed):
@@ -121,9 +122,9 @@ def complete(model, prompts, cfg, end=None, num_samples=1, seed=0):
 
 def stream(model, tokenizer, prompt, cfg=SamplingConfig(), seed=0):
     """
-    Yield pieces of text that continue prompt (str, or a list of ids), each as soon as its characters are complete, until
-    the end token or max_new_tokens. When the context is full the second half of it becomes the new prompt, so a model of
-    256 positions can write for as long as one likes.
+    Yield pieces of text that continue prompt (str, or a list of ids), each as soon as its characters are
+    complete, until the end token or max_new_tokens. When the context is full the second half of it becomes
+    the new prompt, so a model of 256 positions can write for as long as one likes.
     """
     ids = tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
     ids = ids or [tokenizer.end]                              # no prompt: as after the end of a document

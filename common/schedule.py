@@ -1,8 +1,8 @@
 """
 Learning-rate schedules: pure functions of the step, so a resumed run cannot be off by one.
 
-step counts from 0; the update made at step s is number s + 1. Warm-up reaches lr at update number warmup_steps, the
-decaying schedules reach min_lr at the last update.
+step counts from 0; the update made at step s is number s + 1. Warm-up reaches lr at update number
+warmup_steps, the decaying schedules reach min_lr at the last update.
 """
 import math
 
@@ -31,8 +31,9 @@ def cosine(step, num_steps, lr, min_lr, warmup_steps=0):
 
 def cosine_restarts(step, num_steps, lr, min_lr, warmup_steps=0, period=0, period_mul=1.0):
     """
-    Cosine that starts again from lr after `period` steps, each period period_mul times as long as the one before (SGDR);
-    the last update of a period is at min_lr. period 0: one period over everything that follows the warm-up.
+    Cosine that starts again from lr after `period` steps, each period period_mul times as long as the one
+    before (SGDR); the last update of a period is at min_lr. period 0: one period over everything that follows
+    the warm-up.
     """
     start, length = warmup_steps, period or max(1, num_steps - warmup_steps)
     while step >= start + length:
@@ -41,7 +42,7 @@ def cosine_restarts(step, num_steps, lr, min_lr, warmup_steps=0, period=0, perio
 
 
 def warmup_stable_decay(step, num_steps, lr, min_lr, decay_frac=0.2):
-    """lr, then over the last decay_frac of the steps a straight line down to min_lr (2405.18392, the "linear" cooldown)."""
+    """lr, then over the last decay_frac of steps straight down to min_lr (2405.18392, "linear" cooldown)."""
     decay_steps = round(decay_frac * num_steps)
     left = num_steps - (step + 1)                                                     # updates after this one
     return lr if left >= decay_steps else min_lr + (lr - min_lr) * left / decay_steps

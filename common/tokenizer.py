@@ -1,14 +1,14 @@
 """
 Text to token ids and back: bytes, tiktoken and SentencePiece behind one small class.
 
-    tokenizer = load_tokenizer("bytes")               # or x.model, x.tiktoken, a folder with vocab.json + merges.txt,
-    ids = tokenizer.encode("Good morrow!")            # gpt2, or any run or data set that was made with one
+    tokenizer = load_tokenizer("bytes")       # or x.model, x.tiktoken, a folder with vocab.json + merges.txt,
+    ids = tokenizer.encode("Good morrow!")    # gpt2, or any run or data set that was made with one
     text = tokenizer.decode(ids)
 
-Special tokens come after the base vocabulary and are ids only: whatever a user writes is encoded as plain text.
+Special tokens come after the base vocabulary and are ids only: what a user writes is encoded as plain text.
 
-Decoding joins the bytes that each token stands for. So streamed text is exactly the whole text: `Stream` holds back half
-a UTF-8 character, and SentencePiece's spaces are bytes like any other.
+Decoding joins the bytes that each token stands for. So streamed text is exactly the whole text: `Stream`
+holds back half a UTF-8 character, and SentencePiece's spaces are bytes like any other.
 """
 import base64
 import codecs
@@ -25,24 +25,27 @@ import tiktoken
 from common.dist import UserError
 
 # "end" closes a turn and a document; "pad" is another token on purpose (else padding swallows the end)
-SPECIAL_TOKENS = ("end", "pad", "user", "assistant", "system", "think", "/think", "answer", "/answer", "image")
+SPECIAL_TOKENS = ("end", "pad", "user", "assistant", "system", "think", "/think", "answer", "/answer",
+                  "image")
 
-# How tiktoken vocabularies split text before merging; a rank file does not say. From the vocabularies' own definitions.
+# How tiktoken vocabularies split text before merging; a rank file does not say. From their own definitions.
 PATTERNS = {
     "gpt2": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s",
-    "cl100k": r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]"
-              r"|\s+(?!\S)|\s",
+    "cl100k": r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"
+              r"|\s++$|\s*[\r\n]|\s+(?!\S)|\s",
     "o200k": "|".join([
-        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
-        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
+        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
+        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
         r"\p{N}{1,3}", r" ?[^\s\p{L}\p{N}]+[\r\n/]*", r"\s*[\r\n]+", r"\s+(?!\S)", r"\s+"]),
 }
-INFO = "tokenizer_info.json"               # in every data set and checkpoint, beside the vocabulary file it names
+INFO = "tokenizer_info.json"  # in every data set and checkpoint, beside the vocabulary file it names
 
 
 class Tokenizer:
     """
-    kind: bytes, tiktoken or sentencepiece. vocabulary: the file's content (b"" for bytes). pattern: key of PATTERNS.
+    kind: bytes, tiktoken, sentencepiece. vocabulary: file content (b"" for bytes). pattern: key of PATTERNS.
 
     vocab_size      base vocabulary and special tokens
     special         dict of special token name to id; `end` and `pad` as attributes
@@ -58,12 +61,13 @@ class Tokenizer:
         elif kind == "tiktoken":
             ranks = {base64.b64decode(token): int(rank) for token, rank in
                      (line.split() for line in vocabulary.splitlines() if line.strip())}
-            self.bpe = tiktoken.Encoding("common", pat_str=PATTERNS[pattern], mergeable_ranks=ranks, special_tokens={})
+            self.bpe = tiktoken.Encoding("common", pat_str=PATTERNS[pattern], mergeable_ranks=ranks,
+                                         special_tokens={})
             base = [b""] * (max(ranks.values()) + 1)
             for token, rank in ranks.items():
                 base[rank] = token
             if pattern == "gpt2" and len(base) == 50256:
-                base.append(b"")                              # GPT-2 counts its <|endoftext|> in: ids stay comparable
+                base.append(b"")  # GPT-2 counts its <|endoftext|> in: ids stay comparable
         else:
             self.bpe = sentencepiece.SentencePieceProcessor(model_proto=vocabulary)
             base = [self._piece_bytes(i) for i in range(self.bpe.get_piece_size())]
@@ -97,8 +101,8 @@ class Tokenizer:
 
     def decode(self, ids, show_special=False, continues=False):
         """
-        -> str. Bytes that are not UTF-8 become U+FFFD. continues: the ids go on from earlier text, so a leading space is
-        a space (SentencePiece drops the first one of a text, which it has put there itself).
+        -> str. Bytes that are not UTF-8 become U+FFFD. continues: the ids go on from earlier text, so a
+        leading space is a space (SentencePiece drops the first one of a text, which it has put there itself).
         """
         stream = self.stream(show_special, continues)
         return "".join(map(stream.put, ids)) + stream.end()
@@ -109,13 +113,15 @@ class Tokenizer:
 
     def files(self):
         """What `load_tokenizer` needs to make this tokenizer again: dict of file name to bytes."""
-        name = {"bytes": None, "tiktoken": "tokenizer.tiktoken", "sentencepiece": "tokenizer.model"}[self.kind]
+        name = {"bytes": None, "tiktoken": "tokenizer.tiktoken",
+                "sentencepiece": "tokenizer.model"}[self.kind]
         info = dict(kind=self.kind, file=name, pattern=self.pattern, fingerprint=self.fingerprint)
-        return {INFO: (json.dumps(info, indent=1) + "\n").encode(), **({name: self.vocabulary} if name else {})}
+        vocabulary = {name: self.vocabulary} if name else {}
+        return {INFO: (json.dumps(info, indent=1) + "\n").encode(), **vocabulary}
 
 
 class Stream:
-    """Incremental decoding: put(id) -> the text that is complete now, end() -> what is left. Their sum is decode(ids)."""
+    """Incremental decoding: put(id) -> the text complete now, end() -> the rest. Their sum is decode(ids)."""
 
     def __init__(self, tokenizer, show_special=False, continues=False):
         self.tokenizer, self.show_special = tokenizer, show_special
@@ -138,9 +144,9 @@ class Stream:
 
 def load_tokenizer(source):
     """
-    source: "bytes"; a SentencePiece .model; a .tiktoken rank file (x.tiktoken:PATTERN where its name does not tell gpt2,
-    cl100k or o200k); a folder with GPT-2's vocab.json and merges.txt; a data set or checkpoint folder of ours; or a name
-    that tiktoken knows, such as gpt2. -> Tokenizer. Raises UserError.
+    source: "bytes"; a SentencePiece .model; a .tiktoken rank file (x.tiktoken:PATTERN where its name does not
+    tell gpt2, cl100k or o200k); a folder with GPT-2's vocab.json and merges.txt; a data set or checkpoint
+    folder of ours; or a name that tiktoken knows, such as gpt2. -> Tokenizer. Raises UserError.
     """
     if source == "bytes":
         return Tokenizer("bytes")
@@ -157,7 +163,8 @@ def load_tokenizer(source):
     except OSError as error:
         raise UserError(f"--tokenizer={source}: cannot read {error.filename} ({error.strerror})") from None
     except (ValueError, KeyError, RuntimeError) as error:
-        raise UserError(f"--tokenizer={source}: not a vocabulary of that kind, or damaged ({error})") from None
+        raise UserError(f"--tokenizer={source}: not a vocabulary of that kind, or damaged "
+                        f"({error})") from None
     return _load_known(source)
 
 
@@ -171,13 +178,15 @@ def _load_saved(folder):
     content = _read(os.path.join(folder, info["file"])) if info["file"] else b""
     tokenizer = Tokenizer(info["kind"], content, info["pattern"])
     if tokenizer.fingerprint != info["fingerprint"]:
-        raise UserError(f"{folder}: the tokenizer files do not match their fingerprint; they were changed or damaged")
+        raise UserError(f"{folder}: the tokenizer files do not match their fingerprint; "
+                        "they were changed or damaged")
     return tokenizer
 
 
 def _pattern_of(path):
     name = os.path.basename(path)
-    for pattern, marks in (("gpt2", ("gpt2", "r50k", "p50k")), ("cl100k", ("cl100k",)), ("o200k", ("o200k",))):
+    for pattern, marks in (("gpt2", ("gpt2", "r50k", "p50k")), ("cl100k", ("cl100k",)),
+                           ("o200k", ("o200k",))):
         if any(mark in name for mark in marks):
             return pattern
     raise UserError(f"--tokenizer={path}: its name does not tell how text is split; "
@@ -185,14 +194,15 @@ def _pattern_of(path):
 
 
 def _ranks_from_gpt2_files(folder):
-    """GPT-2's vocab.json and merges.txt -> the same vocabulary as a .tiktoken rank file (lines of base64 and rank)."""
+    """GPT-2's vocab.json and merges.txt -> the same as a .tiktoken rank file (lines of base64 and rank)."""
     vocab = json.loads(_read(os.path.join(folder, "vocab.json")))
     merges = _read(os.path.join(folder, "merges.txt")).decode().splitlines()
     # the files write bytes as printable characters: visible ones as themselves, the others from U+0100 on
     visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     to_byte = {chr(b): b for b in visible}
     to_byte.update({chr(0x100 + i): b for i, b in enumerate(b for b in range(256) if b not in visible)})
-    tokens = list(to_byte) + ["".join(line.split()) for line in merges if line and not line.startswith("#version")]
+    tokens = list(to_byte)
+    tokens += ["".join(line.split()) for line in merges if line and not line.startswith("#version")]
     ranks = sorted((vocab[token], bytes(to_byte[c] for c in token)) for token in tokens)
     if [vocab[token] for token in tokens[256:]] != sorted(vocab[token] for token in tokens[256:]):
         raise ValueError("ids do not follow the order of merges")
@@ -209,18 +219,20 @@ def _load_known(name):
         raise UserError(f"--tokenizer={name}: not supported; use gpt2, cl100k_base or o200k_base")
     try:
         ranks = tiktoken.get_encoding(name)._mergeable_ranks
-    except Exception as error:                                # requests' many ways to say that there is no network
+    except Exception as error:  # requests' many ways to say that there is no network
         raise UserError(f"--tokenizer={name}: not in tiktoken's cache and the download failed "
-                        f"({type(error).__name__}). Copy its .tiktoken file (or vocab.json and merges.txt) here from a "
-                        "machine with internet and give that path") from None
-    lines = (base64.b64encode(token) + b" %d\n" % rank for token, rank in sorted(ranks.items(), key=lambda kv: kv[1]))
+                        f"({type(error).__name__}). Copy its .tiktoken file (or vocab.json and merges.txt) "
+                        "here from a machine with internet and give that path") from None
+    by_rank = sorted(ranks.items(), key=lambda kv: kv[1])
+    lines = (base64.b64encode(token) + b" %d\n" % rank for token, rank in by_rank)
     return Tokenizer("tiktoken", b"".join(lines), pattern)
 
 
 def train_sentencepiece(lines, vocab_size):
     """
-    Train a BPE vocabulary on an iterable of lines. vocab_size counts our special tokens too, so that it is the model's.
-    -> content of a .model file. Lossless: no normalisation, no added spaces, bytes for what is not in the vocabulary.
+    Train a BPE vocabulary on an iterable of lines. vocab_size counts our special tokens too, so that it is
+    the model's. -> content of a .model file. Lossless: no normalisation, no added spaces, bytes for what is
+    not in the vocabulary.
     """
     model = io.BytesIO()
     try:
@@ -234,11 +246,12 @@ def train_sentencepiece(lines, vocab_size):
     except RuntimeError as error:
         most = re.search(r"value <= (\d+)", str(error))
         raise UserError(f"--vocab_size={vocab_size}: " + (
-            f"this text has words for {int(most[1]) + len(SPECIAL_TOKENS)} tokens at most; lower it or give more text"
+            f"this text has words for {int(most[1]) + len(SPECIAL_TOKENS)} tokens at most; "
+            "lower it or give more text"
             if most else f"SentencePiece refuses ({str(error).splitlines()[-1]})")) from None
     return model.getvalue()
 
 
 def token_byte_counts(tokenizer):
-    """-> (V,) uint16 array: how many bytes of text each token stands for, which turns nats per token into bits per byte"""
+    """-> (V,) uint16 array: bytes of text each token stands for, to turn nats per token into bits per byte"""
     return np.array([len(b) for b in tokenizer.token_bytes], dtype=np.uint16)

@@ -2,14 +2,14 @@
 Prepare data: text to memory-mapped token sets, and new tokenizers.
 
     python data/prepare.py tokenizer --input=books/*.txt --vocab_size=4096 --out=out/tok.model
-    python data/prepare.py text --input=books/*.txt,more.jsonl --val_frac=0.05 --tokenizer=out/tok.model --out_dir=out/data
+    python data/prepare.py text --input=books/*.txt,more.jsonl --val_frac=0.05 --tokenizer=out/tok.model
 
---input takes files and globs, separated by commas, mixed as you like (all but .npy and .pkl also gzipped, .gz):
-    .txt     one document a file                     .npy   token ids: (n,) one document, (documents, n) one a row
-    .jsonl   one document a line, {"text": "..."}    .pkl   a list of token ids, or a list of such lists
---tokenizer: bytes, x.model (SentencePiece), x.tiktoken, a folder with GPT-2's vocab.json and merges.txt, or gpt2.
+--input takes files and globs, separated by commas, in any mix (all but .npy and .pkl also gzipped, .gz):
+    .txt    one document a file                   .npy  token ids: (n,) one document, (documents, n) one a row
+    .jsonl  one document a line, {"text": "..."}  .pkl  a list of token ids, or a list of such lists
+--tokenizer: bytes, x.model (SentencePiece), x.tiktoken, a folder with vocab.json and merges.txt, or gpt2.
 
-The set appears in --out_dir whole or not at all; an existing one is never touched. Memory does not grow with the input.
+--out_dir appears whole or not at all; an existing one is never touched. Memory does not grow with the input.
 """
 import dataclasses
 import glob
@@ -41,10 +41,10 @@ BLOCK = 1 << 20                        # characters of text that are held and to
 class TextConfig:
     input: tuple[str, ...] = ()        # files and globs of training text
     val_input: tuple[str, ...] = ()    # files and globs of validation text, when it is kept apart
-    val_frac: float = 0.0              # else: fraction of the documents (of a .txt: of its characters, at the end) to hold out
-    tokenizer: str = "bytes"           # bytes, x.model, x.tiktoken, a folder with vocab.json + merges.txt, gpt2
+    val_frac: float = 0.0              # else: held-out fraction of documents (.txt: of characters at the end)
+    tokenizer: str = "bytes"           # bytes, x.model, x.tiktoken, folder with vocab.json + merges.txt, gpt2
     out_dir: str = "out/data"          # the set, must not exist
-    bad_rows: Literal["error", "skip"] = "error"    # malformed lines: stop at the first, or count and leave them out
+    bad_rows: Literal["error", "skip"] = "error"  # malformed lines: stop at the first, or count and skip them
     seed: int = 1337                   # which documents are held out
 
 
@@ -56,7 +56,8 @@ class TokenizerConfig:
 
 
 # -----------------------------------------------------------------------------
-# reading: every reader yields (document number in its file, piece of text or array of ids); a document may come in pieces
+# reading: every reader yields (document number in its file, piece of text or array of ids);
+# a document may come in pieces
 
 def find_files(patterns, option="--input"):
     """Expand globs, in order and without repeats; a pattern that matches nothing is an error."""
@@ -80,7 +81,8 @@ def kind_of(path):
 
 
 def open_text(path):
-    return io.TextIOWrapper(gzip.open(path) if path.endswith(".gz") else open(path, "rb"), encoding="utf-8", newline="")
+    file = gzip.open(path) if path.endswith(".gz") else open(path, "rb")
+    return io.TextIOWrapper(file, encoding="utf-8", newline="")
 
 
 def read_txt(path, report):
@@ -90,8 +92,8 @@ def read_txt(path, report):
             while block := file.read(BLOCK):
                 yield 0, block + file.readline()
         except UnicodeDecodeError as error:
-            raise UserError(f"{path}: not UTF-8 text ({error.reason} near byte {file.buffer.tell()}); convert it first, "
-                            "e.g. with iconv") from None
+            raise UserError(f"{path}: not UTF-8 text ({error.reason} near byte {file.buffer.tell()}); "
+                            "convert it first, e.g. with iconv") from None
 
 
 def read_jsonl(path, report):
@@ -111,7 +113,7 @@ def read_jsonl(path, report):
 
 
 class OnlyLists(pickle.Unpickler):
-    """Reads lists, dicts, tuples, ints and strings. A pickle that asks for anything by name could run code: refused."""
+    """Reads lists, dicts, tuples, ints, strings. What asks for anything by name could run code: refused."""
     def find_class(self, module, name):
         raise pickle.UnpicklingError(f"it asks for {module}.{name}")
 
@@ -122,14 +124,15 @@ def read_ids(path, report):
         if path.endswith(".npy"):
             array = np.load(path, mmap_mode="r", allow_pickle=False)
             if array.ndim not in (1, 2) or array.dtype.kind not in "iu":
-                raise UserError(f"{path}: expected an integer array of one or two dimensions, got {array.dtype} "
-                                f"{array.shape}")
+                raise UserError(f"{path}: expected an integer array of one or two dimensions, "
+                                f"got {array.dtype} {array.shape}")
             documents = array[None] if array.ndim == 1 else array
         else:
             with open(path, "rb") as file:
                 documents = OnlyLists(file).load()
             if not isinstance(documents, list):
-                raise UserError(f"{path}: expected a list of token ids, or of lists of them, got {type(documents).__name__}")
+                raise UserError(f"{path}: expected a list of token ids, or of lists of them, "
+                                f"got {type(documents).__name__}")
             if documents and isinstance(documents[0], int):
                 documents = [documents]
     except (pickle.UnpicklingError, EOFError, ValueError, OSError, AttributeError, IndexError) as error:
@@ -180,14 +183,15 @@ class Progress:
             return
         self.last = time.time()
         print(f"{self.done / 2**20:,.0f} of {self.total / 2**20:,.0f} MiB of files | {tokens:,} tokens | "
-              f"{tokens / (time.time() - self.start):,.0f} tok/s", end="\r" if self.tty else "\n", file=sys.stderr, flush=True)
+              f"{tokens / (time.time() - self.start):,.0f} tok/s",
+              end="\r" if self.tty else "\n", file=sys.stderr, flush=True)
 
 
 # -----------------------------------------------------------------------------
 # writing
 
 class ArrayWriter:
-    """A .npy file of unknown length, written front to back: room is left for the header, which is filled in at the end."""
+    """A .npy of unknown length, written front to back: room is left for the header, filled in at the end."""
     HEADER = 128
 
     def __init__(self, path, dtype):
@@ -230,9 +234,9 @@ def prepare_text(cfg):
         for name, content in tokenizer.files().items():
             with open(os.path.join(aside, name), "wb") as file:
                 file.write(content)
-        meta = dict(kind="text", vocab_size=tokenizer.vocab_size, end=tokenizer.end, fingerprint=tokenizer.fingerprint,
-                    data_fingerprint=splits["train"]["sha256"][:16], splits=splits, left_out=report.counts,
-                    made_with=dataclasses.asdict(cfg))
+        meta = dict(kind="text", vocab_size=tokenizer.vocab_size, end=tokenizer.end,
+                    fingerprint=tokenizer.fingerprint, data_fingerprint=splits["train"]["sha256"][:16],
+                    splits=splits, left_out=report.counts, made_with=dataclasses.asdict(cfg))
         with open(os.path.join(aside, "meta.json"), "w", encoding="utf-8") as file:
             json.dump(meta, file, indent=1)
         os.rename(aside, cfg.out_dir)
@@ -251,7 +255,8 @@ def prepare_text(cfg):
 def write_tokens(inputs, tokenizer, cfg, report, folder):
     """-> dict split -> counts. Each document goes to a split whole, but a .txt is divided by position."""
     dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
-    byte_counts, progress, draw = token_byte_counts(tokenizer), Progress([p for _, p in inputs]), random.Random(cfg.seed)
+    byte_counts, draw = token_byte_counts(tokenizer), random.Random(cfg.seed)
+    progress = Progress([path for _, path in inputs])
     writers = {}
     counts = {}
 
@@ -286,8 +291,8 @@ def write_tokens(inputs, tokenizer, cfg, report, folder):
             finish(document[0], last)
         progress.show(sum(w.count for w in writers.values()), done_file=path)
     if "train" not in writers:
-        raise UserError("--input: no text left to train on" + (", everything went to validation; lower --val_frac"
-                                                               if "val" in writers else ""))
+        raise UserError("--input: no text left to train on" + (
+            ", everything went to validation; lower --val_frac" if "val" in writers else ""))
     for split, writer in writers.items():
         writer.close()
         counts[split] |= dict(tokens=writer.count, sha256=writer.sha.hexdigest())
@@ -295,7 +300,7 @@ def write_tokens(inputs, tokenizer, cfg, report, folder):
 
 
 def divide_documents(path, home, val_frac, draw, report):
-    """Yield (split, number, text or ids): a held-out document is drawn once, whatever the number of its pieces."""
+    """Yield (split, number, text or ids): a held-out document is drawn once, however many its pieces."""
     previous, split = None, home
     for number, piece in READERS[kind_of(path)](path, report):
         if number != previous and val_frac:
@@ -305,7 +310,7 @@ def divide_documents(path, home, val_frac, draw, report):
 
 
 def divide_txt(path, home, val_frac, report):
-    """Yield (split, number, text): the last val_frac of the characters, from the start of a line, is held out."""
+    """Yield (split, number, text): the last val_frac of the characters, from a line's start, is held out."""
     cut = None
     if val_frac:
         cut = round((1 - val_frac) * sum(len(piece) for _, piece in read_txt(path, report)))
@@ -323,7 +328,7 @@ def divide_txt(path, home, val_frac, report):
 
 
 def tokenize(pieces, tokenizer, path):
-    """(split, number, text or ids) -> (split, number, ids as an array), many texts in one call; ids are checked."""
+    """(split, number, text or ids) -> (split, number, array of ids), many texts in one call; ids checked."""
     waiting, size = [], 0
     for split, number, piece in pieces:
         if isinstance(piece, str):

@@ -13,7 +13,7 @@ torch.set_num_threads(1)                       # results must not depend on how 
 
 
 def run(*args, ranks=1, check=True, timeout=300, **kwargs):
-    """Run a script of the repository, e.g. run("train_pretrain.py", "--num_steps=2"); ranks > 1 uses torchrun."""
+    """Run a script of ours, e.g. run("train_pretrain.py", "--num_steps=2"); ranks > 1 uses torchrun."""
     launcher = [sys.executable] if ranks == 1 else [
         sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -32,12 +32,14 @@ def corpus(tmp_path_factory):
     with open(folder / "corpus.jsonl", "w", encoding="utf-8") as file:
         for i in range(60):
             words = " ".join(f"word{(i * 7 + j * j) % 50}" for j in range(20 + i % 13))
-            file.write(json.dumps({"text": f"Document {i}: {words}. Ende, fin, 結尾.\n"}, ensure_ascii=False) + "\n")
+            text = f"Document {i}: {words}. Ende, fin, 結尾.\n"
+            file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
     return folder
 
 
 @pytest.fixture(scope="session")
 def token_set(corpus):
     """A prepared byte-level set with a train and a val split."""
-    run("data/prepare.py", "text", f"--input={corpus}/corpus.jsonl", "--val_frac=0.2", f"--out_dir={corpus}/set")
+    run("data/prepare.py", "text", f"--input={corpus}/corpus.jsonl", "--val_frac=0.2",
+        f"--out_dir={corpus}/set")
     return corpus / "set"

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not at all, whatever fails while they are written; damaged ones are refused (PITFALLS 18, 19)."""
+"""Checkpoints: whole or not at all, whatever fails in writing; damaged ones are refused (PITFALLS 18, 19)."""
 import errno
 import json
 import os
@@ -32,7 +32,8 @@ def train_a_little(model, optimizer):
 
 def save(folder, step, model, optimizer, val_loss=None, keep_last=5):
     info = dict(model={}, config={}, identity={}, fingerprint="f")
-    return checkpoint.save(str(folder), step, model, optimizer, info, {"tokenizer_info.json": b"{}"}, keep_last, val_loss)
+    return checkpoint.save(str(folder), step, model, optimizer, info, {"tokenizer_info.json": b"{}"},
+                           keep_last, val_loss)
 
 
 def weights(model):
@@ -92,7 +93,7 @@ def test_disk_full_at_any_point_keeps_the_last_good_checkpoint(tmp_path, monkeyp
         again, _ = loaded(folder)
         expected = after if folder.endswith("2") else before
         assert all(torch.equal(a, b) for a, b in zip(expected, weights(again), strict=True))
-        if folder.endswith("2"):                              # whole, so only what follows the rename can have failed
+        if folder.endswith("2"):  # whole, so only what follows the rename can have failed
             assert ok or (calls[number - 1] == "fsync" and "rename" in calls[:number]), (number, calls)
             break
         assert not ok
@@ -125,7 +126,8 @@ def test_kill_9_at_any_point_keeps_a_whole_checkpoint(tmp_path, monkeypatch):
     assert not list(tmp_path.glob(".step*")), "what killed saves left was not cleaned up"
 
 
-@pytest.mark.parametrize("name", ["model.pt", "optimizer_0_of_1.pt", "tokenizer_info.json", "checkpoint.json"])
+@pytest.mark.parametrize("name", ["model.pt", "optimizer_0_of_1.pt", "tokenizer_info.json",
+                                  "checkpoint.json"])
 @pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
 def test_a_damaged_file_is_refused_and_the_checkpoint_before_is_used(tmp_path, name, damage, capsys):
     model, optimizer = new_run()
@@ -137,7 +139,7 @@ def test_a_damaged_file_is_refused_and_the_checkpoint_before_is_used(tmp_path, n
     else:
         content[len(content) // 2] ^= 1
         path.write_bytes(content if damage == "flip" else content[:len(content) // 2])
-    if (name, damage) != ("checkpoint.json", "flip"):         # one flipped bit of JSON may still be the same JSON
+    if (name, damage) != ("checkpoint.json", "flip"):  # one flipped bit of JSON may still be the same JSON
         assert checkpoint.latest(str(tmp_path)).endswith("step_000001")
         assert "step_000002" in capsys.readouterr().err
         with pytest.raises(UserError, match="step_000002"):

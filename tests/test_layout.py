@@ -1,4 +1,4 @@
-"""The house rules a machine can check: who imports whom, no dead options, file sizes, shared blocks, words."""
+"""The house rules a machine checks: who imports whom, no dead options, file sizes, shared blocks, words."""
 import ast
 import re
 from pathlib import Path
@@ -23,8 +23,10 @@ def imports(tree):
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module == "common":
+            names |= {f"common.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            names |= {f"common.{alias.name}" for alias in node.names} if node.module == "common" else {node.module}
+            names.add(node.module)
     return names
 
 
@@ -49,13 +51,15 @@ def test_only_the_fixed_packages_are_needed_at_the_top_of_a_module(path):
 
 
 def test_tokenizer_packages_are_imported_in_one_place():
-    users = {p.name for p in [*COMMON, *SCRIPTS, PREPARE] if imports(parse(p)) & {"tiktoken", "sentencepiece"}}
+    users = {p.name for p in [*COMMON, *SCRIPTS, PREPARE]
+             if imports(parse(p)) & {"tiktoken", "sentencepiece"}}
     assert users == {"tokenizer.py"}
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=by_name)
 def test_scripts_do_not_import_scripts(path):
-    assert not {name for name in imports(parse(path)) if name.split(".")[0] in ("sample", "data") or name.startswith("train_")}
+    assert not {name for name in imports(parse(path))
+                if name.split(".")[0] in ("sample", "data") or name.startswith("train_")}
 
 
 def config_fields(tree):
@@ -101,12 +105,13 @@ def test_common_stays_small():
 
 def test_the_setup_block_is_the_same_in_every_stage():
     """Copies are allowed, drift is not."""
-    blocks = {re.search(r"# setup \(identical in every stage\)\n(.*?)\n    # -{70}", path.read_text(), re.S)[1]
-              for path in STAGES}
+    setup = r"# setup \(identical in every stage\)\n(.*?)\n    # -{70}"
+    blocks = {re.search(setup, path.read_text(), re.S)[1] for path in STAGES}
     assert len(blocks) == 1
 
 
-@pytest.mark.parametrize("path", [*COMMON, *SCRIPTS, PREPARE, *ROOT.glob("configs/**/*.py")], ids=by_name)
+@pytest.mark.parametrize("path", [*COMMON, *SCRIPTS, PREPARE, *ROOT.glob("configs/**/*.py")],
+                         ids=by_name)
 def test_lines_fit_110_columns_and_options_have_comments(path):
     for number, line in enumerate(path.read_text().splitlines(), 1):
         assert len(line) <= 110, f"{path.name}:{number}"
@@ -120,5 +125,7 @@ def test_lines_fit_110_columns_and_options_have_comments(path):
 def test_no_silent_shortcuts():
     for path in [*COMMON, *SCRIPTS, PREPARE]:
         text = path.read_text()
-        assert not re.search(r"strict=False|except:|warnings\.filter|NotImplementedError|TODO|FIXME", text), path.name
-        assert "weights_only=False" not in text and not re.search(r"pickle\.loads?\(", text), path.name
+        shortcuts = r"strict=False|except:|warnings\.filter|NotImplementedError|TODO|FIXME"
+        assert not re.search(shortcuts, text), path.name
+        assert "weights_only=False" not in text, path.name
+        assert not re.search(r"pickle\.loads?\(", text), path.name

@@ -21,9 +21,9 @@ N = 100_000
 
 def every_u(logits, cfg, seen=()):
     """
-    Draw with N evenly spaced u from the logits of one row -> (share of the draws of each token, exp of its logp)
+    Draw from the logits of one row with N evenly spaced u -> (each token's share of the draws, exp(logp))
 
-    A token of probability p owns an interval of u of length p, so its share is p to 1/N: no randomness is involved.
+    A token of probability p owns an interval of u of length p, so its share is p to 1/N: nothing is random.
     """
     logits = torch.tensor([logits])
     u = (torch.arange(N, dtype=torch.float64) + 0.5) / N
@@ -39,7 +39,7 @@ def every_u(logits, cfg, seen=()):
 
 
 def logs(*weights):
-    """Logits with a softmax proportional to weights. Temperature T raises weights to 1/T, a penalty p to p or 1/p."""
+    """Logits of softmax weights / sum(weights). Temperature T raises weights to 1/T."""
     return [math.log(w) for w in weights]
 
 
@@ -69,16 +69,17 @@ TABLES = {                     # logits, options, tokens seen, probabilities
     # the order: each would be another table if the two were swapped
     "suppress before top_k": (logs(9, 5, 3, 1), dict(suppress=(0,), top_k=2), (), [0, 5 / 8, 3 / 8, 0]),
     "suppress before top_p": (logs(9, 5, 3, 2), dict(suppress=(0,), top_p=0.6), (), [0, 5 / 8, 3 / 8, 0]),
-    "suppress with penalty": (logs(9, 1 / 9, 1), dict(suppress=(0, 1), repetition_penalty=2.0), (0, 1), [0, 0, 1]),
+    "suppress with penalty": (logs(9, 1 / 9, 1), dict(suppress=(0, 1), repetition_penalty=2.0), (0, 1),
+                              [0, 0, 1]),
     "penalty before top_k": (logs(16, 9, 2), dict(repetition_penalty=2.0, top_k=1), (0,), [0, 1, 0]),
     # [81, 16, 9] / 106: the first has .764; at temperature 1 it would have .5625 and the second would stay
     "temperature before top_p": (logs(9, 4, 3), dict(temperature=0.5, top_p=0.76), (), [1, 0, 0]),
     # of the best two the first has 5/8; of all it has .5 and the second would stay
     "top_k before top_p": (logs(5, 3, 1, 1), dict(top_k=2, top_p=0.6), (), [1, 0, 0, 0]),
-    # suppress 4; 16 -> 4 and 1/4 -> 1/16; squares 16, 81, 9, 1/256; best three 81, 16, 9 of 106; .764 < .8 <= .915
+    # without id 4; 16 -> 4, 1/4 -> 1/16; squares 16, 81, 9, 1/256; best three of 106; 81 < .8 * 106 < 97
     "all of them": (logs(16, 9, 3, 1 / 4, 100),
-                    dict(suppress=(4,), repetition_penalty=2.0, temperature=0.5, top_k=3, top_p=0.8), (0, 3, 4),
-                    [16 / 97, 81 / 97, 0, 0, 0]),
+                    dict(suppress=(4,), repetition_penalty=2.0, temperature=0.5, top_k=3, top_p=0.8),
+                    (0, 3, 4), [16 / 97, 81 / 97, 0, 0, 0]),
 }
 
 
@@ -128,7 +129,7 @@ def test_the_logits_given_are_left_as_they_are():
 @pytest.mark.parametrize("options", [{}, dict(top_k=20), dict(top_p=0.9), dict(top_k=20, top_p=0.9)], ids=str)
 @pytest.mark.parametrize("u", [0.0, LARGEST])
 def test_the_ends_of_u_give_tokens_of_positive_probability(u, options):
-    """The first and last ids are impossible, and so are those 200 below the others: exp of that is 0 in float32."""
+    """The first and last ids are impossible, and so are those 200 below the rest: exp of that is 0."""
     generator = torch.Generator().manual_seed(0)
     logits = 3 * torch.randn(200, 3000, generator=generator)
     logits[:, 1:50] -= 200
@@ -154,7 +155,7 @@ def test_a_vocabulary_with_one_possible_token_gives_it_for_every_u(vocab_size):
 # chi-square
 
 def p_value(counts, probs):
-    """Pearson: probability of counts at least so far from probs. Probability 0 must not have been counted at all."""
+    """Pearson: probability of counts as far from probs or further. Probability 0 must have count 0."""
     counts, probs = counts.double(), probs.double()
     assert counts[probs == 0].sum() == 0 and (probs > 0).sum() > 1
     counts, expected = counts[probs > 0], counts.sum() * probs[probs > 0] / probs.sum()
@@ -196,7 +197,7 @@ def test_first_tokens_of_many_samples_have_the_distribution_that_their_logps_cla
 @pytest.mark.parametrize("streams", [[(5, row) for row in range(4000)], [(seed, 0) for seed in range(4000)]],
                          ids=["rows", "seeds"])
 def test_the_random_streams_of_rows_and_of_seeds_are_independent(streams):
-    """First and second number of a stream, and first numbers of neighbouring streams: uniform on an 8 x 8 grid."""
+    """Pairs within a stream, and first numbers of neighbouring streams, fill an 8 x 8 grid evenly."""
     u = torch.stack([uniforms(seed, row, 2) for seed, row in streams])
     cells = (u * 8).long()                                                      # (4000, 2)
     for a, b in ((cells[:, 0], cells[:, 1]), (cells[:-1, 0], cells[1:, 0])):
@@ -254,7 +255,8 @@ CONFIGS = {
     "plain": replace(PLAIN, max_new_tokens=10),
     "greedy": SamplingConfig(temperature=0, max_new_tokens=10),
     "greedy with penalty": SamplingConfig(temperature=0, repetition_penalty=1.5, max_new_tokens=10),
-    "everything": SamplingConfig(10, suppress=(0, 3), repetition_penalty=1.3, temperature=1.2, top_k=15, top_p=0.9),
+    "everything": SamplingConfig(max_new_tokens=10, suppress=(0, 3), repetition_penalty=1.3, temperature=1.2,
+                                 top_k=15, top_p=0.9),
 }
 
 
@@ -294,11 +296,12 @@ def test_logps_are_those_that_training_computes_for_the_same_tokens(temperature)
     tokens, logps = complete(model, PROMPTS, cfg, num_samples=2)
     for row in range(6):
         recomputed = logps_of(model, PROMPTS[row // 2], tokens[row], temperature)
-        assert max(abs(math.exp(new - old) - 1) for new, old in zip(recomputed, logps[row], strict=True)) < 1e-5
+        for new, old in zip(recomputed, logps[row], strict=True):
+            assert abs(math.exp(new - old) - 1) < 1e-5
 
 
 def naive_probs(logits, cfg, seen):
-    """The processors as their definitions read, token by token in Python floats -> dict of id to probability"""
+    """The processors as their definitions read, in plain Python -> dict of id to probability"""
     z = {i: x for i, x in enumerate(logits) if i not in cfg.suppress}
     z = {i: (x / cfg.repetition_penalty if x > 0 else x * cfg.repetition_penalty) if i in seen else x
          for i, x in z.items()}
@@ -569,8 +572,8 @@ def test_a_model_streams_past_its_context_with_new_random_numbers():
 def test_only_the_first_text_of_a_document_loses_the_space_that_sentencepiece_adds(lines):
     """A Llama-like vocabulary puts a space before the first word; after a prompt it is a real one."""
     out = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(lines), model_writer=out, model_type="bpe",
-                                             vocab_size=360, byte_fallback=True, minloglevel=2)
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(lines), model_writer=out, minloglevel=2,
+                                             model_type="bpe", vocab_size=360, byte_fallback=True)
     tokenizer = Tokenizer("sentencepiece", out.getvalue())
     ids = tokenizer.encode("end of line")
     for prompt, expected in (("The", " end of line"), ("", "end of line")):

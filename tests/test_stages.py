@@ -1,6 +1,6 @@
 """
-Every stage through its real command line: it learns, it does not depend on ranks, micro-batches or ZeRO-1, a killed run
-resumes bit for bit, and mistakes are answered by one line (PITFALLS 1, 7, 8, 10, 19, 20).
+Every stage through its real command line: it learns, it does not depend on ranks, micro-batches or ZeRO-1, a
+killed run resumes bit for bit, and mistakes are answered by one line (PITFALLS 1, 7, 8, 10, 19, 20).
 """
 import json
 import os
@@ -26,8 +26,8 @@ STAGES = {"train_pretrain.py": TINY}
 def stage(request, token_set, tmp_path):
     """start(out, *options, ranks=1) -> the finished process; the run directory is tmp_path / out"""
     def start(out, *options, ranks=1, check=True, **kwargs):
-        return run(request.param, *STAGES[request.param], f"--data_dir={token_set}", f"--out_dir={tmp_path / out}", *options,
-                   ranks=ranks, check=check, **kwargs)
+        return run(request.param, *STAGES[request.param], f"--data_dir={token_set}",
+                   f"--out_dir={tmp_path / out}", *options, ranks=ranks, check=check, **kwargs)
     start.script, start.folder, start.data = request.param, tmp_path, token_set
     return start
 
@@ -63,9 +63,9 @@ def start_and_signal(stage, out, *options, number, ranks=1, when):
     launcher = [sys.executable] if ranks == 1 else [
         sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     process = subprocess.Popen([*launcher, stage.script, *STAGES[stage.script], f"--data_dir={stage.data}",
-                                f"--out_dir={stage.folder / out}", *options], cwd=ROOT, start_new_session=True,
-                               env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True,
-                               stdout=subprocess.DEVNULL)
+                                f"--out_dir={stage.folder / out}", *options], cwd=ROOT,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True,
+                               stderr=subprocess.PIPE, text=True, stdout=subprocess.DEVNULL)
     path = stage.folder / out / "metrics.jsonl"
     deadline = time.time() + 120
     while not path.exists() or path.read_text().count("\n") < when:
@@ -73,7 +73,7 @@ def start_and_signal(stage, out, *options, number, ranks=1, when):
         assert time.time() < deadline
         time.sleep(0.002)
     if number == signal.SIGKILL:
-        os.killpg(process.pid, number)                        # the launcher and all ranks, as when a machine goes down
+        os.killpg(process.pid, number)  # the launcher and all ranks, as when a machine goes down
     else:
         process.send_signal(number)
     _, stderr = process.communicate(timeout=120)
@@ -111,8 +111,9 @@ def test_losses_and_weights_do_not_depend_on_the_layout(stage):
     assert len(losses(stage.folder / "1x8")) == 20 and len(val) == 3
     for name in layouts:
         assert_same_curve(stage.folder / "1x8", stage.folder / name)
-        assert [r["val_loss"] for r in records(stage.folder / name) if "val_loss" in r] == pytest.approx(val, abs=1e-5)
-        assert [r["grad_norm"] for r in records(stage.folder / name) if "loss" in r] == pytest.approx(norms, rel=1e-4)
+        rows = records(stage.folder / name)
+        assert [r["val_loss"] for r in rows if "val_loss" in r] == pytest.approx(val, abs=1e-5)
+        assert [r["grad_norm"] for r in rows if "loss" in r] == pytest.approx(norms, rel=1e-4)
         weights = final_weights(stage.folder / name)
         assert max((weights[k] - reference[k]).abs().max().item() for k in reference) < 1e-4
 
@@ -120,7 +121,8 @@ def test_losses_and_weights_do_not_depend_on_the_layout(stage):
 def test_three_ranks_and_a_checkpoint_that_changes_layout(stage):
     """1 rank straight = 2 ranks with ZeRO-1, then 1 rank, then 3 ranks with ZeRO-1."""
     def start(out, steps, *options, **kwargs):
-        stage(out, f"--num_steps={steps}", "--eval_every=0", "--batch_size=6", "--schedule=constant", *options, **kwargs)
+        stage(out, f"--num_steps={steps}", "--eval_every=0", "--batch_size=6", "--schedule=constant",
+              *options, **kwargs)
     start("straight", 18)
     start("moving", 6, "--zero1=true", ranks=2)
     assert len(list((stage.folder / "moving/step_000006").glob("optimizer_*"))) == 2
@@ -139,10 +141,11 @@ def test_state_of_a_zero1_rank_is_one_nth(stage):
     assert whole / 2 <= shard < whole / 2 + 100               # padding to a multiple of the ranks
 
 
-@pytest.mark.parametrize("options", [["--doc_mask=true"], ["--activation_checkpointing=true"], ["--model.attn_dropout=0.1"],
-                                     ["--optimizer=muon"], ["--optimizer=lion", "--lr=5e-3"], ["--dtype=float16"],
-                                     ["--param_dtype=bfloat16"], ["--critical_ids=97,101", "--critical_alpha=3"]],
-                         ids=lambda options: options[0].lstrip("-").split("=")[0] + "=" + options[0].split("=")[1])
+@pytest.mark.parametrize("options", [
+    ["--doc_mask=true"], ["--activation_checkpointing=true"], ["--model.attn_dropout=0.1"],
+    ["--optimizer=muon"], ["--optimizer=lion", "--lr=5e-3"], ["--dtype=float16"], ["--param_dtype=bfloat16"],
+    ["--critical_ids=97,101", "--critical_alpha=3"]],
+    ids=lambda options: options[0].lstrip("-").split("=")[0] + "=" + options[0].split("=")[1])
 def test_options_learn_and_resume_bit_for_bit(stage, options):
     """Stopping after 10 of 20 steps and resuming gives the same numbers as 20 steps in one go."""
     common = ["--eval_every=5", "--save_every=10", "--schedule=constant", *options]
@@ -168,13 +171,13 @@ def test_activation_checkpointing_and_compile_change_nothing(stage):
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_kill_9_and_resume_equals_the_uninterrupted_run_bit_for_bit(stage, ranks):
-    # 62 windows and 8 a step: the kill falls in the middle of an epoch, and the run crosses into the next ones
+    # 62 windows and 8 a step: the kill falls inside an epoch, and the run crosses into the next ones
     options = ["--num_steps=40", "--save_every=5", "--eval_every=7", "--model.attn_dropout=0.1",
                *(["--zero1=true"] if ranks > 1 else [])]
     stage("straight", *options, ranks=ranks)
     for when in (random.randint(3, 12), random.randint(20, 36)):   # any moment will do
-        code, _ = start_and_signal(stage, "killed", *options, "--resume=true", number=signal.SIGKILL, when=when,
-                                   ranks=ranks)
+        code, _ = start_and_signal(stage, "killed", *options, "--resume=true", number=signal.SIGKILL,
+                                   when=when, ranks=ranks)
         assert code == -signal.SIGKILL
     with open(stage.folder / "killed/metrics.jsonl", "a") as file:
         file.write('{"step": 39, "lo')                         # a line that a kill has cut short
@@ -199,11 +202,12 @@ def test_a_signal_finishes_the_step_and_saves(stage, number, ranks):
 
 def test_evaluation_and_samples_do_not_change_training(stage):
     stage("rare", "--num_steps=12", "--eval_every=0", "--model.attn_dropout=0.1")
-    stage("often", "--num_steps=12", "--eval_every=1", "--model.attn_dropout=0.1", "--eval_prompts=Document,word1")
+    stage("often", "--num_steps=12", "--eval_every=1", "--model.attn_dropout=0.1",
+          "--eval_prompts=Document,word1")
     assert losses(stage.folder / "rare") == losses(stage.folder / "often")
     assert same_weights(stage.folder / "rare", stage.folder / "often")
     samples = [json.loads(line) for line in open(stage.folder / "often/samples.jsonl")]
-    assert len(samples) == 2 * 13 and sum(len(s["text"]) > 0 for s in samples) > 20     # "" is an end token at once
+    assert len(samples) == 2 * 13 and sum(len(s["text"]) > 0 for s in samples) > 20  # "" = end token at once
 
 
 def test_a_damaged_checkpoint_is_passed_over(stage):
@@ -227,7 +231,7 @@ def test_a_full_disk_costs_nothing_that_was_saved(stage):
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
     result = stage("run", "--num_steps=12", "--resume=true", *options, check=False, preexec_fn=limit)
     assert result.returncode == 2
-    assert result.stderr.count("earlier checkpoints are untouched") == 2       # the run went on after the first
+    assert result.stderr.count("earlier checkpoints are untouched") == 2  # the run went on after the first
     assert "the last checkpoint could not be saved" in result.stderr
     assert [p.name for p in (stage.folder / "run").glob("step_*")] == ["step_000004"]
     stage("run", "--num_steps=12", "--resume=true", *options)
@@ -253,13 +257,14 @@ def test_the_logged_loss_is_the_loss_of_the_saved_weights_on_that_batch(stage):
 
 def test_tokens_per_second_are_tokens_over_wall_time(stage):
     start = time.time()
-    stage("run", "--num_steps=150", "--micro_batch_size=2", "--eval_every=0", "--eval_seqs=0", "--save_every=0")
+    stage("run", "--num_steps=150", "--micro_batch_size=2", "--eval_every=0", "--eval_seqs=0",
+          "--save_every=0")
     whole = time.time() - start
     rows = [json.loads(line) for line in open(stage.folder / "run/metrics.jsonl")]
     seconds = sum(r["ms"] for r in rows) / 1000
     assert all(r["tokens"] == 8 * 32 for r in rows)
     assert all(r["tok_per_s"] == pytest.approx(r["tokens"] / (r["ms"] / 1000)) for r in rows)
-    created = (stage.folder / "run/config.json").stat().st_mtime       # training starts here and ends with the last record
+    created = (stage.folder / "run/config.json").stat().st_mtime  # training runs from here to the last record
     wall = (stage.folder / "run/metrics.jsonl").stat().st_mtime - created
     assert seconds < whole and seconds == pytest.approx(wall, rel=0.05, abs=0.1)
 
@@ -267,14 +272,16 @@ def test_tokens_per_second_are_tokens_over_wall_time(stage):
 def test_the_learning_rate_is_a_function_of_the_step(stage):
     stage("run", "--num_steps=20", "--save_every=10", "--initial_lr=1e-3", "--min_lr_frac=0.1")
     lr = [r["lr"] for r in records(stage.folder / "run") if "lr" in r]
-    assert lr[0] == pytest.approx(1e-3 + 9e-3 / 5) and lr[4] == pytest.approx(1e-2) and lr[19] == pytest.approx(1e-3)
+    assert lr[0] == pytest.approx(1e-3 + 9e-3 / 5)
+    assert lr[4] == pytest.approx(1e-2) and lr[19] == pytest.approx(1e-3)
 
 
 def test_epochs_end_with_a_partial_step(stage):
     """31 windows and a batch of 8: two epochs are 7 whole steps and one of 6 sequences."""
     from common.data import TokenData
     n = TokenData(str(stage.data), "train", 32, 8).num_samples
-    stage("run", "--num_steps=0", "--num_epochs=2", "--lr=0", "--weight_decay=0", "--eval_every=0", "--batch_size=24")
+    stage("run", "--num_steps=0", "--num_epochs=2", "--lr=0", "--weight_decay=0", "--eval_every=0",
+          "--batch_size=24")
     curve = losses(stage.folder / "run")
     assert 2 * n % 24 and len(curve) == -(-2 * n // 24)
     # at lr 0 the weights stay, so the mean over both epochs weighs every window twice
@@ -294,11 +301,12 @@ def test_the_run_directory_can_run_again(stage):
 
 def test_a_longer_context_is_one_flag(stage):
     stage("short", "--num_steps=10")
-    stage("long", "--num_steps=2", f"--init_from={stage.folder / 'short'}", "--seq_len=128", "--model.rope_scaling=yarn",
-          "--batch_size=2")
+    stage("long", "--num_steps=2", f"--init_from={stage.folder / 'short'}", "--seq_len=128",
+          "--model.rope_scaling=yarn", "--batch_size=2")
     config = json.loads((stage.folder / "long/step_000002/checkpoint.json").read_text())["model"]
     assert (config["seq_len"], config["rope_original_len"], config["rope_factor"]) == (128, 32, 4.0)
-    result = stage("no", "--num_steps=2", f"--init_from={stage.folder / 'short'}", "--seq_len=128", check=False)
+    result = stage("no", "--num_steps=2", f"--init_from={stage.folder / 'short'}", "--seq_len=128",
+                   check=False)
     assert_one_line(result, "--seq_len=128: the checkpoint was trained at 32; add --model.rope_scaling=yarn")
 
 
@@ -313,7 +321,8 @@ def assert_one_line(result, text):
 
 @pytest.mark.parametrize("options, message", [
     (["--data_dir=nowhere"], "--data_dir=nowhere: no meta.json there; make the set with data/prepare.py"),
-    (["--batch_size=9", "--micro_batch_size=2"], "--batch_size=9: must be a multiple of ranks x micro_batch_size = 1 x 2"),
+    (["--batch_size=9", "--micro_batch_size=2"],
+     "--batch_size=9: must be a multiple of ranks x micro_batch_size = 1 x 2"),
     (["--seq_len=100000"], "fewer than --seq_len=100000"),
     (["--num_epochs=1"], "set one of them"),
     (["--init_from=nowhere"], "nowhere: no such run or checkpoint"),
@@ -331,32 +340,35 @@ def test_mistakes_are_answered_by_one_line(stage, options, message):
 def test_a_run_directory_in_use_is_left_alone(stage):
     (stage.folder / "run").mkdir()
     (stage.folder / "run/thesis.txt").write_text("mine")
-    assert_one_line(stage("run", "--num_steps=2", check=False), "not empty; choose another, or continue that run")
+    result = stage("run", "--num_steps=2", check=False)
+    assert_one_line(result, "not empty; choose another, or continue that run")
     assert [p.name for p in (stage.folder / "run").iterdir()] == ["thesis.txt"]
 
 
 def test_resuming_with_other_data_or_order_is_refused(stage):
     stage("run", "--num_steps=2")
-    assert_one_line(stage("run", "--num_steps=4", "--resume=true", "--batch_size=4", check=False), "'batch_size': 8")
+    assert_one_line(stage("run", "--num_steps=4", "--resume=true", "--batch_size=4", check=False),
+                    "'batch_size': 8")
     assert_one_line(stage("run", "--num_steps=4", "--resume=true", "--model.n_layer=3", check=False),
                     "--model.n_layer=3: the checkpoint has 2, which cannot change")
-    assert_one_line(stage("run", "--num_steps=4", "--resume=true", "--optimizer=lion", check=False), "optimizer state")
+    assert_one_line(stage("run", "--num_steps=4", "--resume=true", "--optimizer=lion", check=False),
+                    "optimizer state")
 
 
 def test_a_set_of_another_tokenizer_is_refused(stage, corpus):
     stage("run", "--num_steps=2")
     run("data/prepare.py", "tokenizer", f"--input={corpus}/corpus.jsonl", "--vocab_size=320",
         f"--out={stage.folder}/t.model")
-    run("data/prepare.py", "text", f"--input={corpus}/corpus.jsonl", "--val_frac=0.2", f"--out_dir={stage.folder}/other",
-        f"--tokenizer={stage.folder}/t.model")
-    result = stage("no", "--num_steps=2", f"--init_from={stage.folder / 'run'}", f"--data_dir={stage.folder}/other",
-                   check=False)
+    run("data/prepare.py", "text", f"--input={corpus}/corpus.jsonl", "--val_frac=0.2",
+        f"--out_dir={stage.folder}/other", f"--tokenizer={stage.folder}/t.model")
+    result = stage("no", "--num_steps=2", f"--init_from={stage.folder / 'run'}",
+                   f"--data_dir={stage.folder}/other", check=False)
     assert_one_line(result, "was trained with another tokenizer")
 
 
 def test_an_exploding_run_stops_and_says_so(stage):
-    result = stage("run", "--num_steps=100", "--lr=1e30", "--warmup_steps=0", "--max_bad_steps=3", "--save_every=1",
-                   check=False)
+    result = stage("run", "--num_steps=100", "--lr=1e30", "--warmup_steps=0", "--max_bad_steps=3",
+                   "--save_every=1", check=False)
     assert result.returncode == 2 and "not finite in 3 steps in a row; lower --lr" in result.stderr
     rows = [r for r in records(stage.folder / "run") if "loss" in r]
     assert [None in r.values() for r in rows[-4:]] == [False, True, True, True]
@@ -364,8 +376,9 @@ def test_an_exploding_run_stops_and_says_so(stage):
 
 
 def test_ranks_that_disagree_on_the_config_are_refused(stage):
-    code = ("import os, runpy, sys; sys.argv = ['train', *sys.argv[1:], '--lr=' + ('1e-3' if os.environ['RANK'] == '0' else "
-            f"'1e-4')]; runpy.run_path({str(ROOT / stage.script)!r}, run_name='__main__')")
+    code = ("import os, runpy, sys; lr = '1e-3' if os.environ['RANK'] == '0' else '1e-4'; "
+            "sys.argv = ['train', *sys.argv[1:], f'--lr={lr}']; "
+            f"runpy.run_path({str(ROOT / stage.script)!r}, run_name='__main__')")
     (stage.folder / "differ.py").write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n" + code)
     result = run(stage.folder / "differ.py", *STAGES[stage.script], f"--data_dir={stage.data}",
                  f"--out_dir={stage.folder / 'run'}", ranks=2, check=False)

@@ -1,0 +1,243 @@
+"""
+Speed and memory as ratios against named references, both measured in the same run, alternating, median of 7.
+
+    make bench                                  # all; or: python tests/bench/bench.py NAME [NAME ...]
+
+    step_26m, step_384     FLOP/s of a training step as a fraction of a large matrix product's, measured in between
+    loss_128, loss_512     linear_cross_entropy against plain logits + F.cross_entropy, V = 50,304, time and memory
+    loader                 seconds of a batch against a step
+    optimizer              a step of ShardedOptimizer on one rank against clip_grad_norm_ + torch.optim.AdamW(fused=True)
+    malloc                 a training step with and without the allocator setting of dist.tune_malloc
+    generate               128 tokens with the KV cache against the whole context again for each, context 512
+    overlap                two ranks: how much of the gradients' travel lies inside backward
+
+The machine must be otherwise idle. Absolute times do not travel between machines; ratios nearly do.
+"""
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from common import dist, losses, optim  # noqa: E402  (the root must be on the path first)
+from common.data import TokenData  # noqa: E402
+from common.model import GPT, ModelConfig  # noqa: E402
+from common.sampling import SamplingConfig, complete  # noqa: E402
+from common.zero1 import ShardedOptimizer  # noqa: E402
+
+MODEL_26M = ModelConfig(vocab_size=6400, n_layer=8, n_head=8, n_kv_head=2, n_embd=512, d_ff=1408, seq_len=512)
+MODEL_384 = ModelConfig(vocab_size=320, n_layer=6, n_head=6, n_embd=384, seq_len=256)
+
+
+def alternate(*functions, repeats=7):
+    """Median seconds of each function; they take turns, after one untimed turn each."""
+    times = [[] for _ in functions]
+    for turn in range(repeats + 1):
+        for function, kept in zip(functions, times):
+            start = time.perf_counter()
+            function()
+            if turn:
+                kept.append(time.perf_counter() - start)
+    return [statistics.median(kept) for kept in times]
+
+
+def training_step(config, B):
+    """-> (function that makes one whole update, its FLOPs)"""
+    torch.manual_seed(0)
+    model, T = GPT(config), config.seq_len
+    optimizer = ShardedOptimizer(optim.parameter_groups(model))
+    optimizer.lr = 1e-4
+    tokens = torch.randint(0, config.vocab_size, (B, T + 1))
+
+    def step():
+        loss = losses.linear_cross_entropy(model(tokens[:, :-1]), model.head, tokens[:, 1:])
+        (loss / (B * T)).backward()
+        optimizer.step(1.0)
+    return step, B * T * model.flops_per_token(T)
+
+
+def gemm(n=2048):
+    a, b, out = torch.randn(n, n), torch.randn(n, n), torch.empty(n, n)
+    return lambda: torch.mm(a, b, out=out), 2 * n**3
+
+
+def bench_step(name, config, B):
+    step, step_flops = training_step(config, B)
+    product, product_flops = gemm()
+    # a product before and after each step: the machine's speed drifts
+    step_s, product_s = alternate(step, lambda: [product() for _ in range(8)])
+    peak = 8 * product_flops / product_s
+    print(f"{name}: {step_s * 1000:.0f} ms a step, {step_flops / step_s / 1e9:.0f} of {peak / 1e9:.0f} GFLOP/s = "
+          f"{step_flops / step_s / peak:.1%} of the matrix product's (fp32, {torch.get_num_threads()} threads)")
+
+
+def loss_inputs(C, N, V=50304):
+    torch.manual_seed(0)
+    return (torch.randn(N, C, requires_grad=True), (torch.randn(V, C) * 0.02).requires_grad_(),
+            torch.randint(0, V, (N,)))
+
+
+def plain_cross_entropy(hidden, weight, targets):
+    return F.cross_entropy(hidden @ weight.T, targets, reduction="sum")
+
+
+def bench_loss(name, C, N):
+    inputs = loss_inputs(C, N)
+
+    def backward(loss):
+        inputs[0].grad = inputs[1].grad = None
+        loss(*inputs).backward()
+    ours, plain = alternate(lambda: backward(losses.linear_cross_entropy), lambda: backward(plain_cross_entropy))
+    memory = {kind: int(child("memory", kind, C, N)) for kind in ("nothing", "ours", "plain")}
+    above = {kind: (memory[kind] - memory["nothing"]) / 2**20 for kind in ("ours", "plain")}
+    print(f"{name}: {N} tokens x {C} channels: {plain * 1000:.0f} -> {ours * 1000:.0f} ms, {plain / ours:.2f}x; "
+          f"peak above inputs and weights {above['plain']:.0f} -> {above['ours']:.0f} MiB, "
+          f"{above['ours'] / above['plain']:.2f} of plain's")
+
+
+def child_memory(kind, C, N):
+    """Peak RSS of a fresh process. Weight and gradient buffers are there from the start, as in training."""
+    hidden, weight, targets = loss_inputs(int(C), int(N))
+    hidden.grad, weight.grad = torch.zeros_like(hidden), torch.zeros_like(weight)
+    loss = {"ours": losses.linear_cross_entropy, "plain": plain_cross_entropy}.get(kind)
+    if loss:
+        loss(hidden, weight, targets).backward()
+    # not getrusage: its maximum goes on from the process that started this one
+    print(int(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM"))) * 1024)
+
+
+def bench_loader():
+    config, B = MODEL_26M, 8
+    with tempfile.TemporaryDirectory() as folder:
+        np.save(f"{folder}/train.npy", np.random.default_rng(0).integers(0, 6400, 20_000_000, dtype=np.uint16))
+        np.save(f"{folder}/token_bytes.npy", np.ones(6400, dtype=np.uint16))
+        Path(folder, "meta.json").write_text('{"vocab_size": 6400, "end": 0, "fingerprint": "", '
+                                             '"splits": {"train": {"tokens": 20000000}}}')
+        data = TokenData(folder, "train", config.seq_len, B)
+        numbers = iter(range(10**6))
+        step, _ = training_step(config, B)
+        batch_s, step_s = alternate(lambda: data.batch(next(numbers)), step, repeats=5)
+    print(f"loader: {batch_s * 1e6:.0f} us a batch of 8 x 512, {batch_s / step_s:.3%} of a step")
+
+
+def bench_optimizer():
+    torch.manual_seed(0)
+    model, reference = GPT(MODEL_26M), GPT(MODEL_26M)
+    optimizer = ShardedOptimizer(optim.parameter_groups(model))
+    optimizer.lr = 1e-4
+    matrices = [p for p in reference.parameters() if p.ndim >= 2]
+    vectors = [p for p in reference.parameters() if p.ndim < 2]
+    adamw = torch.optim.AdamW([dict(params=matrices, weight_decay=0.1), dict(params=vectors, weight_decay=0.0)],
+                              lr=1e-4, betas=(0.9, 0.95), fused=True)
+    for p in reference.parameters():
+        p.grad = torch.zeros_like(p)
+
+    def plain():
+        torch.nn.utils.clip_grad_norm_(reference.parameters(), 1.0)
+        adamw.step()
+        adamw.zero_grad(set_to_none=False)                    # both leave zeros behind
+    ours_s, plain_s = alternate(lambda: optimizer.step(1.0), plain, repeats=15)
+    print(f"optimizer: 26 M parameters, one rank: clip_grad_norm_ + AdamW(fused=True) {plain_s * 1000:.1f} ms, "
+          f"ours {ours_s * 1000:.1f} ms, {plain_s / ours_s:.2f}x")
+
+
+def bench_malloc():
+    for name in ("step_26m", "nanogpt_50k"):
+        times = {"1": [], "": []}
+        for _ in range(5):
+            for keep in times:
+                times[keep].append(float(child("malloc", name, KEEP_MALLOC=keep)))
+        glibc, tuned = (statistics.median(times[keep]) for keep in ("1", ""))
+        print(f"malloc: {name}: glibc's defaults {glibc * 1000:.0f} ms a step, tuned {tuned * 1000:.0f} ms, "
+              f"{glibc / tuned:.2f}x")
+
+
+def child_malloc(name):
+    config, B = (MODEL_26M, 8) if name == "step_26m" else (
+        ModelConfig(vocab_size=50304, n_layer=4, n_head=4, n_embd=128, seq_len=64), 12)
+    step, _ = training_step(config, B)
+    print(alternate(step, repeats=2 if name == "step_26m" else 9)[0])
+
+
+def bench_generate():
+    torch.manual_seed(0)
+    model, prompt = GPT(MODEL_26M).eval(), list(range(384))
+
+    @torch.inference_mode()
+    def uncached():
+        tokens = torch.tensor([prompt])
+        for _ in range(128):
+            tokens = torch.cat([tokens, (model(tokens)[:, -1] @ model.head.T).argmax(-1, keepdim=True)], dim=1)
+    cached_s, uncached_s = alternate(
+        lambda: complete(model, [prompt], SamplingConfig(max_new_tokens=128, temperature=0)), uncached, repeats=5)
+    print(f"generate: 128 tokens after 384: uncached {uncached_s:.2f} s, cached {cached_s:.2f} s, "
+          f"{uncached_s / cached_s:.1f}x, {128 / cached_s:.0f} tok/s")
+
+
+def bench_overlap():
+    for zero1 in ("", "zero1"):
+        result = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                                 __file__, "child", "overlap", zero1], capture_output=True, text=True, check=True)
+        print(result.stdout.strip())
+
+
+def child_overlap(zero1):
+    """Timestamps of one step on rank 0: when each bucket left, and when backward and the optimizer's wait ended."""
+    rank, world_size, _ = dist.init("cpu")
+    model = GPT(MODEL_26M)
+    optimizer = ShardedOptimizer(optim.parameter_groups(model), zero1=bool(zero1))
+    tokens, left = torch.randint(0, 6400, (2, 513)), []
+    for bucket in optimizer.buckets:
+        def reduce(shards, bucket=bucket, original=bucket.reduce):
+            original(shards)
+            left.append(time.perf_counter())
+        bucket.reduce = reduce
+    for _ in range(3):
+        left.clear()
+        loss = losses.linear_cross_entropy(model(tokens[:, :-1]), model.head, tokens[:, 1:])
+        start = time.perf_counter()
+        loss.backward()
+        end = time.perf_counter()
+        arrived = [bucket.work.is_completed() for bucket in optimizer.buckets]
+        for bucket in optimizer.buckets:
+            bucket.wait()
+        done = time.perf_counter()
+        optimizer.step(1.0)
+    if rank == 0:
+        print(f"overlap: 2 ranks{', zero1' if zero1 else ''}: backward {(end - start) * 1000:.0f} ms; {len(left)} buckets "
+              f"left at {', '.join(f'{(t - start) * 1000:.0f}' for t in left)} ms; {sum(arrived)} had arrived when it "
+              f"ended; {(done - end) * 1000:.0f} ms of waiting after it; {optimizer.state_bytes() / 2**20:.1f} MiB of state")
+    dist.finish()
+
+
+def child(*args, **env):
+    """Run child_NAME in a fresh process -> what it prints"""
+    return subprocess.run([sys.executable, __file__, "child", *map(str, args)], env={**os.environ, **env},
+                          capture_output=True, text=True, check=True).stdout
+
+
+BENCHES = {"step_26m": lambda: bench_step("step_26m", MODEL_26M, 8),
+           "step_384": lambda: bench_step("step_384", MODEL_384, 16),
+           "loss_128": lambda: bench_loss("loss_128", 128, 768), "loss_512": lambda: bench_loss("loss_512", 512, 2048),
+           "loader": bench_loader, "optimizer": bench_optimizer, "malloc": bench_malloc, "generate": bench_generate,
+           "overlap": bench_overlap}
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["child"]:
+        name = sys.argv[2]
+        if name != "overlap":
+            dist.init("cpu")
+        {"memory": child_memory, "malloc": child_malloc, "overlap": child_overlap}[name](*sys.argv[3:])
+    else:
+        dist.init("cpu")
+        for name in sys.argv[1:] or BENCHES:
+            BENCHES[name]()

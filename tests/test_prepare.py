@@ -1,0 +1,610 @@
+"""data/prepare.py: nothing is lost or read twice, bad input is one clear line, a set is whole or absent."""
+import base64
+import gzip
+import hashlib
+import importlib.util
+import json
+import multiprocessing
+import os
+import pickle
+import resource
+import signal
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT, run
+
+from common.data import TokenData
+from common.dist import UserError
+from common.tokenizer import load_tokenizer
+
+spec = importlib.util.spec_from_file_location("prepare", ROOT / "data" / "prepare.py")
+prepare = sys.modules["prepare"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(prepare)
+
+END, VOCAB = 256, 266                  # of the byte tokenizer
+DOCS = ["Good morrow.", "  zwei\n\nZeilen ", "\u4eca\u5929\u5929\u6c14", "\U0001F642e\u0301\0\u2028x", "x"]
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    """Each test works in an empty folder of its own, with plain file names."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def make(*inputs, out="set", **options):
+    """Prepare a set in this process -> its meta.json"""
+    prepare.prepare_text(prepare.TextConfig(input=inputs, out_dir=out, **options))
+    return json.loads(Path(out, "meta.json").read_text())
+
+
+def refusal(*inputs, **options):
+    """The message of a refused preparation, which has left nothing behind."""
+    with pytest.raises(UserError) as caught:
+        make(*inputs, **options)
+    assert "\n" not in str(caught.value)
+    assert not Path("set").exists() and not Path("set.partial").exists()
+    return str(caught.value)
+
+
+def ids_of(split="train", out="set"):
+    return np.load(f"{out}/{split}.npy").tolist()
+
+
+def documents(split="train", out="set", end=END):
+    """The set's documents as lists of ids, after checking that the end token closes the last one."""
+    found, ids = [[]], ids_of(split, out)
+    assert ids[-1] == end
+    for i in ids:
+        found[-1].append(i)
+        if i == end:
+            found.append([])
+    return [document[:-1] for document in found[:-1]]
+
+
+def texts(split="train", out="set"):
+    return [bytes(document).decode() for document in documents(split, out)]
+
+
+def write_jsonl(path, docs):
+    content = "".join(json.dumps({"text": text, "id": i}) + "\n" for i, text in enumerate(docs)).encode()
+    Path(path).write_bytes(gzip.compress(content) if path.endswith(".gz") else content)
+
+
+# -----------------------------------------------------------------------------
+# formats
+
+def write_as(kind):
+    """Write DOCS in one of the formats -> file name, the documents to expect"""
+    encoded = [list(text.encode()) for text in DOCS]
+    if kind in ("a.txt", "a.txt.gz"):
+        content = DOCS[1].encode()
+        Path(kind).write_bytes(gzip.compress(content) if kind.endswith(".gz") else content)
+        return kind, [encoded[1]]
+    if kind in ("a.jsonl", "a.jsonl.gz"):
+        write_jsonl(kind, DOCS)
+        return kind, encoded
+    if kind == "1-D .npy":
+        np.save("a.npy", np.array(encoded[1], np.int32))
+        return "a.npy", [encoded[1]]
+    if kind == "2-D .npy":
+        np.save("a.npy", np.array([ids[:5] for ids in encoded[:4]], np.uint16))
+        return "a.npy", [ids[:5] for ids in encoded[:4]]
+    Path("a.pkl").write_bytes(pickle.dumps(encoded[1] if kind == "flat .pkl" else encoded))
+    return "a.pkl", [encoded[1]] if kind == "flat .pkl" else encoded
+
+
+@pytest.mark.parametrize("kind", [
+    "a.txt", "a.txt.gz", "a.jsonl", "a.jsonl.gz", "1-D .npy", "2-D .npy", "flat .pkl", "nested .pkl"])
+def test_every_format_gives_its_documents(kind):
+    path, expected = write_as(kind)
+    meta = make(path)
+    assert documents() == expected
+    counts, n_bytes = meta["splits"]["train"], sum(map(len, expected))
+    assert (counts["documents"], counts["bytes"]) == (len(expected), n_bytes)
+    assert counts["tokens"] == n_bytes + len(expected)
+    assert np.load("set/train.npy").dtype == np.uint16
+
+
+@pytest.mark.parametrize("content", [
+    b"one\r\ntwo\rthree\n", b"no newline at the end", b"\n\n \n", b"\xef\xbb\xbfmark\n"])
+def test_a_txt_is_kept_to_the_byte(content):
+    Path("a.txt").write_bytes(content)
+    make("a.txt")
+    assert bytes(ids_of()[:-1]) == content and ids_of()[-1] == END
+
+
+def test_files_and_globs_of_mixed_formats_come_in_order_and_once():
+    for name in ("b1.txt", "b2.txt", "a.txt", "sub/deep/c.txt"):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_text(name)
+    write_jsonl("rows.jsonl", ["row 0", "row 1"])
+    Path("ids.pkl").write_bytes(pickle.dumps([list(b"pkl 0"), list(b"pkl 1")]))
+    make("rows.jsonl", "b*.txt", "ids.pkl", "*.txt", "sub/**/*.txt", "rows.jsonl")
+    assert texts() == ["row 0", "row 1", "b1.txt", "b2.txt", "pkl 0", "pkl 1", "a.txt", "sub/deep/c.txt"]
+
+
+def test_a_set_says_what_it_holds():
+    write_jsonl("a.jsonl", DOCS)
+    write_jsonl("b.jsonl", DOCS[:2])
+    meta = make("a.jsonl", val_input=("b.jsonl",))
+    assert (meta["vocab_size"], meta["end"]) == (VOCAB, END)
+    assert meta["fingerprint"] == load_tokenizer("set").fingerprint == load_tokenizer("bytes").fingerprint
+    for split, docs in (("train", DOCS), ("val", DOCS[:2])):
+        assert texts(split) == docs and meta["splits"][split]["documents"] == len(docs)
+        content = np.load(f"set/{split}.npy").tobytes()
+        assert meta["splits"][split]["sha256"] == hashlib.sha256(content).hexdigest()
+    assert np.load("set/token_bytes.npy").tolist() == [1] * 256 + [0] * 10
+    assert TokenData("set", "train", 8, 1).batch(0)[0].shape == (1, 8)
+    assert make("a.jsonl", out="again")["data_fingerprint"] == meta["data_fingerprint"]
+    assert make("b.jsonl", out="other")["data_fingerprint"] != meta["data_fingerprint"]
+
+
+@pytest.mark.parametrize("num_merges, dtype", [(2**16 - 266, np.uint16), (2**16 - 265, np.uint32)])
+def test_ids_are_uint32_where_the_vocabulary_does_not_fit_uint16(num_merges, dtype):
+    tokens = [bytes([b]) for b in range(256)] + [bytes([i >> 8, i & 255]) for i in range(num_merges)]
+    Path("x.tiktoken").write_bytes(b"".join(base64.b64encode(t) + b" %d\n" % i for i, t in enumerate(tokens)))
+    last = num_merges + 265                            # of the special tokens
+    np.save("a.npy", np.array([0, 65_535, last], np.int64))
+    meta = make("a.npy", tokenizer="x.tiktoken:gpt2")
+    assert meta["vocab_size"] == last + 1
+    assert np.load("set/train.npy").dtype == dtype and ids_of() == [0, 65_535, last, meta["end"]]
+
+
+# -----------------------------------------------------------------------------
+# end tokens, pieces
+
+@pytest.mark.parametrize("block", [1, 3, 4, 1 << 20])
+@pytest.mark.parametrize("rows, expected", [
+    ([[1, 2, 3], [4, 5, 6]], [[1, 2, 3], [4, 5, 6]]),                          # no end tokens of their own
+    ([[1, 2, END], [4, 5, END]], [[1, 2], [4, 5]]),                            # all bring one
+    ([[1, 2, END], [4, 5, 6]], [[1, 2], [4, 5, 6]]),                           # some do
+    ([[1, END, 2], [END, 3, 4]], [[1], [2], [], [3, 4]]),                      # several documents in a row
+])
+def test_the_end_token_closes_every_document_once(monkeypatch, block, rows, expected):
+    monkeypatch.setattr(prepare, "BLOCK", block)
+    np.save("two.npy", np.array(rows))
+    np.save("one.npy", np.array(rows[0]))
+    Path("nested.pkl").write_bytes(pickle.dumps(rows))
+    Path("flat.pkl").write_bytes(pickle.dumps(rows[0]))
+    for path in ("two.npy", "nested.pkl"):
+        assert make(path, out=path + ".set")["splits"]["train"]["documents"] == 2
+        assert documents(out=path + ".set") == expected
+    for path in ("one.npy", "flat.pkl"):
+        make(path, out=path + ".set")
+        ids = ids_of(out=path + ".set")
+        assert ids == rows[0] + [END] * (rows[0][-1] != END)
+
+
+@pytest.mark.parametrize("block", [1, 7, 64, 1000])
+def test_a_txt_of_many_pieces_gives_the_ids_of_one_piece(monkeypatch, block):
+    text = "".join(f"line {i} \u4e2d\U0001F642\r\n" + "\n" * (i % 3) for i in range(60)) + "no newline"
+    Path("a.txt").write_bytes(text.encode())
+    whole = make("a.txt", out="whole")
+    monkeypatch.setattr(prepare, "BLOCK", block)
+    pieces = make("a.txt", out="pieces")
+    assert pieces["splits"] == whole["splits"]         # sha256 of the ids and all counts
+    assert texts(out="pieces") == [text] and pieces["splits"]["train"]["documents"] == 1
+
+
+def test_a_long_line_comes_in_pieces_too(monkeypatch):
+    monkeypatch.setattr(prepare, "BLOCK", 100)
+    Path("a.txt").write_text("word " * 2000)
+    sizes = [len(piece) for _, piece in prepare.read_txt("a.txt", None)]
+    assert sum(sizes) == 10_000 and max(sizes) <= 200
+
+
+@pytest.mark.parametrize("kind", ["2-D .npy", "nested .pkl"])
+def test_a_document_of_many_pieces_counts_once_and_is_not_divided(monkeypatch, kind):
+    rows = [[number] * 10 for number in range(40)]
+    if kind == "2-D .npy":
+        np.save("a.npy", np.array(rows))
+    else:
+        Path("a.pkl").write_bytes(pickle.dumps(rows))
+    monkeypatch.setattr(prepare, "BLOCK", 4)
+    meta = make("a." + kind[-3:], val_frac=0.4)
+    assert sum(counts["documents"] for counts in meta["splits"].values()) == 40
+    assert sorted(documents("train") + documents("val")) == rows
+
+
+# -----------------------------------------------------------------------------
+# validation split
+
+def test_val_frac_holds_out_whole_documents_and_loses_none():
+    docs = [f"document {i}\n" + "x" * (i % 7) for i in range(400)]
+    write_jsonl("a.jsonl", docs[:300])
+    write_jsonl("b.jsonl.gz", docs[300:])
+    make("a.jsonl", "b.jsonl.gz", val_frac=0.25)
+    train, val = texts("train"), texts("val")
+    assert sorted(train + val) == sorted(docs)                                 # each is in one of them, once
+    assert [text for text in docs if text in train] == train and [text for text in docs if text in val] == val
+    assert abs(len(val) - 100) < 35                                            # four standard deviations
+    make("a.jsonl", "b.jsonl.gz", val_frac=0.25, out="again")
+    assert texts("val", "again") == val
+    make("a.jsonl", "b.jsonl.gz", val_frac=0.25, seed=1, out="other")
+    assert texts("val", "other") != val
+
+
+@pytest.mark.parametrize("block", [50, 1 << 20])
+def test_val_frac_of_a_txt_is_its_end_from_the_start_of_a_line(monkeypatch, block):
+    monkeypatch.setattr(prepare, "BLOCK", block)
+    text = "".join(f"line {i} \u4e2d\u6587\n" for i in range(100))
+    Path("a.txt").write_text(text)
+    for percent in range(2, 98, 3):                    # the border falls anywhere in a line and a piece
+        make("a.txt", val_frac=percent / 100, out=f"set{percent}")
+        (train,), (val,) = texts("train", f"set{percent}"), texts("val", f"set{percent}")
+        assert train + val == text and train.endswith("\n"), percent
+        assert -0.5 <= len(val) - percent / 100 * len(text) <= len("line 99 \u4e2d\u6587\n")
+
+
+def test_a_txt_of_one_line_is_divided_all_the_same():
+    Path("a.txt").write_text("x" * 90 + "y" * 10)
+    make("a.txt", val_frac=0.1)
+    assert (texts("train"), texts("val")) == (["x" * 90], ["y" * 10])
+
+
+def test_val_input_is_kept_apart():
+    write_jsonl("a.jsonl", DOCS)
+    Path("v.txt").write_text("held out")
+    make("a.jsonl", val_input=("v.txt",))
+    assert (texts("train"), texts("val")) == (DOCS, ["held out"])
+
+
+def test_a_file_cannot_be_training_and_validation_text():
+    write_jsonl("a.jsonl", DOCS)
+    write_jsonl("val.jsonl", ["held out"])
+    assert "val.jsonl" in refusal("*.jsonl", val_input=("val.jsonl",))
+
+
+@pytest.mark.parametrize("options", [dict(val_frac=1.0), dict(val_frac=-0.1), dict(val_frac=float("nan")),
+                                     dict(val_frac=0.1, val_input=("a.txt",))])
+def test_a_fraction_that_cannot_be_is_refused(options):
+    Path("a.txt").write_text("x")
+    assert refusal("a.txt", **options) == \
+        f"--val_frac={options['val_frac']}: a fraction below 1, and not together with --val_input"
+
+
+def test_holding_out_everything_is_refused():
+    write_jsonl("a.jsonl", ["only one"])
+    assert "everything went to validation; lower --val_frac" in refusal("a.jsonl", val_frac=0.999)
+
+
+# -----------------------------------------------------------------------------
+# rows that are left out
+
+BAD_LINES = {
+    "no json": b"text", "truncated": b'{"text": "abc', "list": b'["text"]', "number": b"3", "null": b"null",
+    "no text": b'{"txt": "a"}', "number as text": b'{"text": 3}', "null as text": b'{"text": null}',
+    "list as text": b'{"text": ["a"]}', "lone surrogate": b'{"text": "\\ud800"}',
+    "not UTF-8": b'{"text": "\xff"}',
+    "nested too deep": b"[" * 100_000,
+}
+
+
+@pytest.mark.parametrize("line", BAD_LINES.values(), ids=BAD_LINES)
+def test_a_malformed_line_is_refused_with_file_and_line(line):
+    Path("a.jsonl").write_bytes(b'{"text": "good"}\n\n' + line + b'\n{"text": "good"}\n')
+    message = refusal("a.jsonl")
+    assert message.startswith("a.jsonl:3: ") and "--bad_rows=skip" in message and len(message) < 250
+
+
+@pytest.mark.parametrize("line", BAD_LINES.values(), ids=BAD_LINES)
+def test_a_malformed_line_can_be_left_out(line):
+    Path("a.jsonl").write_bytes(b'{"text": "first"}\n\n' + line + b'\n{"text": "last"}\n')
+    meta = make("a.jsonl", bad_rows="skip")
+    assert texts() == ["first", "last"] and meta["left_out"] == {"malformed": 1}
+
+
+def test_lines_left_out_are_counted_and_the_first_ones_named(capsys):
+    Path("a.jsonl").write_bytes(b'bad\n{"text": "good"}\nbad\n' + b"bad\n" * 10)
+    Path("b.jsonl").write_bytes(b'bad\n{"text": "good"}\n')
+    meta = make("a.jsonl", "b.jsonl", bad_rows="skip")
+    assert meta["left_out"] == {"malformed": 13} and texts() == ["good", "good"]
+    assert capsys.readouterr().out.startswith(
+        "left out 13 malformed: a.jsonl:1, a.jsonl:3, a.jsonl:4, a.jsonl:5, a.jsonl:6, ...\n")
+
+
+def test_empty_documents_are_counted_and_get_no_end_token(capsys):
+    write_jsonl("a.jsonl", ["", "one", "", "two", ""])
+    Path("b.pkl").write_bytes(pickle.dumps([[], [1], []]))
+    Path("c.txt").write_bytes(b"")
+    np.save("d.npy", np.zeros((2, 0), np.int64))
+    meta = make("a.jsonl", "b.pkl", "c.txt", "d.npy")
+    assert documents() == [list(b"one"), list(b"two"), [1]] and meta["splits"]["train"]["documents"] == 3
+    out = capsys.readouterr().out
+    assert "empty documents: a.jsonl:1, a.jsonl:3, a.jsonl:5, b.pkl:0, b.pkl:2, ...\n" in out
+    assert meta["left_out"] == {"empty documents": 8}
+
+
+@pytest.mark.parametrize("name, content", [("a.txt", b""), ("a.jsonl", b""), ("a.jsonl", b"\n\n"),
+                                           ("a.jsonl", b'{"text": ""}\n'), ("a.pkl", pickle.dumps([])),
+                                           ("a.pkl", pickle.dumps([[]])), ("a.txt.gz", gzip.compress(b""))])
+def test_a_set_of_nothing_is_refused(name, content):
+    Path(name).write_bytes(content)
+    assert "no text left to train on" in refusal(name)
+
+
+# -----------------------------------------------------------------------------
+# files that are refused
+
+class Payload:
+    """An object that runs a shell command when it is unpickled."""
+    def __reduce__(self):
+        return os.system, ("touch ran",)
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+@pytest.mark.parametrize("value", [
+    pytest.param(Payload(), id="payload"), pytest.param([Payload()], id="in a list"),
+    pytest.param([[1, 2], [3, Payload()]], id="in a document"), pytest.param([np.arange(3)], id="an array"),
+    pytest.param([{1, 2}], id="a set")])
+def test_a_pickle_of_anything_but_lists_and_numbers_is_refused_and_nothing_runs(value, protocol):
+    Path("a.pkl").write_bytes(pickle.dumps(value, protocol))
+    assert refusal("a.pkl").startswith("a.pkl: ")
+    assert not Path("ran").exists()
+
+
+def test_the_payload_would_run_in_an_ordinary_unpickler():
+    pickle.loads(pickle.dumps(Payload()))
+    assert Path("ran").exists()
+
+
+def test_an_npy_of_pickled_objects_is_refused_and_nothing_runs():
+    np.save("a.npy", np.array([Payload()], object), allow_pickle=True)
+    Path("b.npy").write_bytes(pickle.dumps([Payload()]))                       # a bare pickle
+    for path in ("a.npy", "b.npy"):
+        assert refusal(path).startswith(f"{path}: refused or damaged")
+    assert not Path("ran").exists()
+
+
+HEADER = b"{'descr': '<i8', 'fortran_order': False, 'shape': (3,), }".ljust(117) + b"\n"
+NPY = b"\x93NUMPY\x01\x00" + bytes([len(HEADER), 0]) + HEADER
+GZIP = gzip.compress(b"".join(json.dumps({"text": str(i * i)}).encode() + b"\n" for i in range(2000)))
+
+
+@pytest.mark.parametrize("name, content", [
+    pytest.param("a.npy", b"", id="npy empty"),
+    pytest.param("a.npy", NPY + bytes(23), id="npy truncated"),
+    pytest.param("a.npy", NPY[:60], id="npy header truncated"),
+    pytest.param("a.npy", b"not an array", id="npy text"),
+    pytest.param("a.pkl", b"", id="pkl empty"),
+    pytest.param("a.pkl", pickle.dumps([[1, 2], [300, 4]])[:-3], id="pkl truncated"),
+    pytest.param("a.pkl", b"not a pickle", id="pkl text"),
+    pytest.param("a.pkl", b"\x80\x04\x95" + b"\xff" * 8 + b"].", id="pkl frame too long"),
+    pytest.param("a.pkl", b"\x80\x04]\x8d" + b"\xff" * 7 + b"\x3fx.", id="pkl string too long"),
+    pytest.param("a.txt", b"good\n\xff\xfe\n", id="txt not UTF-8"),
+    pytest.param("a.jsonl.gz", b"not gzipped", id="gz text"),
+    pytest.param("a.jsonl.gz", GZIP[:-20], id="gz truncated"),
+    pytest.param("a.jsonl.gz", GZIP[:60] + b"\xff" * 40 + GZIP[100:], id="gz damaged"),
+    pytest.param("a.jsonl.gz", GZIP[:-8] + b"\0" * 8, id="gz checksum"),
+    pytest.param("a.txt.gz", GZIP[:-20], id="txt.gz truncated"),
+])
+def test_a_damaged_file_is_refused_by_name(name, content):
+    Path(name).write_bytes(content)
+    message = refusal(name)
+    assert message.startswith(f"{name}:") and "None" not in message
+
+
+@pytest.mark.parametrize("value", [
+    {"a": [1]}, (1, 2), "text", 3, None,                                       # no list
+    [1, [2]], [[1], 2], [[1], None], [[[1, 2], [3, 4]]], [{}], [{1: 2}],       # of neither ids nor lists
+    ["ab"], [1.5], [[1.5]], [None], [True, False], [[2**70]],                  # ids that are none
+], ids=repr)
+def test_a_pickle_of_another_shape_is_refused_by_name(value):
+    Path("a.pkl").write_bytes(pickle.dumps(value))
+    assert refusal("a.pkl").startswith("a.pkl: ")
+
+
+@pytest.mark.parametrize("array", [
+    np.array(3), np.zeros((1, 2, 3), int), np.zeros(3), np.zeros(3, bool), np.array(["a"]),
+    np.zeros(3, "i4,i4"),
+], ids=lambda array: f"{array.dtype} {array.shape}")
+def test_an_npy_of_another_shape_is_refused_by_name(array):
+    np.save("a.npy", array)
+    assert refusal("a.npy") == \
+        f"a.npy: expected an integer array of one or two dimensions, got {array.dtype} {array.shape}"
+
+
+@pytest.mark.parametrize("bad", [-1, VOCAB, 65_536 + 1, 2**63 - 1])
+def test_an_id_outside_the_vocabulary_is_refused_with_file_and_document(bad):
+    np.save("a.npy", np.array([[1, 2], [VOCAB - 1, bad]], np.int64))
+    Path("a.pkl").write_bytes(pickle.dumps([[1, 2], [VOCAB - 1, bad]]))
+    for path in ("a.npy", "a.pkl"):
+        assert refusal(path) == f"{path}: document 1 has token id {bad}, but --tokenizer has {VOCAB}; " \
+                                "give the tokenizer that made these ids"
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.txt.zip", "a", "a.npy.gz", "a.pkl.gz"])
+def test_a_file_of_another_kind_is_refused(name):
+    Path(name).write_bytes(b"x")
+    assert refusal(name).startswith(f"--input={name}: expected .txt, .jsonl, .npy or .pkl")
+
+
+@pytest.mark.parametrize("patterns, message", [
+    ((), "--input: give files to read, e.g. --input=books/*.txt"),
+    (("no_such.txt",), "--input=no_such.txt: no such file"),
+    (("a.txt", "no*.txt"), "--input=no*.txt: no such file"),
+    ((".",), "--input=.: no such file"),
+])
+def test_input_that_is_not_there_is_named(patterns, message):
+    Path("a.txt").write_text("x")
+    assert refusal(*patterns) == message
+
+
+def test_missing_validation_text_is_named():
+    Path("a.txt").write_text("x")
+    assert refusal("a.txt", val_input=("v.txt",)) == "--val_input=v.txt: no such file"
+
+
+# -----------------------------------------------------------------------------
+# whole or not at all
+
+def snapshot(out):
+    return {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in Path(out).iterdir()}
+
+
+def test_an_existing_set_is_never_touched():
+    write_jsonl("a.jsonl", DOCS)
+    make("a.jsonl")
+    before = snapshot("set")
+    with pytest.raises(UserError, match="^--out_dir=set: already there; remove it or choose another$"):
+        make("a.jsonl")
+    assert snapshot("set") == before and not Path("set.partial").exists()
+
+
+def die(*args, **kwargs):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("moment", [
+    "ArrayWriter.write", "ArrayWriter.close", "np.save", "json.dump", "os.rename"])
+def test_a_killed_run_leaves_no_set_and_the_next_one_works(monkeypatch, moment):
+    write_jsonl("a.jsonl", DOCS)
+    with monkeypatch.context() as patch:
+        patch.setattr(f"prepare.{moment}", die)
+        child = multiprocessing.get_context("fork").Process(target=make, args=("a.jsonl",))
+        child.start()
+        child.join()
+    assert child.exitcode == -signal.SIGKILL
+    assert sorted(os.listdir()) == ["a.jsonl", "set.partial"]
+    Path("set.partial/left").write_text("from an older version")
+    make("a.jsonl")
+    make("a.jsonl", out="fresh")
+    assert sorted(os.listdir()) == ["a.jsonl", "fresh", "set"]
+    assert sorted(os.listdir("set")) == sorted(os.listdir("fresh"))
+    assert texts() == DOCS
+
+
+def test_a_set_cannot_be_put_under_a_file():
+    Path("a.txt").write_text("x")
+    result = run(ROOT / "data" / "prepare.py", "text", f"--input={os.getcwd()}/a.txt",
+                 f"--out_dir={os.getcwd()}/a.txt/set", check=False)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == f"error: {os.getcwd()}/a.txt/set.partial: Not a directory\n"
+
+
+def test_a_full_disk_ends_with_one_line_and_leaves_nothing():
+    Path("a.txt").write_text("x" * 300_000)
+    limit = 100_000                                    # bytes a file may have: more fails as on a full disk
+    result = run("data/prepare.py", "text", f"--input={os.getcwd()}/a.txt", f"--out_dir={os.getcwd()}/set",
+                 check=False, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == f"error: {os.getcwd()}/set: File too large\n"
+    assert os.listdir() == ["a.txt"]
+
+
+PEAK = """
+import sys
+sys.path.insert(0, "data")
+import prepare
+prepare.prepare_text(prepare.TextConfig(input=(sys.argv[1],), out_dir=sys.argv[2]))
+# not ru_maxrss: a child inherits its parent's across exec
+print(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads Linux's /proc")
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt"])
+def test_memory_does_not_grow_with_the_corpus(folder, name):
+    peaks = []
+    for n_bytes in (4 << 20, 40 << 20):
+        with open(name, "wb") as file:
+            if name == "a.jsonl":
+                file.write(b'{"text": "%s"}\n' % (b"words " * 170) * (n_bytes // 1034))
+            else:
+                file.write(b"words " * (n_bytes // 6))                         # one line
+        out = run("-c", PEAK, folder / name, folder / f"set{n_bytes}").stdout
+        peaks.append(int(out.split()[-1]) / 1024)                              # MiB
+    assert abs(peaks[1] - peaks[0]) < 15, peaks
+
+
+# -----------------------------------------------------------------------------
+# the tokenizer command
+
+CORPUS = [f"the cat number {i} sat on the mat  and said: hello,\nhello! \u4eca\u5929" for i in range(60)]
+
+
+def train_tokenizer(*inputs, **options):
+    options = dict(vocab_size=330, out="out/x.model") | options
+    prepare.prepare_tokenizer(prepare.TokenizerConfig(inputs, **options))
+
+
+def test_a_tokenizer_is_trained_and_a_set_made_with_it_decodes_to_its_input(capsys):
+    write_jsonl("a.jsonl", CORPUS)
+    train_tokenizer("a.jsonl")
+    assert capsys.readouterr().out == "out/x.model: 330 tokens\n" and os.listdir("out") == ["x.model"]
+    tokenizer = load_tokenizer("out/x.model")
+    meta = make("a.jsonl", tokenizer="out/x.model", val_frac=0.2)
+    assert (meta["vocab_size"], meta["fingerprint"]) == (tokenizer.vocab_size, tokenizer.fingerprint)
+    assert tokenizer.vocab_size == 330
+    both = [tokenizer.decode(ids) for split in meta["splits"] for ids in documents(split, end=tokenizer.end)]
+    assert sorted(both) == sorted(CORPUS)
+    n_bytes = sum(len(text.encode()) for text in CORPUS)
+    assert sum(counts["bytes"] for counts in meta["splits"].values()) == n_bytes
+    assert sum(counts["tokens"] for counts in meta["splits"].values()) < n_bytes / 2
+
+
+def test_a_tokenizer_learns_from_several_files():
+    Path("a.txt").write_text("\n".join(CORPUS[:30]))
+    write_jsonl("b.jsonl.gz", CORPUS[30:])
+    train_tokenizer("*.txt", "b.jsonl.gz")
+    write_jsonl("both.jsonl", ["\n".join(CORPUS[:30])] + CORPUS[30:])
+    train_tokenizer("both.jsonl", out="out/y.model")
+    assert Path("out/x.model").read_bytes() == Path("out/y.model").read_bytes()
+
+
+def test_an_existing_tokenizer_is_not_overwritten():
+    Path("a.txt").write_text("\n".join(CORPUS))
+    Path("x.model").write_text("precious")
+    with pytest.raises(UserError, match="^--out=x.model: already there; remove it or choose another$"):
+        train_tokenizer("a.txt", out="x.model")
+    assert Path("x.model").read_text() == "precious"
+
+
+@pytest.mark.parametrize("name, content, options, message", [
+    ("a.jsonl", json.dumps({"text": CORPUS[0]}).encode() + b"\nbad\n", {}, "a.jsonl:2: "),
+    ("a.txt", b"text\n\xff\n", {}, "a.txt: not UTF-8"),
+    ("a.pkl", pickle.dumps([1]), {}, "--input=a.pkl: a tokenizer learns from text (.txt, .jsonl)"),
+    ("a.txt", b"", {}, "--"),
+    ("a.txt", b"some words", dict(vocab_size=1_000_000), "--vocab_size=1000000: "),
+    ("a.txt", b"some words", dict(vocab_size=3), "--vocab_size=3: "),
+    ("a.txt", b"some words\n" * 9, dict(vocab_size=276, out="a.txt/x.model"), "--out=a.txt/x.model: "),
+    ("a.txt", b"some words\n" * 9, dict(vocab_size=276, out="out/x.tok"), "--out=out/x.tok: "),
+], ids=["bad line", "not UTF-8", "ids", "nothing", "too large", "too small", "under a file", "wrong suffix"])
+def test_a_tokenizer_that_cannot_be_made_is_refused_and_leaves_nothing(name, content, options, message):
+    Path(name).write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        train_tokenizer(name, **options)
+    assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
+    assert os.listdir() == [name]
+
+
+# -----------------------------------------------------------------------------
+# the command line
+
+def test_without_arguments_it_says_how_it_is_used():
+    plain = run("data/prepare.py")
+    assert plain.stdout.startswith(prepare.__doc__.strip()) and plain.stderr == ""
+    assert "python data/prepare.py COMMAND --help" in plain.stdout
+    assert run("data/prepare.py", "--help").stdout == plain.stdout
+
+
+def test_a_mistake_ends_with_exit_code_2_and_one_line_and_leaves_nothing(folder):
+    (folder / "bad.jsonl").write_text('{"text": "good"}\nbad\n')
+    (folder / "bad.csv").write_text("a,b\n")
+    (folder / "bad.pkl").write_bytes(pickle.dumps([Payload()]))
+    for args, message in [
+        (["texts"], "unknown command texts; expected one of text, tokenizer\n"),
+        (["text", "--input=bad.csv"], "--input=bad.csv: expected .txt, .jsonl, .npy or .pkl"),
+        (["text", "--input=bad.jsonl"], 'bad.jsonl:2: expected {"text": "..."}, got '),
+        (["text", "--input=bad.pkl"], "bad.pkl: refused or damaged (it asks for "),
+    ]:
+        args = [arg.replace("=", f"={folder}/") for arg in args]
+        message = message.replace("bad.", f"{folder}/bad.", 1)
+        result = run("data/prepare.py", *args, f"--out_dir={folder}/set", check=False)
+        assert (result.returncode, result.stdout) == (2, "")
+        assert result.stderr.startswith("error: " + message) and result.stderr.count("\n") == 1
+    assert sorted(os.listdir()) == ["bad.csv", "bad.jsonl", "bad.pkl"] and not (ROOT / "ran").exists()

@@ -1,0 +1,66 @@
+"""sample.py as a person uses it: streaming, several samples, standard input, a prompt loop, mistakes."""
+import pytest
+from conftest import run
+
+OPTIONS = ["--device=cpu", "--max_new_tokens=12", "--temperature=1"]
+
+
+@pytest.fixture(scope="module")
+def model_run(token_set, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    run("train_pretrain.py", f"--data_dir={token_set}", f"--out_dir={folder}", "--num_steps=30", "--seq_len=32",
+        "--batch_size=8", "--eval_every=0", "--eval_seqs=8", "--lr=1e-2", "--warmup_steps=5", "--model.n_layer=1",
+        "--model.n_head=2", "--model.n_embd=16", "--model.vocab_size=300", "--device=cpu")
+    return folder
+
+
+def sample(model_run, *options, **kwargs):
+    return run("sample.py", f"--init_from={model_run}", *OPTIONS, *options, **kwargs)
+
+
+def test_streaming_and_batched_sampling_print_the_same_text(model_run):
+    streamed = sample(model_run, "--prompt=Document", "--seed=3").stdout
+    assert streamed == sample(model_run, "--prompt=Document", "--seed=3", "--stream=false").stdout
+    assert streamed.startswith("Document") and len(streamed) > len("Document") + 5
+    assert streamed != sample(model_run, "--prompt=Document", "--seed=4").stdout
+
+
+def test_a_checkpoint_folder_is_as_good_as_its_run(model_run):
+    assert sample(model_run, "--prompt=D").stdout == sample(model_run / "step_000030", "--prompt=D").stdout
+
+
+def test_several_samples_differ_and_are_numbered(model_run):
+    for stream in ("true", "false"):
+        text = sample(model_run, "--prompt=word", "--num_samples=3", f"--stream={stream}").stdout
+        parts = text.split("--- sample ")[1:]
+        assert [part[:6] for part in parts] == ["1 of 3", "2 of 3", "3 of 3"]
+        assert len({part[6:] for part in parts}) == 3
+
+
+def test_the_prompt_may_come_from_standard_input_or_be_empty(model_run):
+    piped = sample(model_run, "--prompt=-", input="Document 7\n").stdout
+    assert piped == sample(model_run, "--prompt=Document 7").stdout
+    assert sample(model_run).stdout.strip()
+
+
+def test_the_prompt_loop_answers_until_an_empty_line(model_run):
+    text = sample(model_run, "--interactive=true", input="Document\nword\n\nnever read\n").stdout
+    assert text.count("prompt> ") == 3 and "never read" not in text
+    assert sample(model_run, "--prompt=word").stdout.strip() in text
+
+
+def test_suppressed_tokens_and_the_padded_tail_of_the_vocabulary_never_appear(model_run):
+    letters = ",".join(str(i) for i in range(97, 123))
+    text = sample(model_run, "--prompt=Q", f"--suppress={letters}", "--max_new_tokens=60", "--temperature=3").stdout[1:]
+    assert len(text) > 5 and not any("a" <= c <= "z" for c in text)
+
+
+@pytest.mark.parametrize("options, message", [
+    (["--init_from=nowhere"], "nowhere: no such run or checkpoint"),
+    (["--prompt=" + "x" * 40], "--prompt: 40 tokens, but the model's context is 32; shorten it"),
+    (["--top_p=0"], "--top_p=0"), (["--temperature=-1"], "--temperature=-1"),
+    (["--suppress=300"], "--suppress=(300,): ids must be below the vocabulary's 300"),
+    (["--promt=x"], "unknown option --promt; did you mean --prompt?")])
+def test_mistakes_are_answered_by_one_line(model_run, options, message):
+    result = sample(model_run, *options, check=False)
+    assert result.returncode == 2 and message in result.stderr and result.stderr.count("\n") == 1, result.stderr
