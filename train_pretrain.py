@@ -102,7 +102,7 @@ if __name__ == "__main__":
     if cfg.batch_size < 1 or micro_batch_size < 1 or cfg.batch_size % (micro_batch_size * world_size):
         raise UserError(f"--batch_size={cfg.batch_size}: must be a multiple of ranks x micro_batch_size = "
                         f"{world_size} x {micro_batch_size}")
-    num_micro = cfg.batch_size // (micro_batch_size * world_size)  # micro-batches per step on this rank
+    num_micro = cfg.batch_size // (micro_batch_size * world_size)             # per step, on this rank
     if (cfg.num_steps > 0) == (cfg.num_epochs > 0):
         raise UserError(f"--num_steps={cfg.num_steps} --num_epochs={cfg.num_epochs}: set one of them, "
                         "the other to 0")
@@ -122,7 +122,7 @@ if __name__ == "__main__":
         return TokenData(cfg.data_dir, split, cfg.seq_len, micro_batch_size, rank, world_size, device, seed,
                          cfg.doc_mask, total)
     train_data = load("train", cfg.seed, None)
-    if cfg.num_epochs:  # the last step may be a partial one
+    if cfg.num_epochs:                                                        # the last step may be partial
         train_data.total = round(cfg.num_epochs * train_data.num_samples)
     num_steps = cfg.num_steps or -(-train_data.total // cfg.batch_size)
     val_data = load("val", 0, cfg.eval_seqs) if cfg.eval_seqs else None
@@ -157,7 +157,7 @@ if __name__ == "__main__":
                             "give it the same options and data")
         checkpoint.load_optimizer(previous, optimizer)
         start_step = saved["step"]
-    forward = torch.compile(model) if cfg.compile else model  # forward() trains; model evaluates, samples
+    forward = torch.compile(model) if cfg.compile else model                  # forward() trains only
     critical_ids = torch.tensor(cfg.critical_ids, dtype=torch.int64, device=device)
     step_flops = cfg.batch_size * cfg.seq_len * model.flops_per_token(cfg.seq_len)
     peak_flops = dist.peak_flops(device) * world_size
@@ -172,10 +172,10 @@ if __name__ == "__main__":
     dist.watch_signals()
     bad_steps, val_loss = 0, None
     for step in range(start_step, num_steps + 1):
-        last_step = step == num_steps  # no update: only the final evaluation and save
+        last_step = step == num_steps                                         # no update: evaluate and save
         stop = dist.stop_requested()
         save_now = last_step or (cfg.save_every and step and step % cfg.save_every == 0)
-        eval_now = save_now or (cfg.eval_every and step % cfg.eval_every == 0)  # so each save has a val_loss
+        eval_now = save_now or (cfg.eval_every and step % cfg.eval_every == 0)  # each save has a val_loss
 
         if eval_now and val_data:
             val_loss, bits_per_byte = evaluate(model, val_data, cfg.eval_seqs, autocast)
@@ -197,19 +197,19 @@ if __name__ == "__main__":
             break
 
         timer = Timer()
-        dist.seed(cfg.seed, step)  # dropout: a function of the step
+        dist.seed(cfg.seed, step)                                             # dropout follows from the step
         micro_batches = [train_data.batch(step * num_micro + i) for i in range(num_micro)]
         weights = [losses.critical_weights(targets, critical_ids, cfg.critical_alpha)
-                   for _, targets, _, _ in micro_batches]
-        n_targets = sum((w * mask).sum() for w, (_, _, mask, _) in zip(weights, micro_batches))
-        n_targets = dist.all_sum(n_targets)                                   # over all ranks
+                   if cfg.critical_ids else None for _, targets, _, _ in micro_batches]                     # (B, T) each
+        n_targets = dist.all_sum(sum((mask if w is None else mask * w).sum()  # of this whole step, all ranks
+                                     for w, (_, _, mask, _) in zip(weights, micro_batches)))
         step_loss = torch.zeros((), device=device)
         for i, ((tokens, targets, mask, docs), weight) in enumerate(zip(micro_batches, weights)):
-            optimizer.sync = i == num_micro - 1  # gradients travel during the last backward only
+            optimizer.sync = i == num_micro - 1                               # travel in the last backward
             with autocast:
                 hidden = forward(tokens, docs)                                # (B, T, C)
                 loss_sum = losses.linear_cross_entropy(hidden, model.head, targets, mask, weight)
-            loss = loss_sum / n_targets.clamp(min=1)  # sum, then divide once by the global count
+            loss = loss_sum / n_targets.clamp(min=1)                          # divide once, by the whole count
             (loss * optimizer.loss_scale).backward()
             step_loss += loss.detach()
 

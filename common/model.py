@@ -234,7 +234,7 @@ def swiglu(x):
 
 
 class SwiGLUInCache(torch.autograd.Function):
-    """swiglu for (N, 2F) on a CPU: a few rows at a time, so that intermediate results never leave the cache."""
+    """swiglu for (N, 2F) on a CPU: a few rows at a time, so that what is in between stays in cache."""
     @staticmethod
     def forward(ctx, x):
         ctx.save_for_backward(x)

@@ -10,7 +10,8 @@ from conftest import ROOT
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"<!-- runnable -->\n```bash\n(.*?)```", TEXT, re.S)
 # options that make a command small; appended, so they win
-SMALL = {"train_pretrain.py": ["--num_steps=3", "--eval_seqs=4", "--batch_size=2"], "sample.py": ["--max_new_tokens=20"]}
+SMALL = {"train_pretrain.py": ["--num_steps=3", "--eval_seqs=4", "--batch_size=2"],
+         "sample.py": ["--max_new_tokens=20"]}
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda block: shlex.split(block)[1])
@@ -20,10 +21,11 @@ def test_the_commands_of_a_block_run(block, tmp_path):
     for line in block.replace("\\\n", " ").strip().splitlines():
         program, script, *options = shlex.split(line)
         assert program == "python"
-        if script == "data/prepare.py":                       # the validation works alone are a twelfth of the text
-            options = [o.replace("train.jsonl.gz", "val.jsonl.gz").replace("*.jsonl", "val.jsonl") for o in options]
-        result = subprocess.run([sys.executable, script, *options, *SMALL.get(script, [])], cwd=tmp_path,
-                                capture_output=True, text=True, timeout=200)
+        if script == "data/prepare.py":  # the validation works alone: a twelfth of the text
+            options = [o.replace("train.jsonl.gz", "val.jsonl.gz").replace("*.jsonl", "val.jsonl")
+                       for o in options]
+        result = subprocess.run([sys.executable, script, *options, *SMALL.get(script, [])],
+                                cwd=tmp_path, capture_output=True, text=True, timeout=200)
         assert result.returncode == 0, f"{line}\n{result.stdout}\n{result.stderr}"
 
 
@@ -37,13 +39,15 @@ def test_the_python_example_streams(tmp_path):
     from conftest import run
     (tmp_path / "t.txt").write_text("To be, or not to be, that is the question.\n" * 20)
     run("data/prepare.py", "text", f"--input={tmp_path}/t.txt", f"--out_dir={tmp_path}/set")
-    run("train_pretrain.py", f"--data_dir={tmp_path}/set", f"--out_dir={tmp_path}/run", "--num_steps=2", "--seq_len=16",
-        "--batch_size=2", "--eval_seqs=0", "--model.n_layer=1", "--model.n_head=2", "--model.n_embd=16")
+    run("train_pretrain.py", f"--data_dir={tmp_path}/set", f"--out_dir={tmp_path}/run", "--num_steps=2",
+        "--seq_len=16", "--batch_size=2", "--eval_seqs=0", "--model.n_layer=1", "--model.n_head=2",
+        "--model.n_embd=16")
     code = code.replace("out/shakespeare_cpu", f"{tmp_path}/run")
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
+                            timeout=100)
     assert result.returncode == 0 and len(result.stdout) > 20, result.stderr
 
 
 def test_files_that_the_readme_names_exist():
-    names = set(re.findall(r"\b(?:common|data|configs|tests)/[\w/]+\.(?:py|md)\b|\b\w+\.py\b", TEXT)) - {"run.py"}
+    names = set(re.findall(r"\b(?:common|data|configs|tests)/[\w/]+\.(?:py|md)\b|\b\w+\.py\b", TEXT))
     assert not [name for name in names if not (ROOT / name).exists()]

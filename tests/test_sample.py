@@ -8,9 +8,10 @@ OPTIONS = ["--device=cpu", "--max_new_tokens=12", "--temperature=1"]
 @pytest.fixture(scope="module")
 def model_run(token_set, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "run"
-    run("train_pretrain.py", f"--data_dir={token_set}", f"--out_dir={folder}", "--num_steps=30", "--seq_len=32",
-        "--batch_size=8", "--eval_every=0", "--eval_seqs=8", "--lr=1e-2", "--warmup_steps=5", "--model.n_layer=1",
-        "--model.n_head=2", "--model.n_embd=16", "--model.vocab_size=300", "--device=cpu")
+    run("train_pretrain.py", f"--data_dir={token_set}", f"--out_dir={folder}", "--num_steps=30",
+        "--seq_len=32", "--batch_size=8", "--eval_every=0", "--eval_seqs=8", "--lr=1e-2", "--warmup_steps=5",
+        "--model.n_layer=1", "--model.n_head=2", "--model.n_embd=16", "--model.vocab_size=300",
+        "--device=cpu")
     return folder
 
 
@@ -51,7 +52,8 @@ def test_the_prompt_loop_answers_until_an_empty_line(model_run):
 
 def test_suppressed_tokens_and_the_padded_tail_of_the_vocabulary_never_appear(model_run):
     letters = ",".join(str(i) for i in range(97, 123))
-    text = sample(model_run, "--prompt=Q", f"--suppress={letters}", "--max_new_tokens=60", "--temperature=3").stdout[1:]
+    text = sample(model_run, "--prompt=Q", f"--suppress={letters}", "--max_new_tokens=60",
+                  "--temperature=3").stdout[1:]
     assert len(text) > 5 and not any("a" <= c <= "z" for c in text)
 
 
@@ -63,4 +65,5 @@ def test_suppressed_tokens_and_the_padded_tail_of_the_vocabulary_never_appear(mo
     (["--promt=x"], "unknown option --promt; did you mean --prompt?")])
 def test_mistakes_are_answered_by_one_line(model_run, options, message):
     result = sample(model_run, *options, check=False)
-    assert result.returncode == 2 and message in result.stderr and result.stderr.count("\n") == 1, result.stderr
+    assert result.returncode == 2 and message in result.stderr, result.stderr
+    assert result.stderr.count("\n") == 1

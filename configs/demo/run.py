@@ -19,7 +19,7 @@ PROMPTS = ["ROMEO.\n", "KING HENRY.\nOnce more"]
 
 
 def run(*command):
-    """Run a script of the repository; what it prints goes to the terminal. The demo ends where a script fails."""
+    """Run a script of the repository; what it prints goes to the terminal. The demo ends where one fails."""
     print("\n$ python " + " ".join(map(str, command)), flush=True)
     code = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT).returncode
     if code:
@@ -27,7 +27,7 @@ def run(*command):
 
 
 def once(name, function):
-    """function() -> summary row, kept in out/demo/NAME.json so that a second run of the demo only reads it."""
+    """function() -> summary row, kept in out/demo/NAME.json so that a second run only reads it."""
     path = ROOT / OUT / f"{name}.json"
     if not path.exists():
         start = time.time()
@@ -42,8 +42,8 @@ def prepare():
         run("data/prepare.py", "tokenizer", f"--input={CORPUS}/train.jsonl.gz", "--vocab_size=2048",
             f"--out={tokenizer}")
     if not (ROOT / data).exists():
-        run("data/prepare.py", "text", f"--input={CORPUS}/train.jsonl.gz", f"--val_input={CORPUS}/val.jsonl.gz",
-            f"--tokenizer={tokenizer}", f"--out_dir={data}")
+        run("data/prepare.py", "text", f"--input={CORPUS}/train.jsonl.gz",
+            f"--val_input={CORPUS}/val.jsonl.gz", f"--tokenizer={tokenizer}", f"--out_dir={data}")
     split = json.loads((ROOT / data / "meta.json").read_text())["splits"]["train"]
     return dict(measure="bytes per token", before=1.0, after=split["bytes"] / split["tokens"])
 
@@ -61,9 +61,11 @@ if __name__ == "__main__":
     (ROOT / OUT).mkdir(parents=True, exist_ok=True)
     summary = {name: once(name, stage) for name, stage in STAGES.items()}
     for prompt in PROMPTS:
-        run("sample.py", f"--init_from={OUT}/pretrain", f"--prompt={prompt}", "--max_new_tokens=120", "--top_k=50")
+        run("sample.py", f"--init_from={OUT}/pretrain", f"--prompt={prompt}", "--max_new_tokens=120",
+            "--top_k=50")
     print(f"\n{'stage':<12}{'measured':<28}{'before':>10}{'after':>10}{'seconds':>10}")
     for name, row in summary.items():
-        print(f"{name:<12}{row['measure']:<28}{row['before']:>10.3f}{row['after']:>10.3f}{row['seconds']:>10.1f}")
+        print(f"{name:<12}{row['measure']:<28}{row['before']:>10.3f}{row['after']:>10.3f}"
+              f"{row['seconds']:>10.1f}")
     (ROOT / OUT / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     print(f"\nThe same in {OUT}/summary.json")

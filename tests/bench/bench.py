@@ -3,10 +3,10 @@ Speed and memory as ratios against named references, both measured in the same r
 
     make bench                                  # all; or: python tests/bench/bench.py NAME [NAME ...]
 
-    step_26m, step_384     FLOP/s of a training step as a fraction of a large matrix product's, measured in between
-    loss_128, loss_512     linear_cross_entropy against plain logits + F.cross_entropy, V = 50,304, time and memory
+    step_26m, step_384     FLOP/s of a training step as a fraction of a large matrix product's
+    loss_128, loss_512     linear_cross_entropy against plain logits + F.cross_entropy, V = 50,304
     loader                 seconds of a batch against a step
-    optimizer              a step of ShardedOptimizer on one rank against clip_grad_norm_ + torch.optim.AdamW(fused=True)
+    optimizer              one rank's ShardedOptimizer against clip_grad_norm_ + torch.optim.AdamW(fused=True)
     malloc                 a training step with and without the allocator setting of dist.tune_malloc
     generate               128 tokens with the KV cache against the whole context again for each, context 512
     overlap                two ranks: how much of the gradients' travel lies inside backward
@@ -76,8 +76,9 @@ def bench_step(name, config, B):
     # a product before and after each step: the machine's speed drifts
     step_s, product_s = alternate(step, lambda: [product() for _ in range(8)])
     peak = 8 * product_flops / product_s
-    print(f"{name}: {step_s * 1000:.0f} ms a step, {step_flops / step_s / 1e9:.0f} of {peak / 1e9:.0f} GFLOP/s = "
-          f"{step_flops / step_s / peak:.1%} of the matrix product's (fp32, {torch.get_num_threads()} threads)")
+    print(f"{name}: {step_s:.3f} s a step, {step_flops / step_s / 1e9:.0f} of {peak / 1e9:.0f} GFLOP/s = "
+          f"{step_flops / step_s / peak:.1%} of the matrix product's "
+          f"(fp32, {torch.get_num_threads()} threads)")
 
 
 def loss_inputs(C, N, V=50304):
@@ -96,11 +97,12 @@ def bench_loss(name, C, N):
     def backward(loss):
         inputs[0].grad = inputs[1].grad = None
         loss(*inputs).backward()
-    ours, plain = alternate(lambda: backward(losses.linear_cross_entropy), lambda: backward(plain_cross_entropy))
+    ours, plain = alternate(lambda: backward(losses.linear_cross_entropy),
+                            lambda: backward(plain_cross_entropy))
     memory = {kind: int(child("memory", kind, C, N)) for kind in ("nothing", "ours", "plain")}
     above = {kind: (memory[kind] - memory["nothing"]) / 2**20 for kind in ("ours", "plain")}
-    print(f"{name}: {N} tokens x {C} channels: {plain * 1000:.0f} -> {ours * 1000:.0f} ms, {plain / ours:.2f}x; "
-          f"peak above inputs and weights {above['plain']:.0f} -> {above['ours']:.0f} MiB, "
+    print(f"{name}: {N} tokens x {C} channels: {plain * 1000:.0f} -> {ours * 1000:.0f} ms, "
+          f"{plain / ours:.2f}x; peak memory above inputs {above['plain']:.0f} -> {above['ours']:.0f} MiB, "
           f"{above['ours'] / above['plain']:.2f} of plain's")
 
 
@@ -118,7 +120,8 @@ def child_memory(kind, C, N):
 def bench_loader():
     config, B = MODEL_26M, 8
     with tempfile.TemporaryDirectory() as folder:
-        np.save(f"{folder}/train.npy", np.random.default_rng(0).integers(0, 6400, 20_000_000, dtype=np.uint16))
+        ids = np.random.default_rng(0).integers(0, 6400, 20_000_000, dtype=np.uint16)
+        np.save(f"{folder}/train.npy", ids)
         np.save(f"{folder}/token_bytes.npy", np.ones(6400, dtype=np.uint16))
         Path(folder, "meta.json").write_text('{"vocab_size": 6400, "end": 0, "fingerprint": "", '
                                              '"splits": {"train": {"tokens": 20000000}}}')
@@ -136,8 +139,8 @@ def bench_optimizer():
     optimizer.lr = 1e-4
     matrices = [p for p in reference.parameters() if p.ndim >= 2]
     vectors = [p for p in reference.parameters() if p.ndim < 2]
-    adamw = torch.optim.AdamW([dict(params=matrices, weight_decay=0.1), dict(params=vectors, weight_decay=0.0)],
-                              lr=1e-4, betas=(0.9, 0.95), fused=True)
+    groups = [dict(params=matrices, weight_decay=0.1), dict(params=vectors, weight_decay=0.0)]
+    adamw = torch.optim.AdamW(groups, lr=1e-4, betas=(0.9, 0.95), fused=True)
     for p in reference.parameters():
         p.grad = torch.zeros_like(p)
 
@@ -146,8 +149,8 @@ def bench_optimizer():
         adamw.step()
         adamw.zero_grad(set_to_none=False)                    # both leave zeros behind
     ours_s, plain_s = alternate(lambda: optimizer.step(1.0), plain, repeats=15)
-    print(f"optimizer: 26 M parameters, one rank: clip_grad_norm_ + AdamW(fused=True) {plain_s * 1000:.1f} ms, "
-          f"ours {ours_s * 1000:.1f} ms, {plain_s / ours_s:.2f}x")
+    print(f"optimizer: 26 M parameters, one rank: clip_grad_norm_ + AdamW(fused=True) "
+          f"{plain_s * 1000:.1f} ms, ours {ours_s * 1000:.1f} ms, {plain_s / ours_s:.2f}x")
 
 
 def bench_malloc():
@@ -176,22 +179,24 @@ def bench_generate():
     def uncached():
         tokens = torch.tensor([prompt])
         for _ in range(128):
-            tokens = torch.cat([tokens, (model(tokens)[:, -1] @ model.head.T).argmax(-1, keepdim=True)], dim=1)
-    cached_s, uncached_s = alternate(
-        lambda: complete(model, [prompt], SamplingConfig(max_new_tokens=128, temperature=0)), uncached, repeats=5)
+            logits = model(tokens)[:, -1] @ model.head.T
+            tokens = torch.cat([tokens, logits.argmax(-1, keepdim=True)], dim=1)
+    greedy = SamplingConfig(max_new_tokens=128, temperature=0)
+    cached_s, uncached_s = alternate(lambda: complete(model, [prompt], greedy), uncached, repeats=5)
     print(f"generate: 128 tokens after 384: uncached {uncached_s:.2f} s, cached {cached_s:.2f} s, "
           f"{uncached_s / cached_s:.1f}x, {128 / cached_s:.0f} tok/s")
 
 
 def bench_overlap():
     for zero1 in ("", "zero1"):
-        result = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-                                 __file__, "child", "overlap", zero1], capture_output=True, text=True, check=True)
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+        result = subprocess.run([*torchrun, __file__, "child", "overlap", zero1], capture_output=True, text=True,
+                                check=True)
         print(result.stdout.strip())
 
 
 def child_overlap(zero1):
-    """Timestamps of one step on rank 0: when each bucket left, and when backward and the optimizer's wait ended."""
+    """Timestamps of one step on rank 0: when each bucket left, when backward and the wait after it ended."""
     rank, world_size, _ = dist.init("cpu")
     model = GPT(MODEL_26M)
     optimizer = ShardedOptimizer(optim.parameter_groups(model), zero1=bool(zero1))
@@ -213,9 +218,10 @@ def child_overlap(zero1):
         done = time.perf_counter()
         optimizer.step(1.0)
     if rank == 0:
-        print(f"overlap: 2 ranks{', zero1' if zero1 else ''}: backward {(end - start) * 1000:.0f} ms; {len(left)} buckets "
-              f"left at {', '.join(f'{(t - start) * 1000:.0f}' for t in left)} ms; {sum(arrived)} had arrived when it "
-              f"ended; {(done - end) * 1000:.0f} ms of waiting after it; {optimizer.state_bytes() / 2**20:.1f} MiB of state")
+        print(f"overlap: 2 ranks{', zero1' if zero1 else ''}: backward {(end - start) * 1000:.0f} ms; "
+              f"{len(left)} buckets left at {', '.join(f'{(t - start) * 1000:.0f}' for t in left)} ms; "
+              f"{sum(arrived)} had arrived when it ended; {(done - end) * 1000:.0f} ms of waiting after it; "
+              f"{optimizer.state_bytes() / 2**20:.1f} MiB of optimizer state a rank")
     dist.finish()
 
 
@@ -227,9 +233,10 @@ def child(*args, **env):
 
 BENCHES = {"step_26m": lambda: bench_step("step_26m", MODEL_26M, 8),
            "step_384": lambda: bench_step("step_384", MODEL_384, 16),
-           "loss_128": lambda: bench_loss("loss_128", 128, 768), "loss_512": lambda: bench_loss("loss_512", 512, 2048),
-           "loader": bench_loader, "optimizer": bench_optimizer, "malloc": bench_malloc, "generate": bench_generate,
-           "overlap": bench_overlap}
+           "loss_128": lambda: bench_loss("loss_128", 128, 768),
+           "loss_512": lambda: bench_loss("loss_512", 512, 2048),
+           "loader": bench_loader, "optimizer": bench_optimizer, "malloc": bench_malloc,
+           "generate": bench_generate, "overlap": bench_overlap}
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["child"]:
