@@ -199,8 +199,8 @@ if __name__ == "__main__":
         timer = Timer()
         dist.seed(cfg.seed, step)                                             # dropout follows from the step
         micro_batches = [train_data.batch(step * num_micro + i) for i in range(num_micro)]
-        weights = [losses.critical_weights(targets, critical_ids, cfg.critical_alpha)
-                   if cfg.critical_ids else None for _, targets, _, _ in micro_batches]                     # (B, T) each
+        weights = [losses.critical_weights(targets, critical_ids, cfg.critical_alpha) if cfg.critical_ids
+                   else None for _, targets, _, _ in micro_batches]           # (B, T) each
         n_targets = dist.all_sum(sum((mask if w is None else mask * w).sum()  # of this whole step, all ranks
                                      for w, (_, _, mask, _) in zip(weights, micro_batches)))
         step_loss = torch.zeros((), device=device)
@@ -209,7 +209,7 @@ if __name__ == "__main__":
             with autocast:
                 hidden = forward(tokens, docs)                                # (B, T, C)
                 loss_sum = losses.linear_cross_entropy(hidden, model.head, targets, mask, weight)
-            loss = loss_sum / n_targets.clamp(min=1)                          # divide once, by the whole count
+            loss = loss_sum / n_targets.clamp(min=1)                          # divide once, by the full count
             (loss * optimizer.loss_scale).backward()
             step_loss += loss.detach()
 

@@ -190,8 +190,8 @@ def bench_generate():
 def bench_overlap():
     for zero1 in ("", "zero1"):
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-        result = subprocess.run([*torchrun, __file__, "child", "overlap", zero1], capture_output=True, text=True,
-                                check=True)
+        result = subprocess.run([*torchrun, __file__, "child", "overlap", zero1], capture_output=True,
+                                text=True, check=True)
         print(result.stdout.strip())
 
 
