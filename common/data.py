@@ -27,12 +27,19 @@ def read_meta(data_dir):
     path = os.path.join(data_dir, "meta.json")
     try:
         with open(path, encoding="utf-8") as file:
-            return json.load(file)
+            meta = json.load(file)
+        for name in ("vocab_size", "end", "fingerprint"):
+            meta[name]
+        for counts in meta["splits"].values():
+            counts["tokens"]
+        return meta
     except FileNotFoundError:
         raise UserError(f"--data_dir={data_dir}: no meta.json there; "
                         "make the set with data/prepare.py") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({error}); prepare the set again") from None
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: not one of a token set ({error}); prepare the set again") from None
 
 
 def open_array(path, count=None):
@@ -43,6 +50,9 @@ def open_array(path, count=None):
         raise UserError(f"{path}: no such file; make the set with data/prepare.py") from None
     except (OSError, ValueError, EOFError) as error:
         raise UserError(f"{path}: damaged or truncated ({error}); prepare the set again") from None
+    if array.ndim != 1 or array.dtype.kind != "u":
+        raise UserError(f"{path}: expected one row of unsigned integers, got {array.dtype} {array.shape}; "
+                        "prepare the set again")
     if count is not None and len(array) != count:
         raise UserError(f"{path}: holds {len(array)} numbers, meta.json says {count}; prepare the set again")
     return array

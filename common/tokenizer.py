@@ -2,7 +2,7 @@
 Text to token ids and back: bytes, tiktoken and SentencePiece behind one small class.
 
     tokenizer = load_tokenizer("bytes")       # or x.model, x.tiktoken, a folder with vocab.json + merges.txt,
-    ids = tokenizer.encode("Good morrow!")    # gpt2, or any run or data set that was made with one
+    ids = tokenizer.encode("Good morrow!")    # gpt2, or any data set or checkpoint folder
     text = tokenizer.decode(ids)
 
 Special tokens come after the base vocabulary and are ids only: what a user writes is encoded as plain text.
@@ -50,7 +50,7 @@ class Tokenizer:
     vocab_size      base vocabulary and special tokens
     special         dict of special token name to id; `end` and `pad` as attributes
     token_bytes     list of the bytes that each id stands for, b"" for special ones
-    fingerprint     equal if and only if ids mean the same
+    fingerprint     where it is equal, ids mean the same
     """
 
     def __init__(self, kind, vocabulary=b"", pattern=""):
@@ -61,6 +61,9 @@ class Tokenizer:
         elif kind == "tiktoken":
             ranks = {base64.b64decode(token): int(rank) for token, rank in
                      (line.split() for line in vocabulary.splitlines() if line.strip())}
+            if not ranks.keys() >= {bytes([i]) for i in range(256)} or min(ranks.values()) < 0 or \
+                    len(set(ranks.values())) < len(ranks):
+                raise ValueError("each of the 256 bytes must be a token, and ranks must differ")
             self.bpe = tiktoken.Encoding("common", pat_str=PATTERNS[pattern], mergeable_ranks=ranks,
                                          special_tokens={})
             base = [b""] * (max(ranks.values()) + 1)
@@ -150,7 +153,9 @@ def load_tokenizer(source):
     """
     if source == "bytes":
         return Tokenizer("bytes")
-    path, _, pattern = source.rpartition(":") if source.rpartition(":")[2] in PATTERNS else (source, "", "")
+    path, colon, pattern = source.rpartition(":")
+    if not colon or pattern not in PATTERNS:
+        path, pattern = source, ""
     try:
         if os.path.isfile(os.path.join(path, INFO)):
             return _load_saved(path)
@@ -162,7 +167,7 @@ def load_tokenizer(source):
             return Tokenizer("tiktoken", _read(path), pattern or _pattern_of(path))
     except OSError as error:
         raise UserError(f"--tokenizer={source}: cannot read {error.filename} ({error.strerror})") from None
-    except (ValueError, KeyError, RuntimeError) as error:
+    except (ValueError, KeyError, TypeError, RuntimeError) as error:
         raise UserError(f"--tokenizer={source}: not a vocabulary of that kind, or damaged "
                         f"({error})") from None
     return _load_known(source)
@@ -231,7 +236,7 @@ def _load_known(name):
 def train_sentencepiece(lines, vocab_size):
     """
     Train a BPE vocabulary on an iterable of lines. vocab_size counts our special tokens too, so that it is
-    the model's. -> content of a .model file. Lossless: no normalisation, no added spaces, bytes for what is
+    the model's. -> content of a .model file. Lossless (but for a literal U+2581): no normalisation, no added spaces, bytes for what is
     not in the vocabulary.
     """
     model = io.BytesIO()

@@ -23,6 +23,7 @@ import random
 import shutil
 import sys
 import time
+import zlib
 from dataclasses import dataclass
 from typing import Literal
 
@@ -75,22 +76,22 @@ def find_files(patterns, option="--input"):
 
 def kind_of(path):
     kind = os.path.splitext(path.removesuffix(".gz"))[1]
-    if kind not in (".txt", ".jsonl", ".npy", ".pkl"):
-        raise UserError(f"--input={path}: expected .txt, .jsonl, .npy or .pkl")
+    if kind not in (".txt", ".jsonl", ".npy", ".pkl") or path.endswith((".npy.gz", ".pkl.gz")):
+        raise UserError(f"--input={path}: expected .txt, .jsonl, .npy or .pkl (.txt and .jsonl also as .gz)")
     return kind
 
 
-def open_text(path):
-    file = gzip.open(path) if path.endswith(".gz") else open(path, "rb")
-    return io.TextIOWrapper(file, encoding="utf-8", newline="")
+def open_bytes(path):
+    return gzip.open(path) if path.endswith(".gz") else open(path, "rb")
 
 
 def read_txt(path, report):
-    """One document, in blocks that end at the end of a line."""
-    with open_text(path) as file:
+    """One document, in blocks that end at the end of a line (unless the line is longer than a block)."""
+    with io.TextIOWrapper(open_bytes(path), encoding="utf-8", newline="") as file:
         try:
+            yield 0, file.read(BLOCK) + file.readline(BLOCK)                  # "" for an empty file
             while block := file.read(BLOCK):
-                yield 0, block + file.readline()
+                yield 0, block + file.readline(BLOCK)
         except UnicodeDecodeError as error:
             raise UserError(f"{path}: not UTF-8 text ({error.reason} near byte {file.buffer.tell()}); "
                             "convert it first, e.g. with iconv") from None
@@ -98,15 +99,16 @@ def read_txt(path, report):
 
 def read_jsonl(path, report):
     """One document a line."""
-    with open_text(path) as file:
+    with open_bytes(path) as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
             try:
-                text = json.loads(line)["text"]
+                text = json.loads(line.decode())["text"]
                 text.encode()                                 # a lone surrogate is not text
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                report.bad(f"{path}:{number}", f'expected {{"text": "..."}}, got {line.strip()[:60]!r} '
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+                start = line.strip()[:60].decode(errors="replace")
+                report.bad(f"{path}:{number}", f'expected {{"text": "..."}}, got {start!r} '
                                                f"({type(error).__name__})")
                 continue
             yield number, text
@@ -133,16 +135,22 @@ def read_ids(path, report):
             if not isinstance(documents, list):
                 raise UserError(f"{path}: expected a list of token ids, or of lists of them, "
                                 f"got {type(documents).__name__}")
-            if documents and isinstance(documents[0], int):
+            if not documents or not isinstance(documents[0], (list, tuple)):
                 documents = [documents]
-    except (pickle.UnpicklingError, EOFError, ValueError, OSError, AttributeError, IndexError) as error:
-        raise UserError(f"{path}: refused or damaged ({error})") from None
+    except (pickle.UnpicklingError, EOFError, ValueError, OSError, AttributeError, IndexError, KeyError,
+            TypeError, OverflowError, MemoryError) as error:  # what damaged pickles raise
+        raise UserError(f"{path}: refused or damaged ({error or type(error).__name__})") from None
     for number, ids in enumerate(documents):
+        if not isinstance(ids, (list, tuple, np.ndarray)):
+            raise UserError(f"{path}: document {number} is a {type(ids).__name__}, not a list of token ids")
         for start in range(0, max(1, len(ids)), BLOCK):
-            piece = np.asarray(ids[start:start + BLOCK])
-            if piece.size and piece.dtype.kind not in "iu":
-                raise UserError(f"{path}: document {number} holds {piece.dtype}, not token ids")
-            yield number, piece
+            piece = ids[start:start + BLOCK]
+            if isinstance(piece, (list, tuple)) and (wrong := {type(i) for i in piece} - {int}):
+                raise UserError(f"{path}: document {number} holds {wrong.pop().__name__}, not token ids")
+            try:
+                yield number, np.asarray(piece, None if isinstance(piece, np.ndarray) else np.int64)
+            except OverflowError:
+                raise UserError(f"{path}: document {number} holds ids of more than 64 bits") from None
 
 
 READERS = {".txt": read_txt, ".jsonl": read_jsonl, ".npy": read_ids, ".pkl": read_ids}
@@ -222,8 +230,10 @@ def prepare_text(cfg):
         raise UserError(f"--val_frac={cfg.val_frac}: a fraction below 1, and not together with --val_input")
     inputs = [("train", path) for path in find_files(cfg.input)]
     inputs += [("val", path) for path in (find_files(cfg.val_input, "--val_input") if cfg.val_input else [])]
-    for _, path in inputs:
+    for home, path in inputs:
         kind_of(path)
+        if home == "val" and ("train", path) in inputs:
+            raise UserError(f"--val_input: {path} is in --input too; give it to one of them")
     tokenizer, report = load_tokenizer(cfg.tokenizer), Report(cfg.bad_rows)
     aside = cfg.out_dir.rstrip("/") + ".partial"
     shutil.rmtree(aside, ignore_errors=True)                  # what a killed run has left
@@ -276,7 +286,7 @@ def write_tokens(inputs, tokenizer, cfg, report, folder):
         pieces = divide_txt(path, home, cfg.val_frac, report) if kind_of(path) == ".txt" else \
             divide_documents(path, home, cfg.val_frac, draw, report)
         document, last = None, None                           # the document that is being written
-        for split, number, ids in tokenize(pieces, tokenizer, path):
+        for split, number, ids in tokenize(damage_named(pieces, path), tokenizer, path):
             if document is not None and document != (split, number):
                 finish(document[0], last)
                 document = None
@@ -293,10 +303,21 @@ def write_tokens(inputs, tokenizer, cfg, report, folder):
     if "train" not in writers:
         raise UserError("--input: no text left to train on" + (
             ", everything went to validation; lower --val_frac" if "val" in writers else ""))
+    if cfg.val_frac and "val" not in writers:
+        raise UserError(f"--val_frac={cfg.val_frac}: none of the {counts['train']['documents']} documents was "
+                        "drawn for validation; raise it, or name files with --val_input")
     for split, writer in writers.items():
         writer.close()
         counts[split] |= dict(tokens=writer.count, sha256=writer.sha.hexdigest())
     return counts
+
+
+def damage_named(pieces, path):
+    """The same pieces; what gzip raises on a damaged file becomes a UserError that names it."""
+    try:
+        yield from pieces
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise UserError(f"{path}: damaged or truncated ({error})") from None
 
 
 def divide_documents(path, home, val_frac, draw, report):
@@ -321,7 +342,7 @@ def divide_txt(path, home, val_frac, report):
         elif seen >= cut:
             yield "val", number, piece
         else:
-            at = piece.rfind("\n", 0, cut - seen) + 1 or cut - seen
+            at = piece.rfind("\n", 0, cut - seen) + 1 or (0 if seen else cut - seen)
             yield home, number, piece[:at]
             yield "val", number, piece[at:]
         seen += len(piece)
@@ -352,26 +373,39 @@ def encode_all(waiting, tokenizer):
     else:
         encoded = tokenizer.encode_batch([text for _, _, text in waiting])
     for (split, number, _), ids in zip(waiting, encoded):
-        yield split, number, np.asarray(ids, dtype=np.int64)
+        yield split, number, np.asarray(ids)
 
 
 def prepare_tokenizer(cfg):
     """Train a SentencePiece BPE vocabulary on lines of text."""
     if os.path.exists(cfg.out):
         raise UserError(f"--out={cfg.out}: already there; remove it or choose another")
-    paths = find_files(cfg.input)
+    if not cfg.out.endswith(".model"):
+        raise UserError(f"--out={cfg.out}: must end in .model, by which --tokenizer knows it")
+    paths, mistakes = find_files(cfg.input), []
 
     def lines():
-        for path in paths:
-            if kind_of(path) not in (".txt", ".jsonl"):
-                raise UserError(f"--input={path}: a tokenizer learns from text (.txt, .jsonl)")
-            for _, piece in READERS[kind_of(path)](path, Report("error")):
-                yield from (line for line in piece.splitlines() if line)
-    model = train_sentencepiece(lines(), cfg.vocab_size)
-    os.makedirs(os.path.dirname(cfg.out) or ".", exist_ok=True)
-    with open(cfg.out + ".partial", "wb") as file:
-        file.write(model)
-    os.replace(cfg.out + ".partial", cfg.out)
+        try:
+            for path in paths:
+                if kind_of(path) not in (".txt", ".jsonl"):
+                    raise UserError(f"--input={path}: a tokenizer learns from text (.txt, .jsonl)")
+                for _, piece in damage_named(READERS[kind_of(path)](path, Report("error")), path):
+                    yield from (line for line in piece.splitlines() if line)
+        except UserError as error:
+            mistakes.append(error)                            # SentencePiece would hide it
+            return
+    try:
+        model = train_sentencepiece(lines(), cfg.vocab_size)
+    finally:
+        if mistakes:
+            raise mistakes[0] from None
+    try:
+        os.makedirs(os.path.dirname(cfg.out) or ".", exist_ok=True)
+        with open(cfg.out + ".partial", "wb") as file:
+            file.write(model)
+        os.replace(cfg.out + ".partial", cfg.out)
+    except OSError as error:
+        raise UserError(f"--out={cfg.out}: {error.strerror}") from None
     print(f"{cfg.out}: {load_tokenizer(cfg.out).vocab_size} tokens")
 
 

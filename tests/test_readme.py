@@ -21,9 +21,6 @@ def test_the_commands_of_a_block_run(block, tmp_path):
     for line in block.replace("\\\n", " ").strip().splitlines():
         program, script, *options = shlex.split(line)
         assert program == "python"
-        if script == "data/prepare.py":  # the validation works alone: a twelfth of the text
-            options = [o.replace("train.jsonl.gz", "val.jsonl.gz").replace("*.jsonl", "val.jsonl")
-                       for o in options]
         result = subprocess.run([sys.executable, script, *options, *SMALL.get(script, [])],
                                 cwd=tmp_path, capture_output=True, text=True, timeout=200)
         assert result.returncode == 0, f"{line}\n{result.stdout}\n{result.stderr}"
