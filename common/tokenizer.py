@@ -236,8 +236,8 @@ def _load_known(name):
 def train_sentencepiece(lines, vocab_size):
     """
     Train a BPE vocabulary on an iterable of lines. vocab_size counts our special tokens too, so that it is
-    the model's. -> content of a .model file. Lossless (but for a literal U+2581): no normalisation, no added spaces, bytes for what is
-    not in the vocabulary.
+    the model's. -> content of a .model file. Lossless (but for a literal U+2581): no
+    normalisation, no added spaces, bytes for what is not in the vocabulary.
     """
     model = io.BytesIO()
     try:

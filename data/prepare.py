@@ -304,8 +304,8 @@ def write_tokens(inputs, tokenizer, cfg, report, folder):
         raise UserError("--input: no text left to train on" + (
             ", everything went to validation; lower --val_frac" if "val" in writers else ""))
     if cfg.val_frac and "val" not in writers:
-        raise UserError(f"--val_frac={cfg.val_frac}: none of the {counts['train']['documents']} documents was "
-                        "drawn for validation; raise it, or name files with --val_input")
+        raise UserError(f"--val_frac={cfg.val_frac}: none of the {counts['train']['documents']} documents "
+                        "was drawn for validation; raise it, or name files with --val_input")
     for split, writer in writers.items():
         writer.close()
         counts[split] |= dict(tokens=writer.count, sha256=writer.sha.hexdigest())
