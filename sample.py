@@ -12,7 +12,7 @@ From your own code:
     for text in stream(model, tokenizer, "ROMEO:"): ...
 """
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from common import checkpoint, dist
 from common.config import parse_config
@@ -51,8 +51,7 @@ def answer(model, tokenizer, prompt, cfg):
                         f"{model.config.seq_len}; shorten it")
     # a head padded beyond the vocabulary has rows that stand for nothing
     nothing = tuple(range(tokenizer.vocab_size, model.config.vocab_size))
-    sampling = SamplingConfig(cfg.max_new_tokens, cfg.suppress + nothing, cfg.repetition_penalty,
-                              cfg.temperature, cfg.top_k, cfg.top_p)
+    sampling = replace(cfg, suppress=cfg.suppress + nothing)
     completions = None
     if not cfg.stream:
         completions, _ = complete(model, [ids], sampling, tokenizer.end, cfg.num_samples, cfg.seed)
@@ -71,11 +70,8 @@ def answer(model, tokenizer, prompt, cfg):
 if __name__ == "__main__":
     cfg = parse_config(Config)
     _, _, device = dist.init(cfg.device)
-    if cfg.temperature < 0 or cfg.top_k < 0 or not 0 < cfg.top_p <= 1 or cfg.repetition_penalty <= 0 \
-            or cfg.max_new_tokens < 1 or cfg.num_samples < 1:
-        raise UserError(f"--temperature={cfg.temperature} --top_k={cfg.top_k} --top_p={cfg.top_p} "
-                        f"--repetition_penalty={cfg.repetition_penalty}: "
-                        "expected >= 0, >= 0, in (0, 1], > 0; counts at least 1")
+    if cfg.num_samples < 1:
+        raise UserError(f"--num_samples={cfg.num_samples}: expected at least 1")
     model, tokenizer = load(cfg.init_from, device)
     if any(not 0 <= i < model.config.vocab_size for i in cfg.suppress):
         raise UserError(f"--suppress={cfg.suppress}: ids must be below the vocabulary's "

@@ -140,6 +140,8 @@ if __name__ == "__main__":
         raise UserError(f"--model.vocab_size={model_config.vocab_size} "
                         f"--model.seq_len={model_config.seq_len}: smaller than the data's "
                         f"{meta['vocab_size']} or --seq_len={cfg.seq_len}")
+    if cfg.doc_mask and model_config.rope_scaling == "dynamic":
+        raise UserError("--doc_mask: not with --model.rope_scaling=dynamic, which follows the row's length")
     torch.manual_seed(cfg.seed)                                               # the same weights on every rank
     model = GPT(model_config).to(device, getattr(torch, cfg.param_dtype))
     model.activation_checkpointing = cfg.activation_checkpointing

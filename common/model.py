@@ -60,6 +60,9 @@ class ModelConfig:
                 raise UserError(f"--model.{name}={getattr(self, name)}: must be positive, or 0 = derived")
         if not 0 <= self.attn_dropout < 1:
             raise UserError(f"--model.attn_dropout={self.attn_dropout}: must be at least 0 and below 1")
+        if self.rope_theta <= 1 or self.norm_eps <= 0:
+            raise UserError(f"--model.rope_theta={self.rope_theta} --model.norm_eps={self.norm_eps}: "
+                            "must be above 1 and above 0")
         if not self.head_dim and self.n_embd % self.n_head:
             raise UserError(f"--model.n_head={self.n_head}: must divide n_embd={self.n_embd}, "
                             "or set --model.head_dim")
@@ -90,6 +93,9 @@ class ModelConfig:
                     and getattr(wanted, f.name) != getattr(self, f.name):
                 raise UserError(f"--model.{f.name}={getattr(wanted, f.name)}: the checkpoint has "
                                 f"{getattr(self, f.name)}, which cannot change")
+        if wanted.seq_len < self.seq_len:
+            raise UserError(f"--model.seq_len={wanted.seq_len}: the checkpoint has {self.seq_len}, which "
+                            "cannot shrink; --seq_len may be shorter")
         longest = max(wanted.seq_len, seq_len)
         if longest > self.seq_len and wanted.rope_scaling == "none":
             raise UserError(f"--seq_len={longest}: the checkpoint was trained at {self.seq_len}; "
@@ -303,8 +309,9 @@ class GPT(nn.Module):
         B, T = tokens.shape
         positions = torch.arange(T, device=tokens.device)[None]                    # (1, T)
         mask, length = None, T
-        if docs is not None and cache is not None:
-            raise ValueError("docs (packed documents) and a cache do not go together")
+        if docs is not None and (cache is not None or self.config.rope_scaling == "dynamic"):
+            raise ValueError("packed documents go neither with a cache nor with rope_scaling=dynamic, which "
+                             "follows the length of the whole row")
         if docs is not None:
             first = docs.diff(dim=1, prepend=docs[:, :1] - 1) != 0        # (B, T): a document starts here
             positions = positions - torch.where(first, positions, 0).cummax(dim=1).values

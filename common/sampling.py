@@ -7,9 +7,11 @@ Sampling with a KV cache: one step on logits, batches of prompts, and streamed t
 Every row draws from a random stream of its own, seeded by (seed, row): its text does not depend on which rows
 share the batch, nor on the training random state, which is left alone.
 """
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+
+from common.dist import UserError
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,15 @@ class SamplingConfig:
     temperature: float = 0.8           # 0 = greedy
     top_k: int = 0                     # keep the k most likely tokens; 0 = all
     top_p: float = 1.0                 # keep the most likely tokens that together reach this probability
+
+    def __post_init__(self):
+        for name, ok, expected in (("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
+                                   ("repetition_penalty", self.repetition_penalty > 0, "above 0"),
+                                   ("temperature", self.temperature >= 0, "at least 0"),
+                                   ("top_k", self.top_k >= 0, "at least 0"),
+                                   ("top_p", 0 < self.top_p <= 1, "above 0, at most 1")):
+            if not ok:
+                raise UserError(f"--{name}={getattr(self, name)}: expected {expected}")
 
 
 def sample_next(logits, cfg, u, seen=None):
@@ -132,7 +143,7 @@ def stream(model, tokenizer, prompt, cfg=SamplingConfig(), seed=0):
     decoder = tokenizer.stream(continues=bool(prompt))
     while left > 0:
         window = ids if len(ids) < limit else ids[-max(1, limit // 2):]
-        config = SamplingConfig(**{**vars(cfg), "max_new_tokens": left})
+        config = replace(cfg, max_new_tokens=left)
         for _, (token,), _ in generate(model, [window], config, tokenizer.end, seed=seed + 7919 * part):
             if token == tokenizer.end:
                 yield decoder.end()

@@ -92,18 +92,31 @@ def plain_cross_entropy(hidden, weight, targets):
 
 
 def bench_loss(name, C, N):
-    inputs = loss_inputs(C, N)
+    memory = {kind: int(child("memory", kind, C, N)) for kind in ("nothing", "ours", "plain")}
+    above = {kind: (memory[kind] - memory["nothing"]) / 2**20 for kind in ("ours", "plain")}
+    print(f"{name}: {N} tokens x {C} channels: peak memory above inputs {above['plain']:.0f} -> "
+          f"{above['ours']:.0f} MiB, {above['ours'] / above['plain']:.2f} of plain's")
+    for keep, allocator in (("", "tuned malloc"), ("1", "glibc's defaults")):
+        ours, plain, products = map(float, child("loss", C, N, KEEP_MALLOC=keep).split())
+        print(f"{name}: {allocator} for both: plain {plain * 1000:.0f} ms, ours {ours * 1000:.0f} ms, "
+              f"{plain / ours:.2f}x; the three matrix products alone {products * 1000:.0f} ms")
+
+
+def child_loss(C, N):
+    inputs = loss_inputs(int(C), int(N))
+    hidden, weight, logits = inputs[0].detach(), inputs[1].detach(), torch.empty(int(N), 50304)
+    d_hidden, d_weight = torch.empty_like(hidden), torch.empty_like(weight)
 
     def backward(loss):
         inputs[0].grad = inputs[1].grad = None
         loss(*inputs).backward()
-    ours, plain = alternate(lambda: backward(losses.linear_cross_entropy),
-                            lambda: backward(plain_cross_entropy))
-    memory = {kind: int(child("memory", kind, C, N)) for kind in ("nothing", "ours", "plain")}
-    above = {kind: (memory[kind] - memory["nothing"]) / 2**20 for kind in ("ours", "plain")}
-    print(f"{name}: {N} tokens x {C} channels: {plain * 1000:.0f} -> {ours * 1000:.0f} ms, "
-          f"{plain / ours:.2f}x; peak memory above inputs {above['plain']:.0f} -> {above['ours']:.0f} MiB, "
-          f"{above['ours'] / above['plain']:.2f} of plain's")
+
+    def products():
+        torch.mm(hidden, weight.T, out=logits)
+        torch.mm(logits, weight, out=d_hidden)
+        torch.mm(logits.T, hidden, out=d_weight)
+    print(*alternate(lambda: backward(losses.linear_cross_entropy), lambda: backward(plain_cross_entropy),
+                     products))
 
 
 def child_memory(kind, C, N):
@@ -243,7 +256,8 @@ if __name__ == "__main__":
         name = sys.argv[2]
         if name != "overlap":
             dist.init("cpu")
-        {"memory": child_memory, "malloc": child_malloc, "overlap": child_overlap}[name](*sys.argv[3:])
+        {"memory": child_memory, "loss": child_loss, "malloc": child_malloc,
+         "overlap": child_overlap}[name](*sys.argv[3:])
     else:
         dist.init("cpu")
         for name in sys.argv[1:] or BENCHES:
