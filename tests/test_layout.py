@@ -5,6 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from common.model import ModelConfig
+from common.sampling import SamplingConfig
+
 ROOT = Path(__file__).parent.parent
 STAGES = sorted(ROOT.glob("train_*.py"))
 SCRIPTS = [*STAGES, ROOT / "sample.py"]
@@ -62,30 +65,29 @@ def test_scripts_do_not_import_scripts(path):
                 if name.split(".")[0] in ("sample", "data") or name.startswith("train_")}
 
 
-def config_fields(tree):
-    """Names of the fields of class Config, with those it inherits from SamplingConfig."""
-    config = next(n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == "Config")
-    names = {n.target.id for n in config.body if isinstance(n, ast.AnnAssign)}
-    if any(getattr(base, "id", "") == "SamplingConfig" for base in config.bases):
-        from common.sampling import SamplingConfig
-        names |= set(SamplingConfig.__dataclass_fields__)
-    return names
+def reads_of(tree, *names):
+    """Attributes read from a variable of one of these names."""
+    return {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name)
+            and n.value.id in names}
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=by_name)
 def test_every_option_is_read_and_every_read_is_an_option(path):
     tree = parse(path)
-    reads = {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name)
-             and n.value.id == "cfg"}
-    assert config_fields(tree) == reads
+    config = next(n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == "Config")
+    own = {n.target.id for n in config.body if isinstance(n, ast.AnnAssign)}
+    inherited = {"SamplingConfig": set(SamplingConfig.__dataclass_fields__)}
+    reads = reads_of(tree, "cfg")
+    assert own <= reads
+    assert reads <= own.union(*(inherited[base.id] for base in config.bases))
+
+
+def test_every_sampling_option_is_read():
+    assert set(SamplingConfig.__dataclass_fields__) <= reads_of(parse(ROOT / "common/sampling.py"), "cfg")
 
 
 def test_every_model_option_is_read():
-    from common.model import ModelConfig
-    tree = parse(ROOT / "common/model.py")
-    reads = {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name)
-             and n.value.id in ("c", "self", "config")}
-    assert set(ModelConfig.__dataclass_fields__) <= reads
+    assert set(ModelConfig.__dataclass_fields__) <= reads_of(parse(ROOT / "common/model.py"), "c", "self")
 
 
 def test_the_environment_is_read_in_one_place():
