@@ -4,6 +4,7 @@ Speed and memory as ratios against named references, both measured in the same r
     make bench                                  # all; or: python tests/bench/bench.py NAME [NAME ...]
 
     step_26m, step_384     FLOP/s of a training step as a fraction of a large matrix product's
+    profile                where the time of those steps goes
     loss_128, loss_512     linear_cross_entropy against plain logits + F.cross_entropy, V = 50,304
     loader                 seconds of a batch against a step
     optimizer              one rank's ShardedOptimizer against clip_grad_norm_ + torch.optim.AdamW(fused=True)
@@ -79,6 +80,20 @@ def bench_step(name, config, B):
     print(f"{name}: {step_s:.3f} s a step, {step_flops / step_s / 1e9:.0f} of {peak / 1e9:.0f} GFLOP/s = "
           f"{step_flops / step_s / peak:.1%} of the matrix product's "
           f"(fp32, {torch.get_num_threads()} threads)")
+
+
+def bench_profile():
+    for name, config, B in (("26m", MODEL_26M, 8), ("384", MODEL_384, 16)):
+        step, _ = training_step(config, B)
+        step()
+        with torch.profiler.profile() as profile:
+            step()
+        times = {"matrix products": 0.0, "attention": 0.0, "element-wise and the rest": 0.0}
+        for event in profile.key_averages():
+            kind = "matrix products" if event.key in ("aten::mm", "aten::addmm_") else \
+                "attention" if "attention" in event.key else "element-wise and the rest"
+            times[kind] += event.self_cpu_time_total
+        print(f"profile {name}: " + ", ".join(f"{k} {v / sum(times.values()):.1%}" for k, v in times.items()))
 
 
 def loss_inputs(C, N, V=50304):
@@ -246,6 +261,7 @@ def child(*args, **env):
 
 BENCHES = {"step_26m": lambda: bench_step("step_26m", MODEL_26M, 8),
            "step_384": lambda: bench_step("step_384", MODEL_384, 16),
+           "profile": bench_profile,
            "loss_128": lambda: bench_loss("loss_128", 128, 768),
            "loss_512": lambda: bench_loss("loss_512", 512, 2048),
            "loader": bench_loader, "optimizer": bench_optimizer, "malloc": bench_malloc,

@@ -1,0 +1,56 @@
+"""The run directory: what is kept on a resume, what JSON cannot hold, the console line."""
+import json
+
+import pytest
+
+from common.dist import UserError
+from common.logger import Logger, short_time
+
+
+def new(folder, **kwargs):
+    return Logger(str(folder / "run"), {"lr": 0.1}, __file__, num_steps=4, log_every=2, **kwargs)
+
+
+def rows(folder):
+    return [json.loads(line) for line in open(folder / "run/metrics.jsonl")]
+
+
+def test_a_resume_drops_the_records_that_will_be_written_again(tmp_path):
+    log = new(tmp_path)
+    for step in range(4):
+        log.metrics(step, loss=float(step))
+    with open(tmp_path / "run/metrics.jsonl", "a") as file:
+        file.write('{"step": 4, "lo')                          # cut short by a kill
+    new(tmp_path, resume=True, start_step=2).metrics(2, loss=9.0)
+    assert [(r["step"], r["loss"]) for r in rows(tmp_path)] == [(0, 0.0), (1, 1.0), (2, 9.0)]
+
+
+def test_a_directory_in_use_is_refused_and_left_alone(tmp_path):
+    new(tmp_path).metrics(0, loss=1.0)
+    with pytest.raises(UserError, match="not empty.*--resume=true"):
+        new(tmp_path)
+    assert len(rows(tmp_path)) == 1
+
+
+def test_numbers_that_json_lacks_become_null(tmp_path):
+    new(tmp_path).metrics(0, loss=float("nan"), grad_norm=float("inf"), lr=0.5)
+    line = (tmp_path / "run/metrics.jsonl").read_text()
+    assert line == '{"step": 0, "loss": null, "grad_norm": null, "lr": 0.5}\n'
+
+
+def test_the_console_line_shows_the_speed_of_its_interval(tmp_path, capsys):
+    log = new(tmp_path)
+    for step, seconds in enumerate((0.5, 1.5, 1.0, 1.0)):
+        log.train_step(step, tokens=1000, seconds=seconds, flops=3e9, peak_flops=1e10, loss=2.5, lr=1e-3,
+                       grad_norm=1.5)
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == "step 2/4 | loss 2.5000 | lr 1.0e-03 | norm 1.5 | 1.0k tok/s | mfu 30% | eta 2s"
+    assert second.startswith("step 4/4") and second.endswith("eta 0s")
+    assert [r["tok_per_s"] for r in rows(tmp_path)] == pytest.approx([2000, 2000 / 3, 1000, 1000])
+    assert [r["mfu"] for r in rows(tmp_path)] == pytest.approx([0.6, 0.2, 0.3, 0.3])
+
+
+@pytest.mark.parametrize("seconds, text", [(0, "0s"), (59.9, "59s"), (75, "1m15s"), (3599, "59m59s"),
+                                           (7325, "2h02m")])
+def test_times_are_short(seconds, text):
+    assert short_time(seconds) == text
