@@ -50,8 +50,7 @@ def answer(model, tokenizer, prompt, cfg):
         raise UserError(f"--prompt: {len(ids)} tokens, but the model's context is "
                         f"{model.config.seq_len}; shorten it")
     # a head padded beyond the vocabulary has rows that stand for nothing
-    nothing = tuple(range(tokenizer.vocab_size, model.config.vocab_size))
-    sampling = replace(cfg, suppress=cfg.suppress + nothing)
+    sampling = replace(cfg, suppress=cfg.suppress + tuple(range(tokenizer.vocab_size, len(model.head))))
     completions = None
     if not cfg.stream:
         completions, _ = complete(model, [ids], sampling, tokenizer.end, cfg.num_samples, cfg.seed)

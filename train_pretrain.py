@@ -78,11 +78,11 @@ class Config:
 
 
 @torch.no_grad()
-def evaluate(model, data, num_seqs, autocast):
-    """-> validation loss per token, bits per byte: over the first num_seqs sequences, all ranks together"""
+def evaluate(model, data, autocast):
+    """-> validation loss per token, bits per byte: over the data.total sequences, all ranks together"""
     model.eval()
     total = torch.zeros(3, device=data.device)                      # nll sum, targets, bytes of the targets
-    for i in range(-(-num_seqs // (data.micro_batch_size * data.world_size))):
+    for i in range(-(-data.total // (data.micro_batch_size * data.world_size))):
         tokens, targets, mask, docs = data.batch(i)                 # (B, T) each
         with autocast:
             nll_sum = losses.linear_cross_entropy(model(tokens, docs), model.head, targets, mask)
@@ -98,10 +98,14 @@ if __name__ == "__main__":
     cfg = parse_config(Config)
     rank, world_size, device = dist.init(cfg.device)
     dist.check_equal("config", {**as_dict(cfg), "ranks": world_size})
+    for name, least in dict(seq_len=1, batch_size=world_size, micro_batch_size=0, lr=0, eval_seqs=0, seed=0,
+                            keep_last=1, log_every=1, max_bad_steps=1).items():
+        if getattr(cfg, name) < least:
+            raise UserError(f"--{name}={getattr(cfg, name)}: must be at least {least}")
     micro_batch_size = cfg.micro_batch_size or cfg.batch_size // world_size
-    if cfg.batch_size < 1 or micro_batch_size < 1 or cfg.batch_size % (micro_batch_size * world_size):
+    if cfg.batch_size % (micro_batch_size * world_size):
         raise UserError(f"--batch_size={cfg.batch_size}: must be a multiple of ranks x micro_batch_size = "
-                        f"{world_size} x {micro_batch_size}")
+                        f"{world_size} x {cfg.micro_batch_size or 1}")
     num_micro = cfg.batch_size // (micro_batch_size * world_size)             # per step, on this rank
     if (cfg.num_steps > 0) == (cfg.num_epochs > 0):
         raise UserError(f"--num_steps={cfg.num_steps} --num_epochs={cfg.num_epochs}: set one of them, "
@@ -124,8 +128,12 @@ if __name__ == "__main__":
     train_data = load("train", cfg.seed, None)
     if cfg.num_epochs:                                                        # the last step may be partial
         train_data.total = round(cfg.num_epochs * train_data.num_samples)
+        if train_data.total < 1:
+            raise UserError(f"--num_epochs={cfg.num_epochs}: not one of {train_data.num_samples} sequences")
     num_steps = cfg.num_steps or -(-train_data.total // cfg.batch_size)
-    val_data = load("val", 0, cfg.eval_seqs) if cfg.eval_seqs else None
+    val_data = load("val", 0, None) if cfg.eval_seqs else None
+    if val_data:
+        val_data.total = min(cfg.eval_seqs, val_data.num_samples)
 
     if saved:
         old = ModelConfig(**saved["model"])
@@ -159,15 +167,22 @@ if __name__ == "__main__":
                             "give it the same options and data")
         checkpoint.load_optimizer(previous, optimizer)
         start_step = saved["step"]
+        if start_step > num_steps:
+            raise UserError(f"--num_steps={num_steps}: the run is at step {start_step} already")
     forward = torch.compile(model) if cfg.compile else model                  # forward() trains only
     critical_ids = torch.tensor(cfg.critical_ids, dtype=torch.int64, device=device)
     step_flops = cfg.batch_size * cfg.seq_len * model.flops_per_token(cfg.seq_len)
     peak_flops = dist.peak_flops(device) * world_size
-    log = Logger(cfg.out_dir, as_dict(cfg), __file__, cfg.resume, start_step, num_steps, cfg.log_every)
+    options = {**as_dict(cfg), "model": read_overrides().get("model", {})}    # the model as it was asked for
+    log = Logger(cfg.out_dir, options, __file__, cfg.resume, start_step, num_steps, cfg.log_every)
     log.print(f"{model.num_parameters():,} parameters, {optimizer.state_bytes():,} bytes of optimizer state "
               f"on each of {world_size} rank{'s'[:world_size > 1]}, "
               f"{train_data.num_samples * cfg.seq_len:,} training tokens, {num_steps} steps"
               + (f" from step {start_step} of {previous}" if previous else ""))
+
+    for name, value in as_dict(cfg).items() if previous else ():
+        if value != saved["config"].get(name) and name != "resume":
+            log.print(f"changed since the checkpoint: --{name}={value} (was {saved['config'].get(name)})")
 
     # -------------------------------------------------------------------------
     # train
@@ -180,13 +195,14 @@ if __name__ == "__main__":
         eval_now = save_now or (cfg.eval_every and step % cfg.eval_every == 0)  # each save has a val_loss
 
         if eval_now and val_data:
-            val_loss, bits_per_byte = evaluate(model, val_data, cfg.eval_seqs, autocast)
+            val_loss, bits_per_byte = evaluate(model, val_data, autocast)
             log.metrics(step, val_loss=val_loss, val_bits_per_byte=bits_per_byte)
             log.print(f"step {step}/{num_steps} | val loss {val_loss:.4f} | "
                       f"{bits_per_byte:.3f} bits per byte")
         if eval_now:
-            for prompt in cfg.eval_prompts:
-                log.sample(step, prompt, "".join(sampling.stream(model, tokenizer, prompt, seed=step)))
+            for i, prompt in enumerate(cfg.eval_prompts):
+                text = "".join(sampling.stream(model, tokenizer, prompt, seed=step * 1000 + i))
+                log.sample(step, prompt, text)
         if (save_now or stop) and step > start_step:
             info = dict(model=asdict(model_config), config=as_dict(cfg), identity=identity,
                         fingerprint=tokenizer.fingerprint)

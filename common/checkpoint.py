@@ -14,6 +14,7 @@ code.
 """
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -40,6 +41,8 @@ def save(out_dir, step, model, optimizer, info, files, keep_last=2, val_loss=Non
     name = f"step_{step:06d}"
     target, aside = os.path.join(out_dir, name), os.path.join(out_dir, f".{name}.partial")
     sums, error = {}, None
+    if val_loss is not None and not math.isfinite(val_loss):
+        val_loss = None                                       # JSON has no nan, and it is not the best
     try:
         dist.from_rank_zero(lambda: _make_room(out_dir, aside))
         if dist.world()[0] == 0:
@@ -68,9 +71,9 @@ def save(out_dir, step, model, optimizer, info, files, keep_last=2, val_loss=Non
                 os.rename(target, target + ".damaged")
             os.rename(aside, target)
             _sync_folder(out_dir)
+            _prune(out_dir, keep_last, target)
         except OSError as problem:
             return f"{type(problem).__name__}: {problem}"
-        _prune(out_dir, keep_last)
         return None
     error = dist.from_rank_zero(publish)
     if error and dist.world()[0] == 0:
@@ -122,17 +125,18 @@ def _make_room(out_dir, aside):
     os.makedirs(aside)
 
 
-def _prune(out_dir, keep_last):
-    """Keep the last keep_last checkpoints and the one with the lowest validation loss."""
+def _prune(out_dir, keep_last, newest):
+    """Keep the last keep_last checkpoints up to `newest`, just saved, and that with the lowest val_loss."""
     folders = steps(out_dir)
+    folders = folders[:folders.index(newest) + 1]         # later ones are damaged: left for the user to see
     losses = {}
     for folder in folders:
         try:
             losses[folder] = read_manifest(folder)["val_loss"]
         except UserError:
-            continue  # damaged: not the best of anything; left for the user to see
+            continue                                      # damaged: not the best of anything, and left too
     scored = [f for f in losses if losses[f] is not None]
-    keep = set(folders[-keep_last:]) | ({min(scored, key=losses.get)} if scored else set())
+    keep = {newest, *folders[-keep_last:]} | ({min(scored, key=losses.get)} if scored else set())
     for folder in losses:
         if folder not in keep:
             shutil.rmtree(folder)
@@ -183,6 +187,8 @@ def latest(out_dir):
                 return folder
             except UserError as error:
                 print(f"warning: {error}; trying the one before", file=sys.stderr, flush=True)
+        if steps(out_dir):
+            raise UserError(f"{out_dir}: none of its checkpoints is whole; move them away to start again")
         return None
     return dist.from_rank_zero(search)
 
@@ -196,7 +202,7 @@ def find(path):
         return path
     folder = latest(path)
     if folder is None:
-        raise UserError(f"{path}: no whole checkpoint there")
+        raise UserError(f"{path}: no whole checkpoint there; is it a run of train_*.py?")
     return folder
 
 

@@ -39,7 +39,7 @@ def read_overrides(argv=None):
         if arg.startswith("--"):
             name, equals, value = arg[2:].partition("=")
             if not equals:
-                raise UserError(f"--{name}: expected --{name}=value")
+                raise UserError(f"--{name}: expected --{name}=value (--{name}=true to switch it on)")
             *sections, leaf = name.split(".")
             for section in reversed(sections):
                 leaf, value = section, {leaf: value}

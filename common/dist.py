@@ -25,10 +25,13 @@ class UserError(Exception):
 
 def _show_user_error(kind, error, traceback):
     """A UserError that nobody caught ends the process with one line and exit code 2, not with a traceback."""
-    if not issubclass(kind, UserError):
+    if not issubclass(kind, (UserError, KeyboardInterrupt)):
         return sys.__excepthook__(kind, error, traceback)
-    print(f"error: {error}", file=sys.stderr, flush=True)
-    sys.exit(2)
+    interrupted = issubclass(kind, KeyboardInterrupt)
+    print("interrupted" if interrupted else f"error: {error}", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    leave = os._exit if td.is_initialized() else sys.exit    # Gloo aborts when a peer has gone before it
+    leave(130 if interrupted else 2)
 
 
 sys.excepthook = _show_user_error
@@ -154,11 +157,6 @@ def check_equal(what, values):
                 raise UserError(
                     f"{what} differs between ranks: {name} is {everyone[0].get(name)!r} on rank 0 and "
                     f"{theirs.get(name)!r} on rank {rank}; start all ranks with the same arguments")
-
-
-def barrier():
-    if td.is_initialized():
-        td.barrier()
 
 
 def seed(*numbers):

@@ -55,9 +55,10 @@ class Logger:
         if not os.path.exists(path):
             return
         kept = []
-        for line in open(path, encoding="utf-8"):
-            if line.endswith("\n") and json.loads(line)["step"] < start_step:
-                kept.append(line)
+        with open(path, encoding="utf-8") as file:
+            for line in file:
+                if line.endswith("\n") and json.loads(line)["step"] < start_step:
+                    kept.append(line)
         with open(path + ".partial", "w", encoding="utf-8") as file:
             file.writelines(kept)
             file.flush()

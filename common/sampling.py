@@ -141,6 +141,8 @@ def stream(model, tokenizer, prompt, cfg=SamplingConfig(), seed=0):
     ids = ids or [tokenizer.end]                              # no prompt: as after the end of a document
     limit, left, part = model.config.seq_len, cfg.max_new_tokens, 0
     decoder = tokenizer.stream(continues=bool(prompt))
+    # a head padded beyond the vocabulary has rows that stand for nothing
+    cfg = replace(cfg, suppress=cfg.suppress + tuple(range(tokenizer.vocab_size, len(model.head))))
     while left > 0:
         window = ids if len(ids) < limit else ids[-max(1, limit // 2):]
         config = replace(cfg, max_new_tokens=left)

@@ -36,6 +36,7 @@ from common.dist import UserError  # noqa: E402
 from common.tokenizer import load_tokenizer, token_byte_counts, train_sentencepiece  # noqa: E402
 
 BLOCK = 1 << 20                        # characters of text that are held and tokenized at once
+NEAR = 1000                            # characters that --val_frac moves a border at most, to a line's start
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,8 @@ def find_files(patterns, option="--input"):
         found = [pattern] if os.path.isfile(pattern) else sorted(glob.glob(pattern, recursive=True))
         found = [path for path in found if os.path.isfile(path)]
         if not found:
-            raise UserError(f"{option}={pattern}: no such file")
+            raise UserError(f"{option}={pattern}: " + (f"a folder; give {pattern}/*.txt or the like"
+                            if os.path.isdir(pattern) else "no such file"))
         paths += [path for path in found if path not in paths]
     if not paths:
         raise UserError(f"{option}: give files to read, e.g. {option}=books/*.txt")
@@ -253,13 +255,13 @@ def prepare_text(cfg):
     except OSError as error:
         shutil.rmtree(aside, ignore_errors=True)
         raise UserError(f"{error.filename or cfg.out_dir}: {error.strerror}") from None
-    except UserError:
+    except (UserError, KeyboardInterrupt):
         shutil.rmtree(aside, ignore_errors=True)
         raise
     report.print()
     for split, count in splits.items():
         print(f"{cfg.out_dir}/{split}.npy: {count['documents']:,} documents, {count['bytes']:,} bytes, "
-              f"{count['tokens']:,} tokens of {tokenizer.vocab_size:,}")
+              f"{count['tokens']:,} tokens, vocabulary of {tokenizer.vocab_size:,}")
 
 
 def write_tokens(inputs, tokenizer, cfg, report, folder):
@@ -343,6 +345,8 @@ def divide_txt(path, home, val_frac, report):
             yield "val", number, piece
         else:
             at = piece.rfind("\n", 0, cut - seen) + 1 or (0 if seen else cut - seen)
+            if cut - seen - at > NEAR:                        # a far line start would change the share
+                at = cut - seen
             yield home, number, piece[:at]
             yield "val", number, piece[at:]
         seen += len(piece)

@@ -185,6 +185,33 @@ def test_the_last_k_and_the_best_are_kept(tmp_path):
     assert kept == ["step_000002", "step_000004", "step_000005"]
 
 
+def test_the_checkpoint_just_saved_stays_when_later_ones_are_damaged(tmp_path):
+    model, optimizer = new_run()
+    for step in (1, 4, 5):
+        assert save(tmp_path, step, model, optimizer)
+    for step in (4, 5):
+        (tmp_path / f"step_00000{step}" / "model.pt").write_bytes(b"damaged")
+    assert save(tmp_path, 2, model, optimizer, keep_last=1)
+    assert checkpoint.latest(str(tmp_path)).endswith("step_000002")
+
+
+def test_a_loss_that_is_not_a_number_is_never_the_best(tmp_path):
+    model, optimizer = new_run()
+    for step, val_loss in enumerate([float("nan"), 2.0, 3.0], start=1):
+        assert save(tmp_path, step, model, optimizer, val_loss, keep_last=1)
+    assert [os.path.basename(f) for f in checkpoint.steps(str(tmp_path))] == ["step_000002", "step_000003"]
+    assert checkpoint.read_manifest(str(tmp_path / "step_000002"))["val_loss"] == 2.0
+
+
+def test_a_run_with_damaged_checkpoints_only_is_not_started_again(tmp_path):
+    model, optimizer = new_run()
+    assert checkpoint.latest(str(tmp_path)) is None
+    assert save(tmp_path, 1, model, optimizer)
+    (tmp_path / "step_000001" / "model.pt").unlink()
+    with pytest.raises(UserError, match="none of its checkpoints is whole"):
+        checkpoint.latest(str(tmp_path))
+
+
 def test_another_architecture_is_named(tmp_path):
     model, optimizer = new_run()
     assert save(tmp_path, 1, model, optimizer)

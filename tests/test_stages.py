@@ -294,7 +294,12 @@ def test_epochs_end_with_a_partial_step(stage):
 def test_the_run_directory_can_run_again(stage):
     stage("first", "--num_steps=3", "--lr=3e-3")
     run(stage.script, stage.folder / "first/config.json", f"--out_dir={stage.folder / 'again'}")
-    assert records(stage.folder / "first") == records(stage.folder / "again")
+    result = run(stage.script, stage.folder / "first/config.json", "--resume=true", "--num_steps=4")
+    assert "changed since the checkpoint: --num_steps=4 (was 3)" in result.stdout
+    assert [r for r in records(stage.folder / "first") if r["step"] < 3 and "loss" in r] == \
+        [r for r in records(stage.folder / "again") if "loss" in r]
+    stage("second", "--num_steps=3", "--lr=3e-3")
+    assert records(stage.folder / "second")(stage.folder / "first") == records(stage.folder / "again")
     assert (stage.folder / "first/code" / stage.script).read_text() == (ROOT / stage.script).read_text()
     assert (stage.folder / "first/code/common/zero1.py").exists()
 
@@ -328,6 +333,7 @@ def assert_one_line(result, text):
     (["--init_from=nowhere"], "nowhere: no such run or checkpoint"),
     (["--model.n_head=3"], "--model.n_head=3: must divide n_embd=16"),
     (["--model.vocab_size=100"], "--model.vocab_size=100"),
+    (["--log_every=0"], "--log_every=0: must be at least 1"),
     (["--device=tpu"], "--device=tpu: expected auto, cpu, cuda or mps"),
     (["--learning_rate=1"], "unknown option --learning_rate"),
     (["--lr=fast"], "--lr=fast: expected float"),
