@@ -298,8 +298,6 @@ def test_the_run_directory_can_run_again(stage):
     assert "changed since the checkpoint: --num_steps=4 (was 3)" in result.stdout
     assert [r for r in records(stage.folder / "first") if r["step"] < 3 and "loss" in r] == \
         [r for r in records(stage.folder / "again") if "loss" in r]
-    stage("second", "--num_steps=3", "--lr=3e-3")
-    assert records(stage.folder / "second")(stage.folder / "first") == records(stage.folder / "again")
     assert (stage.folder / "first/code" / stage.script).read_text() == (ROOT / stage.script).read_text()
     assert (stage.folder / "first/code/common/zero1.py").exists()
 
