@@ -47,7 +47,7 @@ class Logger:
                             ignore=shutil.ignore_patterns("__*__"))
             shutil.copy(script, code)
         except OSError as error:
-            raise UserError(f"--out_dir={self.out_dir}: cannot write there ({error.strerror})") from None
+            raise UserError(f"--out_dir={self.out_dir}: cannot write there ({error.strerror or error})") from None
 
     @staticmethod
     def _rewind(path, start_step):
