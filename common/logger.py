@@ -47,7 +47,8 @@ class Logger:
                             ignore=shutil.ignore_patterns("__*__"))
             shutil.copy(script, code)
         except OSError as error:
-            raise UserError(f"--out_dir={self.out_dir}: cannot write there ({error.strerror or error})") from None
+            why = error.strerror or error
+            raise UserError(f"--out_dir={self.out_dir}: cannot write there ({why})") from None
 
     @staticmethod
     def _rewind(path, start_step):
