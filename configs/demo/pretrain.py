@@ -1,13 +1,13 @@
 # Shakespeare from scratch in about three minutes on two CPU cores
 data_dir = "out/demo/data"
 out_dir = "out/demo/pretrain"
-num_steps = 600
+num_steps = 750
 batch_size = 16                        # sequences per step
 seq_len = 128
 lr = 3e-3
 warmup_steps = 50
 log_every = 25
-eval_every = 200
+eval_every = 250
 eval_seqs = 256
-save_every = 200
+save_every = 250
 model = dict(n_layer=6, n_head=6, n_kv_head=2, n_embd=192)

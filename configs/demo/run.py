@@ -62,7 +62,7 @@ if __name__ == "__main__":
     summary = {name: once(name, stage) for name, stage in STAGES.items()}
     for prompt in PROMPTS:
         run("sample.py", f"--init_from={OUT}/pretrain", f"--prompt={prompt}", "--max_new_tokens=120",
-            "--top_k=50")
+            "--top_k=50", "--temperature=0.7")
     print(f"\n{'stage':<12}{'measured':<28}{'before':>10}{'after':>10}{'seconds':>10}")
     for name, row in summary.items():
         print(f"{name:<12}{row['measure']:<28}{row['before']:>10.3f}{row['after']:>10.3f}"
