@@ -427,7 +427,7 @@ def test_a_file_of_another_kind_is_refused(name):
     ((), "--input: give files to read, e.g. --input=books/*.txt"),
     (("no_such.txt",), "--input=no_such.txt: no such file"),
     (("a.txt", "no*.txt"), "--input=no*.txt: no such file"),
-    ((".",), "--input=.: no such file"),
+    ((".",), "--input=.: a folder; give ./*.txt or the like"),
 ])
 def test_input_that_is_not_there_is_named(patterns, message):
     Path("a.txt").write_text("x")

@@ -46,5 +46,5 @@ def test_the_python_example_streams(tmp_path):
 
 
 def test_files_that_the_readme_names_exist():
-    names = set(re.findall(r"\b(?:common|data|configs|tests)/[\w/]+\.(?:py|md)\b|\b\w+\.py\b", TEXT))
+    names = set(re.findall(r"\b(?:common|data|configs|tests)/[\w/]+\.(?:py|md)\b|(?<![\w/])\w+\.py\b", TEXT))
     assert not [name for name in names if not (ROOT / name).exists()]
