@@ -121,20 +121,22 @@ if __name__ == "__main__":
         raise UserError(f"{source}: was trained with another tokenizer than --data_dir={cfg.data_dir}")
 
     # -------------------------------------------------------------------------
-    # data, model, optimizer
-    def load(split, seed, total):
+    # data
+    def load(split, seed):
         return TokenData(cfg.data_dir, split, cfg.seq_len, micro_batch_size, rank, world_size, device, seed,
-                         cfg.doc_mask, total)
-    train_data = load("train", cfg.seed, None)
+                         cfg.doc_mask)
+    train_data, val_data = load("train", cfg.seed), load("val", 0) if cfg.eval_seqs else None
+    critical_ids = torch.tensor(cfg.critical_ids, dtype=torch.int64, device=device)
+
+    # -------------------------------------------------------------------------
+    # model, optimizer, run directory (identical in every stage)
     if cfg.num_epochs:                                                        # the last step may be partial
         train_data.total = round(cfg.num_epochs * train_data.num_samples)
         if train_data.total < 1:
             raise UserError(f"--num_epochs={cfg.num_epochs}: not one of {train_data.num_samples} sequences")
     num_steps = cfg.num_steps or -(-train_data.total // cfg.batch_size)
-    val_data = load("val", 0, None) if cfg.eval_seqs else None
     if val_data:
         val_data.total = min(cfg.eval_seqs, val_data.num_samples)
-
     if saved:
         old = ModelConfig(**saved["model"])
         model_config = old.continued(build(old, read_overrides().get("model", {}), "model."), cfg.seq_len)
@@ -148,8 +150,9 @@ if __name__ == "__main__":
         raise UserError(f"--model.vocab_size={model_config.vocab_size} "
                         f"--model.seq_len={model_config.seq_len}: smaller than the data's "
                         f"{meta['vocab_size']} or --seq_len={cfg.seq_len}")
-    if cfg.doc_mask and model_config.rope_scaling == "dynamic":
-        raise UserError("--doc_mask: not with --model.rope_scaling=dynamic, which follows the row's length")
+    if train_data.doc_mask and model_config.rope_scaling == "dynamic":
+        raise UserError("--model.rope_scaling=dynamic: follows the length of the row, so it does not go with "
+                        "documents that share one; use yarn or linear")
     torch.manual_seed(cfg.seed)                                               # the same weights on every rank
     model = GPT(model_config).to(device, getattr(torch, cfg.param_dtype))
     model.activation_checkpointing = cfg.activation_checkpointing
@@ -170,16 +173,14 @@ if __name__ == "__main__":
         if start_step > num_steps:
             raise UserError(f"--num_steps={num_steps}: the run is at step {start_step} already")
     forward = torch.compile(model) if cfg.compile else model                  # forward() trains only
-    critical_ids = torch.tensor(cfg.critical_ids, dtype=torch.int64, device=device)
-    step_flops = cfg.batch_size * cfg.seq_len * model.flops_per_token(cfg.seq_len)
+    token_flops = model.flops_per_token(train_data.mean_context)
     peak_flops = dist.peak_flops(device) * world_size
     options = {**as_dict(cfg), "model": read_overrides().get("model", {})}    # the model as it was asked for
     log = Logger(cfg.out_dir, options, __file__, cfg.resume, start_step, num_steps, cfg.log_every)
     log.print(f"{model.num_parameters():,} parameters, {optimizer.state_bytes():,} bytes of optimizer state "
-              f"on each of {world_size} rank{'s'[:world_size > 1]}, "
-              f"{train_data.num_samples * cfg.seq_len:,} training tokens, {num_steps} steps"
+              f"on each of {world_size} rank{'s'[:world_size > 1]}, {train_data.num_tokens:,} tokens "
+              f"to train on in {train_data.num_samples:,} rows, {num_steps} steps"
               + (f" from step {start_step} of {previous}" if previous else ""))
-
     for name, value in as_dict(cfg).items() if previous else ():
         if value != saved["config"].get(name) and name != "resume":
             log.print(f"changed since the checkpoint: --{name}={value} (was {saved['config'].get(name)})")
@@ -237,7 +238,7 @@ if __name__ == "__main__":
                                      cfg.wsd_decay_frac)
         grad_norm = optimizer.step(cfg.grad_clip, apply=math.isfinite(step_loss))  # clip, update, gather
         bad_steps = 0 if math.isfinite(grad_norm) and math.isfinite(step_loss) else bad_steps + 1
-        log.train_step(step, cfg.batch_size * cfg.seq_len, timer.lap(), step_flops, peak_flops,
+        log.train_step(step, cfg.batch_size * cfg.seq_len, timer.lap(), token_flops, peak_flops,
                        loss=step_loss, lr=optimizer.lr, grad_norm=grad_norm)
         if bad_steps:
             log.print(f"step {step}: loss or gradient is not finite, skipped ({bad_steps} in a row)")

@@ -4,9 +4,11 @@ Memory-mapped token sets and the batches of a run.
 A set is a folder that data/prepare.py makes:
 
     train.npy, val.npy     token ids, document after document, each closed by the end token; uint16 or uint32
-    token_bytes.npy        (V,) bytes of text per token
-    meta.json              counts, vocab_size, end id, tokenizer fingerprint
+    meta.json              kind of set, counts, vocab_size, end and pad id, tokenizer fingerprint
     tokenizer_info.json    and the vocabulary file, if any
+    token_bytes.npy        text: (V,) bytes of text per token
+    train_mask.npy         chat: 1 where the token is to be learned, 0 elsewhere; uint8, as long as train.npy
+    train_offsets.npy      chat: where each conversation begins, and where the last one ends; uint64
 
 `batch(i)` is a pure function: the rows of micro-batch i on this rank follow from (seed, i) alone, so a
 resumed run needs no replay. Step s of a run trains on samples [s, s + 1) * batch_size of the order, however
@@ -28,7 +30,7 @@ def read_meta(data_dir):
     try:
         with open(path, encoding="utf-8") as file:
             meta = json.load(file)
-        for name in ("vocab_size", "end", "fingerprint"):
+        for name in ("kind", "vocab_size", "end", "fingerprint"):
             meta[name]
         for counts in meta["splits"].values():
             counts["tokens"]
@@ -58,6 +60,31 @@ def open_array(path, count=None):
     return array
 
 
+def read_split(data_dir, split, kind):
+    """-> meta.json of a set of that kind (text, chat) which has the split, or a UserError"""
+    meta = read_meta(data_dir)
+    if meta["kind"] != kind:
+        raise UserError(f"--data_dir={data_dir}: a set of kind {meta['kind']}, expected {kind}; "
+                        f"make one with data/prepare.py {kind}")
+    if split not in meta["splits"]:
+        raise UserError(f"--data_dir={data_dir}: the set has no {split} split "
+                        "(prepare it with --val_frac or --val_input)")
+    return meta
+
+
+def positions(i, data):
+    """Places in the run's order of samples that micro-batch i of this rank takes: (B,)"""
+    first = (i * data.world_size + data.rank) * data.micro_batch_size
+    return np.arange(first, first + data.micro_batch_size)
+
+
+def to_device(device, *arrays):
+    tensors = [torch.from_numpy(array) for array in arrays]
+    if device.type == "cuda":
+        tensors = [tensor.pin_memory() for tensor in tensors]
+    return [tensor.to(device, non_blocking=True) for tensor in tensors]
+
+
 class TokenData:
     """
     Windows of seq_len tokens over data_dir/<split>.npy, next to each other, with the next token as target.
@@ -66,16 +93,15 @@ class TokenData:
         mask    False: this target does not count
         docs    with doc_mask: the document's number in the row; what follows the end token is not a target
 
-    num_samples     per epoch; total: samples that the run may use (rows past it are masked), None = no end
+    num_samples     rows per epoch, of num_tokens tokens; total: rows that a run may use (later ones are
+                    masked), None = no end
+    mean_context    positions that a token's attention spans, for its cost
     tokens are checked against vocab_size as they are read.
     """
 
     def __init__(self, data_dir, split, seq_len, micro_batch_size, rank=0, world_size=1, device="cpu", seed=0,
                  doc_mask=False, total=None):
-        meta = read_meta(data_dir)
-        if split not in meta["splits"]:
-            raise UserError(f"--data_dir={data_dir}: the set has no {split} split "
-                            "(prepare it with --val_frac or --val_input)")
+        meta = read_split(data_dir, split, "text")
         self.path = os.path.join(data_dir, f"{split}.npy")
         self.tokens = open_array(self.path, meta["splits"][split]["tokens"])
         self.token_bytes = torch.from_numpy(open_array(os.path.join(data_dir, "token_bytes.npy"),
@@ -86,6 +112,7 @@ class TokenData:
             raise UserError(f"{self.path}: {len(self.tokens)} tokens, fewer than --seq_len={seq_len} + 1; "
                             "lower --seq_len or prepare more text")
         self.windows = np.lib.stride_tricks.sliding_window_view(self.tokens, seq_len + 1)
+        self.num_tokens, self.mean_context = self.num_samples * seq_len, seq_len
         self.seq_len, self.micro_batch_size = seq_len, micro_batch_size
         self.rank, self.world_size = rank, world_size
         self.device, self.seed, self.doc_mask = torch.device(device), seed, doc_mask
@@ -94,8 +121,7 @@ class TokenData:
 
     def sample_ids(self, i):
         """Which windows make micro-batch i here: (B,) sample numbers in their epoch, and which count."""
-        first = (i * self.world_size + self.rank) * self.micro_batch_size
-        position = np.arange(first, first + self.micro_batch_size)
+        position = positions(i, self)
         ids = np.array([self._order(epoch)[k] for epoch, k in zip(*np.divmod(position, self.num_samples))])
         return ids, position < self.total
 
@@ -112,14 +138,102 @@ class TokenData:
             row, column = np.argwhere(rows >= self.vocab_size)[0]
             raise UserError(f"{self.path}: token {ids[row] * self.seq_len + column} is {rows[row, column]}, "
                             f"but the vocabulary has {self.vocab_size}; prepare the set again")
-        rows, counts = torch.from_numpy(rows), torch.from_numpy(counts)
-        if self.device.type == "cuda":
-            rows, counts = rows.pin_memory(), counts.pin_memory()
-        rows = rows.to(self.device, non_blocking=True)
-        mask = counts.to(self.device, non_blocking=True)[:, None].expand(-1, self.seq_len)
+        rows, counts = to_device(self.device, rows, counts)
+        mask = counts[:, None].expand(-1, self.seq_len)
         tokens, targets, docs = rows[:, :-1], rows[:, 1:], None
         if self.doc_mask:
             ends = tokens == self.end
             docs = ends.cumsum(1) - ends.long()               # the end token still belongs to its document
             mask = mask & ~ends
         return tokens.contiguous(), targets.contiguous(), mask, docs
+
+
+class ChatData:
+    """
+    The conversations of data_dir/<split>.npy in rows of seq_len positions: whole, several to a row, with
+    hardly any padding (`pack`). A conversation of n tokens takes n - 1 positions: its last is only a target.
+
+    batch(i) -> tokens, targets (B, T) int64, mask (B, T) bool, docs (B, T) int64; on device.
+        mask    True: the target counts. With mask_prompt an assistant's words and their end, else every token
+        docs    the conversation's number in the row: tokens see only their own; padding has one of its own
+
+    num_samples, num_tokens, total, mean_context    as in TokenData; an epoch has every conversation once
+    """
+
+    def __init__(self, data_dir, split, seq_len, micro_batch_size, rank=0, world_size=1, device="cpu", seed=0,
+                 mask_prompt=True, total=None):
+        meta = read_split(data_dir, split, "chat")
+        counts, self.path = meta["splits"][split], os.path.join(data_dir, f"{split}.npy")
+        self.tokens = open_array(self.path, counts["tokens"])
+        self.learn = open_array(os.path.join(data_dir, f"{split}_mask.npy"), counts["tokens"])
+        self.offsets = open_array(os.path.join(data_dir, f"{split}_offsets.npy"), counts["conversations"] + 1)
+        self.lengths = np.diff(self.offsets.astype(np.int64)) - 1                 # (conversations,) positions
+        if self.lengths.min() < 1 or self.offsets[0] != 0 or self.offsets[-1] != len(self.tokens):
+            raise UserError(f"{self.path}: its offsets do not fit; prepare the set again")
+        if too_long := int((self.lengths > seq_len).sum()):
+            raise UserError(f"--seq_len={seq_len}: {too_long} of {len(self.lengths)} conversations have over "
+                            f"{seq_len + 1} tokens (up to {self.lengths.max() + 1}); raise it, or prepare "
+                            f"the set with --max_len={seq_len + 1} and --long_rows=cut or skip")
+        self.num_tokens = int(self.lengths.sum())
+        self.mean_context = float((self.lengths**2).sum() / self.num_tokens)
+        self.doc_mask = True
+        self.vocab_size, self.pad, self.mask_prompt = meta["vocab_size"], meta["pad"], mask_prompt
+        self.seq_len, self.micro_batch_size = seq_len, micro_batch_size
+        self.rank, self.world_size = rank, world_size
+        self.device, self.seed = torch.device(device), seed
+        self.total = math.inf if total is None else total
+        self.epoch, self.rows = None, None
+        self.num_samples = len(self._rows(0))
+
+    def _rows(self, epoch):
+        if epoch != self.epoch:  # a cache only: the rows are a function of (seed, epoch)
+            generator = np.random.default_rng([self.seed, epoch])
+            order = generator.permutation(len(self.lengths))
+            rows = pack(self.lengths[order], self.seq_len)
+            self.epoch = epoch
+            self.rows = [order[rows[k]] for k in generator.permutation(len(rows))]
+        return self.rows
+
+    def batch(self, i):
+        position, T = positions(i, self), self.seq_len
+        counts = position < self.total
+        tokens, targets, docs = (np.full((len(position), T), x) for x in (self.pad, self.pad, 0))
+        mask = np.zeros((len(position), T), dtype=bool)
+        for row, (epoch, k) in enumerate(zip(*np.divmod(position, self.num_samples))):
+            at = 0
+            for number, example in enumerate(self._rows(epoch)[k]):
+                start, end = int(self.offsets[example]), int(self.offsets[example + 1])
+                here = slice(at, at + end - start - 1)
+                tokens[row, here] = self.tokens[start:end - 1]
+                targets[row, here] = self.tokens[start + 1:end]
+                mask[row, here] = counts[row] & (self.learn[start + 1:end] | (not self.mask_prompt))
+                docs[row, here] = number
+                at = here.stop
+            docs[row, at:] = number + 1
+        if max(tokens.max(), targets.max()) >= self.vocab_size:
+            raise UserError(f"{self.path}: token id {max(tokens.max(), targets.max())} is there, "
+                            f"but the vocabulary has {self.vocab_size}; prepare the set again")
+        return to_device(self.device, tokens, targets, mask, docs)
+
+
+def pack(lengths, capacity):
+    """
+    Put items into as few rows of `capacity` as one easily can: longest first, each into the fullest row that
+    still has room (best fit decreasing, within 2/9 of the optimum). lengths (N,), 1..capacity. How many rows
+    it takes depends on the lengths, not on their order. -> list of arrays of item numbers
+    """
+    rows, by_space, open_spaces = [], [[] for _ in range(capacity + 1)], 0   # bit s: a row has s places left
+    for item in np.argsort(-lengths, kind="stable").tolist():
+        length = int(lengths[item])
+        if fitting := open_spaces >> length:
+            space = length + (fitting & -fitting).bit_length() - 1          # the lowest bit: the fullest row
+            row = by_space[space].pop()
+            if not by_space[space]:
+                open_spaces -= 1 << space
+        else:
+            space, row = capacity, len(rows)
+            rows.append([])
+        rows[row].append(item)
+        by_space[space - length].append(row)
+        open_spaces |= 1 << (space - length)
+    return [np.array(row) for row in rows]

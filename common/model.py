@@ -22,7 +22,14 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # torch before 2.10: each document has a call of its own, to the same result
+    varlen_attn = None
+
 from common.dist import UserError
+
+DENSE_MASK_LEN = 128                   # in rows up to this, a mask costs less than a call for each document
 
 
 @dataclass(frozen=True)
@@ -204,7 +211,7 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else None
 
     def forward(self, x, cos, sin, mask, cache=None, layer=0):
-        """x (B, T, C); mask: None = causal, else bool, True = may look, (B, 1, T, S) -> (B, T, C)"""
+        """x (B, T, C); mask: None = causal; bool (B, 1, T, S), True = may look; or Segments -> (B, T, C)"""
         B, T, _ = x.shape
         H, K, D = self.n_head, self.n_kv_head, self.head_dim
         qkv = self.qkv(x).view(B, T, H + 2 * K, D)
@@ -212,6 +219,8 @@ class Attention(nn.Module):
         if self.q_norm is not None:
             qk = torch.cat([self.q_norm(qk[:, :, :H]), self.k_norm(qk[:, :, H:])], dim=2)
         qk = rotary(qk, cos, sin)
+        if isinstance(mask, Segments):
+            return self.out(mask.attend(qk, v, H, self.dropout if self.training else 0.0))
         q, k = qk.transpose(1, 2).split([H, K], dim=1)                    # (B, H, T, D), (B, K, T, D)
         v = v.transpose(1, 2)                                             # (B, K, T, D)
         if cache is not None:
@@ -219,6 +228,36 @@ class Attention(nn.Module):
         y = F.scaled_dot_product_attention(q, k, v, mask, self.dropout if self.training else 0.0,
                                            is_causal=mask is None and T > 1, enable_gqa=H != K)
         return self.out(y.transpose(1, 2).reshape(B, T, H * D))
+
+
+class Segments:
+    """
+    Causal attention within each of the documents that lie next to each other in rows, without a T x T mask:
+    work and memory grow with the sum of the documents' squared lengths. One kernel for all of them where the
+    device has it (FlashAttention on NVIDIA GPUs, in 16 bits), one call each elsewhere.
+    """
+    def __init__(self, first):
+        """first (B, T) bool: a document starts here"""
+        starts = first.flatten().nonzero()[:, 0]                                   # rows one after the other
+        self.borders = F.pad(starts, (0, 1), value=first.numel()).int()            # (documents + 1,)
+        self.lengths = self.borders.diff().tolist()
+
+    def attend(self, qk, v, H, dropout):
+        """qk (B, T, H + K, D), v (B, T, K, D) -> (B, T, H * D)"""
+        B, T, K, D = v.shape
+        if qk.is_cuda and qk.dtype in (torch.float16, torch.bfloat16) and varlen_attn and not dropout:
+            q, k = qk.flatten(0, 1).split([H, K], dim=1)                           # (B * T, H or K, D)
+            longest = max(self.lengths)
+            y = varlen_attn(q, k, v.flatten(0, 1), self.borders, self.borders, longest, longest,
+                            window_size=(-1, 0), enable_gqa=H != K)                # causal
+            return y.reshape(B, T, H * D)
+        out = []
+        for qk, v in zip(*(x.flatten(0, 1).split(self.lengths) for x in (qk, v))):
+            q, k = qk.transpose(0, 1)[None].split([H, K], dim=1)                   # (1, H or K, n, D)
+            y = F.scaled_dot_product_attention(q, k, v.transpose(0, 1)[None], None, dropout,
+                                               is_causal=True, enable_gqa=H != K)
+            out.append(y[0].transpose(0, 1))                                       # (n, H, D)
+        return torch.cat(out).view(B, T, H * D)
 
 
 class MLP(nn.Module):
@@ -315,7 +354,10 @@ class GPT(nn.Module):
         if docs is not None:
             first = docs.diff(dim=1, prepend=docs[:, :1] - 1) != 0        # (B, T): a document starts here
             positions = positions - torch.where(first, positions, 0).cummax(dim=1).values
-            mask = (docs[:, :, None] == docs[:, None, :]).tril()[:, None]          # (B, 1, T, T)
+            if T <= DENSE_MASK_LEN or torch.compiler.is_compiling():
+                mask = (docs[:, :, None] == docs[:, None, :]).tril()[:, None]      # (B, 1, T, T)
+            else:
+                mask = Segments(first)
         if cache is not None:
             positions, mask, length = cache.begin(T)
         inv, scale = rope_frequencies(self.config, length)

@@ -7,6 +7,10 @@ Text to token ids and back: bytes, tiktoken and SentencePiece behind one small c
 
 Special tokens come after the base vocabulary and are ids only: what a user writes is encoded as plain text.
 
+The chat template, the same in every stage: `<role>` body `<end>` for each message, where the body of an
+assistant is `<think>thoughts</think>` (if it has any) and `<answer>content</answer>`. A prompt for the next
+reply ends with `<assistant>`.
+
 Decoding joins the bytes that each token stands for. So streamed text is exactly the whole text: `Stream`
 holds back half a UTF-8 character, and SentencePiece's spaces are bytes like any other.
 """
@@ -102,17 +106,14 @@ class Tokenizer:
             return self.bpe.encode_ordinary_batch(texts, num_threads=num_threads)
         return self.bpe.encode(texts, num_threads=num_threads)
 
-    def decode(self, ids, show_special=False, continues=False):
-        """
-        -> str. Bytes that are not UTF-8 become U+FFFD. continues: the ids go on from earlier text, so a
-        leading space is a space (SentencePiece drops the first one of a text, which it has put there itself).
-        """
-        stream = self.stream(show_special, continues)
+    def decode(self, ids, **how):
+        """-> str. Bytes that are not UTF-8 become U+FFFD. how: see Stream."""
+        stream = self.stream(**how)
         return "".join(map(stream.put, ids)) + stream.end()
 
-    def stream(self, show_special=False, continues=False):
+    def stream(self, **how):
         """An incremental decoder; see Stream."""
-        return Stream(self, show_special, continues)
+        return Stream(self, **how)
 
     def files(self):
         """What `load_tokenizer` needs to make this tokenizer again: dict of file name to bytes."""
@@ -124,26 +125,99 @@ class Tokenizer:
 
 
 class Stream:
-    """Incremental decoding: put(id) -> the text complete now, end() -> the rest. Their sum is decode(ids)."""
+    """
+    Incremental decoding: put(id) -> the text complete now, end() -> the rest. Their sum is decode(ids).
 
-    def __init__(self, tokenizer, show_special=False, continues=False):
-        self.tokenizer, self.show_special = tokenizer, show_special
+    show_special: write special tokens as <name>. hide_think: leave out what stands between <think> and
+    </think>. continues: the ids go on from earlier text, so a leading space is a space (SentencePiece drops
+    the first one of a text, which it has put there itself).
+    """
+
+    def __init__(self, tokenizer, show_special=False, hide_think=False, continues=False):
+        self.tokenizer, self.show_special, self.hide_think = tokenizer, show_special, hide_think
         self.utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        self.drop_space = tokenizer.drops_first_space and not continues
+        self.drop_space, self.thinking = tokenizer.drops_first_space and not continues, False
 
     def put(self, token):
         t = self.tokenizer
+        if token >= t.special["end"]:                         # a text ends here, and another one begins
+            name, self.drop_space = SPECIAL_TOKENS[token - t.special["end"]], t.drops_first_space
+            text = "" if self.thinking else self.utf8.decode(b"", final=True)
+            self.utf8.reset()
+            if name in ("think", "/think"):
+                self.thinking = self.hide_think and name == "think"
+            return text + f"<{name}>" * self.show_special
         piece = t.token_bytes[token]
         if self.drop_space and piece:
             piece, self.drop_space = piece.removeprefix(b" "), False
-        text = self.utf8.decode(piece)
-        if self.show_special and token >= t.special["end"]:
-            text += self.utf8.decode(b"", final=True) + f"<{SPECIAL_TOKENS[token - t.special['end']]}>"
-        return text
+        return "" if self.thinking else self.utf8.decode(piece)
 
     def end(self):
         return self.utf8.decode(b"", final=True)
 
+
+# -----------------------------------------------------------------------------
+# chat
+
+ROLES = ("system", "user", "assistant")
+
+
+def check_conversation(messages):
+    """ValueError says what is wrong with a list of {"role", "content", "think"?}, where something is."""
+    if not isinstance(messages, list) or not messages:
+        raise ValueError("expected a list of messages")
+    for message in messages:
+        if not isinstance(message, dict) or not isinstance(message.get("content"), str):
+            raise ValueError('a message is {"role": "...", "content": "..."}')
+        if message.get("role") not in ROLES:
+            raise ValueError(f"unknown role {message.get('role')!r}, expected {', '.join(ROLES)}")
+        if "think" in message and (message["role"] != "assistant" or not isinstance(message["think"], str)):
+            raise ValueError('"think" is text, and an assistant\'s')
+
+
+def encode_chat(tokenizer, conversations, answer_tags=True, reply=False):
+    """
+    The chat template. conversations: list of lists of {"role", "content", "think"?}. answer_tags: put
+    <answer> tags around an assistant's content. reply: end with <assistant>, for the model to go on.
+
+    -> list of (ids, counts), one per conversation. counts: list of bool, True where the id is to be learned:
+    an assistant's body and the <end> after it, not the <assistant> before it, and nothing of other roles.
+    Raises ValueError where a conversation is not one.
+    """
+    chats = [list(_template(messages, answer_tags)) + [("assistant", "", False)] * reply
+             for messages in conversations]
+    texts = iter(tokenizer.encode_batch([text for chat in chats for special, text, _ in chat if not special]))
+    encoded = []
+    for chat in chats:
+        ids, counts = [], []
+        for special, _, learn in chat:
+            new = [tokenizer.special[special]] if special else next(texts)
+            ids += new
+            counts += [learn] * len(new)
+        encoded.append((ids, counts))
+    return encoded
+
+
+def _template(messages, answer_tags):
+    """Yield (special token, "", counts) or ("", text, counts)."""
+    check_conversation(messages)
+    for message in messages:
+        learn = message["role"] == "assistant"
+        yield message["role"], "", False
+        if "think" in message:
+            yield "think", "", True
+            yield "", message["think"], True
+            yield "/think", "", True
+        if learn and answer_tags:
+            yield "answer", "", True
+        yield "", message["content"], learn
+        if learn and answer_tags:
+            yield "/answer", "", True
+        yield "end", "", learn
+
+
+# -----------------------------------------------------------------------------
+# where tokenizers come from
 
 def load_tokenizer(source):
     """

@@ -3,14 +3,20 @@ Prepare data: text to memory-mapped token sets, and new tokenizers.
 
     python data/prepare.py tokenizer --input=books/*.txt --vocab_size=4096 --out=out/tok.model
     python data/prepare.py text --input=books/*.txt,more.jsonl --val_frac=0.05 --tokenizer=out/tok.model
+    python data/prepare.py chat --input=chats.jsonl --val_frac=0.05 --tokenizer=out/tok.model
 
---input takes files and globs, separated by commas, in any mix (all but .npy and .pkl also gzipped, .gz):
+--input takes files and globs, separated by commas, in any mix (all but .npy and .pkl also gzipped, .gz).
+text:
     .txt    one document a file                   .npy  token ids: (n,) one document, (documents, n) one a row
     .jsonl  one document a line, {"text": "..."}  .pkl  a list of token ids, or a list of such lists
+chat:
+    .jsonl  a conversation a line, [{"role": "user", "content": "..."}, {"role": "assistant", ...}] or
+            {"messages": [...]}; roles: system, user, assistant, the last with "think": "..." if it has any
 --tokenizer: bytes, x.model (SentencePiece), x.tiktoken, a folder with vocab.json and merges.txt, or gpt2.
 
 --out_dir appears whole or not at all; an existing one is never touched. Memory does not grow with the input.
 """
+import contextlib
 import dataclasses
 import glob
 import gzip
@@ -33,7 +39,13 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from common.config import parse_config  # noqa: E402  (the repository's root must be on the path first)
 from common.dist import UserError  # noqa: E402
-from common.tokenizer import load_tokenizer, token_byte_counts, train_sentencepiece  # noqa: E402
+from common.tokenizer import (  # noqa: E402
+    check_conversation,
+    encode_chat,
+    load_tokenizer,
+    token_byte_counts,
+    train_sentencepiece,
+)
 
 BLOCK = 1 << 20                        # characters of text that are held and tokenized at once
 NEAR = 1000                            # characters that --val_frac moves a border at most, to a line's start
@@ -48,6 +60,21 @@ class TextConfig:
     out_dir: str = "out/data"          # the set, must not exist
     bad_rows: Literal["error", "skip"] = "error"  # malformed lines: stop at the first, or count and skip them
     seed: int = 1337                   # which documents are held out
+
+
+@dataclass(frozen=True)
+class ChatConfig:
+    input: tuple[str, ...] = ()        # files and globs of training conversations (.jsonl)
+    val_input: tuple[str, ...] = ()    # files and globs of validation conversations, when kept apart
+    val_frac: float = 0.0              # else: held-out fraction of conversations
+    fields: tuple[str, ...] = ()       # for rows of two texts: names of the user's, the assistant's
+    tokenizer: str = "bytes"           # that of the model to be trained: its run, or as in `text --help`
+    answer_tags: bool = True           # put <answer> and </answer> around what an assistant says
+    max_len: int = 0                   # tokens in a conversation at most, tags included; 0 = no limit
+    long_rows: Literal["error", "skip", "cut"] = "error"  # longer ones: stop, leave out, or cut the end off
+    bad_rows: Literal["error", "skip"] = "error"  # malformed lines: stop at the first, or count and skip them
+    out_dir: str = "out/chat"          # the set, must not exist
+    seed: int = 1337                   # which conversations are held out
 
 
 @dataclass(frozen=True)
@@ -77,10 +104,22 @@ def find_files(patterns, option="--input"):
 
 
 def kind_of(path):
-    kind = os.path.splitext(path.removesuffix(".gz"))[1]
-    if kind not in (".txt", ".jsonl", ".npy", ".pkl") or path.endswith((".npy.gz", ".pkl.gz")):
-        raise UserError(f"--input={path}: expected .txt, .jsonl, .npy or .pkl (.txt and .jsonl also as .gz)")
-    return kind
+    return os.path.splitext(path.removesuffix(".gz"))[1]
+
+
+def inputs_of(cfg, kinds):
+    """-> list of (split, path), each of one of the kinds; UserError where files or fractions do not fit."""
+    if cfg.val_input and cfg.val_frac or not 0 <= cfg.val_frac < 1:
+        raise UserError(f"--val_frac={cfg.val_frac}: a fraction below 1, and not together with --val_input")
+    inputs = [("train", path) for path in find_files(cfg.input)]
+    inputs += [("val", path) for path in (find_files(cfg.val_input, "--val_input") if cfg.val_input else [])]
+    for home, path in inputs:
+        if kind_of(path) not in kinds or path.endswith((".npy.gz", ".pkl.gz")):
+            expected = " or ".join(filter(None, [", ".join(kinds[:-1]), kinds[-1]]))
+            raise UserError(f"--input={path}: expected {expected} (.txt and .jsonl also gzipped, as .gz)")
+        if home == "val" and ("train", path) in inputs:
+            raise UserError(f"--val_input: {path} is in --input too; give it to one of them")
+    return inputs
 
 
 def open_bytes(path):
@@ -99,21 +138,34 @@ def read_txt(path, report):
                             "convert it first, e.g. with iconv") from None
 
 
-def read_jsonl(path, report):
-    """One document a line."""
+def read_json_rows(path, report):
+    """Yield (line number, value) of every line that is JSON."""
     with open_bytes(path) as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
             try:
-                text = json.loads(line.decode())["text"]
-                text.encode()                                 # a lone surrogate is not text
-            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-                start = line.strip()[:60].decode(errors="replace")
-                report.bad(f"{path}:{number}", f'expected {{"text": "..."}}, got {start!r} '
-                                               f"({type(error).__name__})")
+                row = json.loads(line.decode())
+                json.dumps(row, ensure_ascii=False).encode()  # a lone surrogate is not text
+            except (ValueError, RecursionError) as error:
+                report.bad("malformed", f"{path}:{number}", f"not JSON ({error})")
                 continue
-            yield number, text
+            yield number, row
+
+
+def read_jsonl(path, report):
+    """One document a line."""
+    for number, row in read_json_rows(path, report):
+        if isinstance(row, dict) and isinstance(row.get("text"), str):
+            yield number, row["text"]
+        else:
+            report.bad("malformed", f"{path}:{number}", f'expected {{"text": "..."}}, got {shown(row)}')
+
+
+def shown(row):
+    """The start of a row, for a message."""
+    text = json.dumps(row, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 class OnlyLists(pickle.Unpickler):
@@ -164,10 +216,10 @@ class Report:
     def __init__(self, on_bad):
         self.on_bad, self.counts, self.first = on_bad, {}, {}
 
-    def bad(self, where, what):
+    def bad(self, reason, where, what):
         if self.on_bad == "error":
             raise UserError(f"{where}: {what}; mend it, or leave such rows out with --bad_rows=skip")
-        self.skip("malformed", where)
+        self.skip(reason, where)
 
     def skip(self, reason, where):
         self.counts[reason] = self.counts.get(reason, 0) + 1
@@ -176,7 +228,8 @@ class Report:
 
     def print(self):
         for reason, count in self.counts.items():
-            print(f"left out {count} {reason}: {', '.join(self.first[reason])}{', ...' * (count > 5)}")
+            what = f"{count:,} {reason}" if reason.startswith("cut") else f"left out {count:,} {reason}"
+            print(f"{what}: {', '.join(self.first[reason])}{', ...' * (count > 5)}")
 
 
 class Progress:
@@ -224,40 +277,45 @@ class ArrayWriter:
         self.file.close()
 
 
-def prepare_text(cfg):
-    """Tokenize everything into cfg.out_dir; see data.py for what is in there."""
-    if os.path.exists(cfg.out_dir):
-        raise UserError(f"--out_dir={cfg.out_dir}: already there; remove it or choose another")
-    if cfg.val_input and cfg.val_frac or not 0 <= cfg.val_frac < 1:
-        raise UserError(f"--val_frac={cfg.val_frac}: a fraction below 1, and not together with --val_input")
-    inputs = [("train", path) for path in find_files(cfg.input)]
-    inputs += [("val", path) for path in (find_files(cfg.val_input, "--val_input") if cfg.val_input else [])]
-    for home, path in inputs:
-        kind_of(path)
-        if home == "val" and ("train", path) in inputs:
-            raise UserError(f"--val_input: {path} is in --input too; give it to one of them")
-    tokenizer, report = load_tokenizer(cfg.tokenizer), Report(cfg.bad_rows)
-    aside = cfg.out_dir.rstrip("/") + ".partial"
+@contextlib.contextmanager
+def whole_or_nothing(out_dir):
+    """Gives a folder to write into; it becomes out_dir at the end, or goes when anything fails."""
+    if os.path.exists(out_dir):
+        raise UserError(f"--out_dir={out_dir}: already there; remove it or choose another")
+    aside = out_dir.rstrip("/") + ".partial"
     shutil.rmtree(aside, ignore_errors=True)                  # what a killed run has left
     try:
         os.makedirs(aside)
-        splits = write_tokens(inputs, tokenizer, cfg, report, aside)
-        np.save(os.path.join(aside, "token_bytes.npy"), token_byte_counts(tokenizer))
-        for name, content in tokenizer.files().items():
-            with open(os.path.join(aside, name), "wb") as file:
-                file.write(content)
-        meta = dict(kind="text", vocab_size=tokenizer.vocab_size, end=tokenizer.end,
-                    fingerprint=tokenizer.fingerprint, data_fingerprint=splits["train"]["sha256"][:16],
-                    splits=splits, left_out=report.counts, made_with=dataclasses.asdict(cfg))
-        with open(os.path.join(aside, "meta.json"), "w", encoding="utf-8") as file:
-            json.dump(meta, file, indent=1)
-        os.rename(aside, cfg.out_dir)
+        yield aside
+        os.rename(aside, out_dir)
     except OSError as error:
         shutil.rmtree(aside, ignore_errors=True)
-        raise UserError(f"{error.filename or cfg.out_dir}: {error.strerror}") from None
-    except (UserError, KeyboardInterrupt):
+        raise UserError(f"{error.filename or out_dir}: {error.strerror}") from None
+    except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
+
+
+def describe(folder, kind, tokenizer, splits, report, cfg):
+    """Write what goes with the arrays of a set: the tokenizer's files and meta.json."""
+    for name, content in tokenizer.files().items():
+        with open(os.path.join(folder, name), "wb") as file:
+            file.write(content)
+    meta = dict(kind=kind, vocab_size=tokenizer.vocab_size, end=tokenizer.end, pad=tokenizer.pad,
+                fingerprint=tokenizer.fingerprint, data_fingerprint=splits["train"]["sha256"][:16],
+                splits=splits, left_out=report.counts, made_with=dataclasses.asdict(cfg))
+    with open(os.path.join(folder, "meta.json"), "w", encoding="utf-8") as file:
+        json.dump(meta, file, indent=1)
+
+
+def prepare_text(cfg):
+    """Tokenize everything into cfg.out_dir; see data.py for what is in there."""
+    with whole_or_nothing(cfg.out_dir) as folder:
+        inputs = inputs_of(cfg, (".txt", ".jsonl", ".npy", ".pkl"))
+        tokenizer, report = load_tokenizer(cfg.tokenizer), Report(cfg.bad_rows)
+        splits = write_tokens(inputs, tokenizer, cfg, report, folder)
+        np.save(os.path.join(folder, "token_bytes.npy"), token_byte_counts(tokenizer))
+        describe(folder, "text", tokenizer, splits, report, cfg)
     report.print()
     for split, count in splits.items():
         print(f"{cfg.out_dir}/{split}.npy: {count['documents']:,} documents, {count['bytes']:,} bytes, "
@@ -302,16 +360,21 @@ def write_tokens(inputs, tokenizer, cfg, report, folder):
         if document is not None:
             finish(document[0], last)
         progress.show(sum(w.count for w in writers.values()), done_file=path)
-    if "train" not in writers:
-        raise UserError("--input: no text left to train on" + (
-            ", everything went to validation; lower --val_frac" if "val" in writers else ""))
-    if cfg.val_frac and "val" not in writers:
-        raise UserError(f"--val_frac={cfg.val_frac}: none of the {counts['train']['documents']} documents "
-                        "was drawn for validation; raise it, or name files with --val_input")
+    check_splits(counts, cfg, "documents")
     for split, writer in writers.items():
         writer.close()
         counts[split] |= dict(tokens=writer.count, sha256=writer.sha.hexdigest())
     return counts
+
+
+def check_splits(splits, cfg, what):
+    """UserError when a split that was asked for has got nothing."""
+    if "train" not in splits:
+        raise UserError("--input: no text left to train on" + (
+            ", everything went to validation; lower --val_frac" if "val" in splits else ""))
+    if cfg.val_frac and "val" not in splits:
+        raise UserError(f"--val_frac={cfg.val_frac}: none of the {splits['train'][what]} {what} "
+                        "was drawn for validation; raise it, or name files with --val_input")
 
 
 def damage_named(pieces, path):
@@ -380,6 +443,117 @@ def encode_all(waiting, tokenizer):
         yield split, number, np.asarray(ids)
 
 
+# -----------------------------------------------------------------------------
+# conversations
+
+class ExampleWriter:
+    """Examples of any length, one after the other: tokens, which of them are learned, where each begins."""
+
+    def __init__(self, folder, split, dtype):
+        self.tokens, self.mask, self.offsets = (
+            ArrayWriter(os.path.join(folder, f"{split}{name}.npy"), kind)
+            for name, kind in (("", dtype), ("_mask", np.uint8), ("_offsets", np.uint64)))
+        self.offsets.write([0])
+        self.longest = self.targets = 0
+
+    def add(self, ids, counts):
+        self.tokens.write(ids)
+        self.mask.write(counts)
+        self.offsets.write([self.tokens.count])
+        self.longest, self.targets = max(self.longest, len(ids)), self.targets + sum(counts)
+
+    def close(self):
+        """-> what meta.json says of them"""
+        for writer in (self.tokens, self.mask, self.offsets):
+            writer.close()
+        sums = "".join(w.sha.hexdigest() for w in (self.tokens, self.mask, self.offsets))
+        return dict(conversations=self.offsets.count - 1, tokens=self.tokens.count, targets=self.targets,
+                    longest=self.longest, sha256=hashlib.sha256(sums.encode()).hexdigest())
+
+
+def prepare_chat(cfg):
+    """Tokenize conversations into cfg.out_dir; see data.py for what is in there."""
+    if len(cfg.fields) not in (0, 2):
+        raise UserError(f"--fields={','.join(cfg.fields)}: two names, the user's text and the assistant's")
+    with whole_or_nothing(cfg.out_dir) as folder:
+        inputs = inputs_of(cfg, (".jsonl",))
+        tokenizer, report = load_tokenizer(cfg.tokenizer), Report(cfg.bad_rows)
+        dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
+        progress, writers = Progress([path for _, path in inputs]), {}
+        for split, where, ids, counts in encode_chats(inputs, tokenizer, cfg, report, progress):
+            if cfg.max_len and len(ids) > cfg.max_len:
+                if not fits_when_cut(where, ids, counts, cfg, report):
+                    continue
+                ids, counts = ids[:cfg.max_len], counts[:cfg.max_len]
+            if split not in writers:
+                writers[split] = ExampleWriter(folder, split, dtype)
+            writers[split].add(ids, counts)
+            progress.show(sum(writer.tokens.count for writer in writers.values()))
+        splits = {split: writer.close() for split, writer in writers.items()}
+        check_splits(splits, cfg, "conversations")
+        describe(folder, "chat", tokenizer, splits, report, cfg)
+    report.print()
+    for split, count in splits.items():
+        print(f"{cfg.out_dir}/{split}.npy: {count['conversations']:,} conversations of up to "
+              f"{count['longest']:,} tokens, {count['tokens']:,} in all, {count['targets']:,} to learn, "
+              f"vocabulary of {tokenizer.vocab_size:,}")
+
+
+def fits_when_cut(where, ids, counts, cfg, report):
+    """What --long_rows asks for with a conversation of more than max_len tokens -> True: keep its start."""
+    if cfg.long_rows == "error":
+        raise UserError(f"{where}: {len(ids)} tokens, more than --max_len={cfg.max_len}; raise it, "
+                        "or leave such rows out with --long_rows=skip, or --long_rows=cut")
+    if cfg.long_rows == "cut" and any(counts[:cfg.max_len]):
+        report.skip(f"cut to {cfg.max_len} tokens", where)
+        return True
+    report.skip(f"longer than {cfg.max_len} tokens" if cfg.long_rows == "skip" else
+                f"without a reply in the first {cfg.max_len} tokens", where)
+    return False
+
+
+def encode_chats(inputs, tokenizer, cfg, report, progress):
+    """Yield (split, "file:line", ids, counts) of every conversation, many of them tokenized in one call."""
+    draw = random.Random(cfg.seed)
+
+    def flush():
+        encoded = encode_chat(tokenizer, [messages for _, _, messages in waiting], cfg.answer_tags)
+        for (split, where, _), (ids, counts) in zip(waiting, encoded):
+            yield split, where, ids, counts
+    for home, path in inputs:
+        waiting, size = [], 0
+        for where, messages in damage_named(read_chats(path, cfg.fields, report), path):
+            split = "val" if cfg.val_frac and draw.random() < cfg.val_frac else home
+            waiting.append((split, where, messages))
+            size += sum(len(message["content"]) for message in messages)
+            if size >= BLOCK:
+                yield from flush()
+                waiting, size = [], 0
+        yield from flush()
+        progress.show(0, done_file=path)
+
+
+def read_chats(path, fields, report):
+    """Yield ("file:line", messages) of every line with a reply to learn from."""
+    for number, row in read_json_rows(path, report):
+        where = f"{path}:{number}"
+        try:
+            messages = row["messages"] if isinstance(row, dict) and "messages" in row else row
+            if fields:
+                if not isinstance(row, dict) or not all(isinstance(row.get(f), str) for f in fields):
+                    raise ValueError(f"expected texts {' and '.join(fields)}")
+                messages = [{"role": "user", "content": row[fields[0]]},
+                            {"role": "assistant", "content": row[fields[1]]}]
+            check_conversation(messages)
+        except ValueError as error:
+            report.bad("malformed", where, f"{error}, got {shown(row)}")
+            continue
+        if all(message["role"] != "assistant" for message in messages):
+            report.bad("without an assistant turn", where, f"no assistant turn in {shown(row)}")
+            continue
+        yield where, messages
+
+
 def prepare_tokenizer(cfg):
     """Train a SentencePiece BPE vocabulary on lines of text."""
     if os.path.exists(cfg.out):
@@ -413,7 +587,8 @@ def prepare_tokenizer(cfg):
     print(f"{cfg.out}: {load_tokenizer(cfg.out).vocab_size} tokens")
 
 
-COMMANDS = {"text": (TextConfig, prepare_text), "tokenizer": (TokenizerConfig, prepare_tokenizer)}
+COMMANDS = {"text": (TextConfig, prepare_text), "chat": (ChatConfig, prepare_chat),
+            "tokenizer": (TokenizerConfig, prepare_tokenizer)}
 
 if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1] not in COMMANDS:

@@ -20,7 +20,7 @@ def make_set(folder, tokens, dtype=np.uint16, vocab_size=VOCAB, end=END, splits=
         np.save(folder / f"{split}.npy", np.array(tokens, dtype))
     np.save(folder / "token_bytes.npy", np.ones(vocab_size, np.uint16))
     counts = {split: dict(documents=1, tokens=len(tokens), bytes=len(tokens)) for split in splits}
-    meta = dict(vocab_size=vocab_size, end=end, fingerprint="f", splits=counts)
+    meta = dict(kind="text", vocab_size=vocab_size, end=end, fingerprint="f", splits=counts)
     (folder / "meta.json").write_text(json.dumps(meta))
     return str(folder)
 

@@ -41,8 +41,8 @@ def test_numbers_that_json_lacks_become_null(tmp_path):
 def test_the_console_line_shows_the_speed_of_its_interval(tmp_path, capsys):
     log = new(tmp_path)
     for step, seconds in enumerate((0.5, 1.5, 1.0, 1.0)):
-        log.train_step(step, tokens=1000, seconds=seconds, flops=3e9, peak_flops=1e10, loss=2.5, lr=1e-3,
-                       grad_norm=1.5)
+        log.train_step(step, tokens=1000, seconds=seconds, token_flops=3e6, peak_flops=1e10, loss=2.5,
+                       lr=1e-3, grad_norm=1.5)
     first, second = capsys.readouterr().out.splitlines()
     assert first == "step 2/4 | loss 2.5000 | lr 1.0e-03 | norm 1.5 | 1.0k tok/s | mfu 30% | eta 2s"
     assert second.startswith("step 4/4") and second.endswith("eta 0s")

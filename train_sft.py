@@ -1,0 +1,250 @@
+"""
+Supervised fine-tuning: cross-entropy on what the assistant says, in conversations packed without padding.
+
+    python train_sft.py --data_dir=out/chat --init_from=out/pretrain                      # one CPU or GPU
+    torchrun --standalone --nproc_per_node=8 train_sft.py --data_dir=out/chat --init_from=out/pretrain
+
+Reads   data_dir, made by `python data/prepare.py chat ...`; init_from, a run or checkpoint to start from
+Writes  out_dir/{config.json, code/, metrics.jsonl, samples.jsonl, step_NNNNNN/}
+Expect  `make demo`: how often its model meets requests for a line, in README.md, "Results"
+"""
+import math
+from dataclasses import asdict, dataclass, replace
+from typing import Literal
+
+import torch
+
+from common import checkpoint, dist, losses, optim, sampling
+from common.config import as_dict, build, parse_config, read_overrides
+from common.data import ChatData, read_meta
+from common.dist import UserError
+from common.logger import Logger, Timer
+from common.model import GPT, ModelConfig
+from common.schedule import learning_rate
+from common.tokenizer import encode_chat, load_tokenizer
+from common.zero1 import ShardedOptimizer
+
+# -----------------------------------------------------------------------------
+# config: every field is an option, the comment beside it its help (--help prints them)
+
+@dataclass(frozen=True)
+class Config:
+    # files
+    data_dir: str = "out/chat"         # conversations prepared by data/prepare.py chat
+    out_dir: str = "out/sft"           # run directory, must be new or empty unless resume
+    init_from: str = ""                # run or checkpoint to take the weights from; "" = random weights
+    resume: bool = False               # continue out_dir from its latest whole checkpoint, if it has one
+    # batch
+    batch_size: int = 16               # rows per step, over all ranks and micro-batches; each is packed
+    micro_batch_size: int = 0          # rows per forward and rank; lower saves memory; 0 = all at once
+    seq_len: int = 512                 # tokens per row; no conversation may be longer
+    mask_prompt: bool = True           # learn the assistant's words only; false: every token
+    # optimization
+    num_steps: int = 1000              # updates; 0 = as many as num_epochs takes
+    num_epochs: float = 0.0            # passes over the data; set num_steps=0 with it
+    optimizer: Literal["adamw", "lion", "muon"] = "adamw"  # muon: for blocks' matrices, adamw for the rest
+    lr: float = 3e-4                   # learning rate after the warm-up
+    schedule: Literal["cosine", "restarts", "constant", "wsd"] = "cosine"    # how lr falls after the warm-up
+    warmup_steps: int = 100            # updates until lr is reached
+    initial_lr: float = 0.0            # where the warm-up starts
+    min_lr_frac: float = 0.1           # lr of the last update / lr
+    restart_steps: int = 0             # restarts: length of the first period, in steps; 0 = one period
+    restart_mul: float = 1.0           # restarts: each period is this many times the one before
+    wsd_decay_frac: float = 0.2        # wsd: fraction of the steps, at the end, in which lr falls
+    weight_decay: float = 0.1          # on tensors of two or more dimensions
+    beta1: float = 0.9                 # decay of the running mean of gradients
+    beta2: float = 0.95                # decay of the running mean of squares (adamw), of the momentum (lion)
+    grad_clip: float = 1.0             # largest global gradient norm; 0 = off
+    zero1: bool = False                # each rank keeps and updates 1/N of the optimizer state
+    critical_ids: tuple[int, ...] = ()  # target ids with a weight of their own in the loss
+    critical_alpha: float = 1.0        # that weight
+    # evaluation, logging, checkpoints
+    eval_every: int = 250              # steps; 0 = only at the end
+    eval_seqs: int = 256               # rows of validation conversations; 0 = no validation
+    eval_prompts: tuple[str, ...] = ()  # answered at every evaluation, into samples.jsonl
+    save_every: int = 500              # steps; 0 = only at the end
+    keep_last: int = 2                 # latest checkpoints to keep, next to the best by validation loss
+    log_every: int = 10                # steps between console lines (metrics.jsonl gets every step)
+    max_bad_steps: int = 20            # stop after so many skipped steps (loss or gradient nan/inf) in a row
+    # system
+    seed: int = 1337                   # of the weights, the order of the data and dropout
+    device: str = "auto"               # auto, cpu, cuda, mps
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # to compute in; auto: bfloat16 on GPUs
+    param_dtype: Literal["float32", "bfloat16"] = "float32"  # of weights; bfloat16: optimizer keeps fp32 copy
+    compile: bool = False              # torch.compile the training forward
+    activation_checkpointing: bool = False    # recompute blocks in backward: less memory, a third more time
+    # model
+    model: ModelConfig = ModelConfig()
+
+
+@torch.no_grad()
+def evaluate(model, data, autocast):
+    """-> validation loss per target: over the data.total rows, all ranks together"""
+    model.eval()
+    total = torch.zeros(2, device=data.device)                      # nll sum, targets
+    for i in range(-(-data.total // (data.micro_batch_size * data.world_size))):
+        tokens, targets, mask, docs = data.batch(i)                 # (B, T) each
+        with autocast:
+            nll_sum = losses.linear_cross_entropy(model(tokens, docs), model.head, targets, mask)
+        total += torch.stack([nll_sum, mask.sum()])
+    model.train()
+    nll_sum, n_targets = dist.all_sum(total).tolist()
+    return nll_sum / n_targets
+
+
+if __name__ == "__main__":
+    # -------------------------------------------------------------------------
+    # setup (identical in every stage)
+    cfg = parse_config(Config)
+    rank, world_size, device = dist.init(cfg.device)
+    dist.check_equal("config", {**as_dict(cfg), "ranks": world_size})
+    for name, least in dict(seq_len=1, batch_size=world_size, micro_batch_size=0, lr=0, eval_seqs=0, seed=0,
+                            keep_last=1, log_every=1, max_bad_steps=1).items():
+        if getattr(cfg, name) < least:
+            raise UserError(f"--{name}={getattr(cfg, name)}: must be at least {least}")
+    micro_batch_size = cfg.micro_batch_size or cfg.batch_size // world_size
+    if cfg.batch_size % (micro_batch_size * world_size):
+        raise UserError(f"--batch_size={cfg.batch_size}: must be a multiple of ranks x micro_batch_size = "
+                        f"{world_size} x {cfg.micro_batch_size or 1}")
+    num_micro = cfg.batch_size // (micro_batch_size * world_size)             # per step, on this rank
+    if (cfg.num_steps > 0) == (cfg.num_epochs > 0):
+        raise UserError(f"--num_steps={cfg.num_steps} --num_epochs={cfg.num_epochs}: set one of them, "
+                        "the other to 0")
+    autocast, dtype = dist.autocast(device, cfg.dtype)
+    meta, tokenizer = read_meta(cfg.data_dir), load_tokenizer(cfg.data_dir)
+    if tokenizer.fingerprint != meta["fingerprint"]:
+        raise UserError(f"--data_dir={cfg.data_dir}: was prepared with another tokenizer than lies beside it")
+    previous = checkpoint.latest(cfg.out_dir) if cfg.resume else None         # where this run left off
+    source = previous or (checkpoint.find(cfg.init_from) if cfg.init_from else None)
+    saved = checkpoint.read_manifest(source) if source else None
+    if saved and saved["fingerprint"] != tokenizer.fingerprint:
+        raise UserError(f"{source}: was trained with another tokenizer than --data_dir={cfg.data_dir}")
+
+    # -------------------------------------------------------------------------
+    # data
+    def load(split, seed):
+        return ChatData(cfg.data_dir, split, cfg.seq_len, micro_batch_size, rank, world_size, device, seed,
+                        cfg.mask_prompt)
+    train_data, val_data = load("train", cfg.seed), load("val", 0) if cfg.eval_seqs else None
+    critical_ids = torch.tensor(cfg.critical_ids, dtype=torch.int64, device=device)
+
+    # -------------------------------------------------------------------------
+    # model, optimizer, run directory (identical in every stage)
+    if cfg.num_epochs:                                                        # the last step may be partial
+        train_data.total = round(cfg.num_epochs * train_data.num_samples)
+        if train_data.total < 1:
+            raise UserError(f"--num_epochs={cfg.num_epochs}: not one of {train_data.num_samples} sequences")
+    num_steps = cfg.num_steps or -(-train_data.total // cfg.batch_size)
+    if val_data:
+        val_data.total = min(cfg.eval_seqs, val_data.num_samples)
+    if saved:
+        old = ModelConfig(**saved["model"])
+        model_config = old.continued(build(old, read_overrides().get("model", {}), "model."), cfg.seq_len)
+        if previous and model_config != old:
+            raise UserError(f"--resume: {previous} has another --model or a smaller --seq_len; "
+                            "use --init_from instead")
+    else:
+        model_config = replace(cfg.model, vocab_size=cfg.model.vocab_size or meta["vocab_size"],
+                               seq_len=cfg.model.seq_len or cfg.seq_len).resolved()
+    if model_config.vocab_size < meta["vocab_size"] or model_config.seq_len < cfg.seq_len:
+        raise UserError(f"--model.vocab_size={model_config.vocab_size} "
+                        f"--model.seq_len={model_config.seq_len}: smaller than the data's "
+                        f"{meta['vocab_size']} or --seq_len={cfg.seq_len}")
+    if train_data.doc_mask and model_config.rope_scaling == "dynamic":
+        raise UserError("--model.rope_scaling=dynamic: follows the length of the row, so it does not go with "
+                        "documents that share one; use yarn or linear")
+    torch.manual_seed(cfg.seed)                                               # the same weights on every rank
+    model = GPT(model_config).to(device, getattr(torch, cfg.param_dtype))
+    model.activation_checkpointing = cfg.activation_checkpointing
+    if source:
+        checkpoint.load_weights(source, model)
+    groups = optim.parameter_groups(model, cfg.optimizer, cfg.weight_decay, cfg.beta1, cfg.beta2)
+    optimizer = ShardedOptimizer(groups, cfg.zero1, loss_scaling=dtype == torch.float16)
+    # what the order of the data and the meaning of a step depend on: the same again after a resume
+    identity = dict(data=meta["data_fingerprint"], seed=cfg.seed, batch_size=cfg.batch_size,
+                    seq_len=cfg.seq_len)
+    start_step = 0
+    if previous:
+        if saved["identity"] != identity:
+            raise UserError(f"--resume: the run has {saved['identity']}, not {identity}; "
+                            "give it the same options and data")
+        checkpoint.load_optimizer(previous, optimizer)
+        start_step = saved["step"]
+        if start_step > num_steps:
+            raise UserError(f"--num_steps={num_steps}: the run is at step {start_step} already")
+    forward = torch.compile(model) if cfg.compile else model                  # forward() trains only
+    token_flops = model.flops_per_token(train_data.mean_context)
+    peak_flops = dist.peak_flops(device) * world_size
+    options = {**as_dict(cfg), "model": read_overrides().get("model", {})}    # the model as it was asked for
+    log = Logger(cfg.out_dir, options, __file__, cfg.resume, start_step, num_steps, cfg.log_every)
+    log.print(f"{model.num_parameters():,} parameters, {optimizer.state_bytes():,} bytes of optimizer state "
+              f"on each of {world_size} rank{'s'[:world_size > 1]}, {train_data.num_tokens:,} tokens "
+              f"to train on in {train_data.num_samples:,} rows, {num_steps} steps"
+              + (f" from step {start_step} of {previous}" if previous else ""))
+    for name, value in as_dict(cfg).items() if previous else ():
+        if value != saved["config"].get(name) and name != "resume":
+            log.print(f"changed since the checkpoint: --{name}={value} (was {saved['config'].get(name)})")
+
+    # -------------------------------------------------------------------------
+    # train
+    dist.watch_signals()
+    bad_steps, val_loss = 0, None
+    for step in range(start_step, num_steps + 1):
+        last_step = step == num_steps                                         # no update: evaluate and save
+        stop = dist.stop_requested()
+        save_now = last_step or (cfg.save_every and step and step % cfg.save_every == 0)
+        eval_now = save_now or (cfg.eval_every and step % cfg.eval_every == 0)  # each save has a val_loss
+
+        if eval_now and val_data:
+            val_loss = evaluate(model, val_data, autocast)
+            log.metrics(step, val_loss=val_loss)
+            log.print(f"step {step}/{num_steps} | val loss {val_loss:.4f}")
+        if eval_now:
+            for i, prompt in enumerate(cfg.eval_prompts):
+                (ids, _), = encode_chat(tokenizer, [[{"role": "user", "content": prompt}]], reply=True)
+                text = "".join(sampling.stream(model, tokenizer, ids, seed=step * 1000 + i))
+                log.sample(step, prompt + "\n", text)
+        if (save_now or stop) and step > start_step:
+            info = dict(model=asdict(model_config), config=as_dict(cfg), identity=identity,
+                        fingerprint=tokenizer.fingerprint)
+            saved_ok = checkpoint.save(cfg.out_dir, step, model, optimizer, info, tokenizer.files(),
+                                       cfg.keep_last, val_loss if save_now else None)
+            if not saved_ok and (last_step or stop):
+                raise UserError(f"--out_dir={cfg.out_dir}: the last checkpoint could not be saved; "
+                                "make room and continue with --resume=true")
+        if last_step or stop:
+            break
+
+        timer = Timer()
+        dist.seed(cfg.seed, step)                                             # dropout follows from the step
+        micro_batches = [train_data.batch(step * num_micro + i) for i in range(num_micro)]
+        weights = [losses.critical_weights(targets, critical_ids, cfg.critical_alpha) if cfg.critical_ids
+                   else None for _, targets, _, _ in micro_batches]           # (B, T) each
+        n_targets = dist.all_sum(sum((mask if w is None else mask * w).sum()  # of this whole step, all ranks
+                                     for w, (_, _, mask, _) in zip(weights, micro_batches)))
+        n_tokens = dist.all_sum(sum((tokens != tokenizer.pad).sum() for tokens, _, _, _ in micro_batches))
+        step_loss = torch.zeros((), device=device)
+        for i, ((tokens, targets, mask, docs), weight) in enumerate(zip(micro_batches, weights)):
+            optimizer.sync = i == num_micro - 1                               # travel in the last backward
+            with autocast:
+                hidden = forward(tokens, docs)                                # (B, T, C)
+                loss_sum = losses.linear_cross_entropy(hidden, model.head, targets, mask, weight)
+            loss = loss_sum / n_targets.clamp(min=1)                          # divide once, by the full count
+            (loss * optimizer.loss_scale).backward()
+            step_loss += loss.detach()
+
+        step_loss = dist.all_sum(step_loss).item()
+        optimizer.lr = learning_rate(cfg.schedule, step, num_steps, cfg.lr, cfg.lr * cfg.min_lr_frac,
+                                     cfg.warmup_steps, cfg.initial_lr, cfg.restart_steps, cfg.restart_mul,
+                                     cfg.wsd_decay_frac)
+        grad_norm = optimizer.step(cfg.grad_clip, apply=math.isfinite(step_loss))  # clip, update, gather
+        bad_steps = 0 if math.isfinite(grad_norm) and math.isfinite(step_loss) else bad_steps + 1
+        log.train_step(step, n_tokens.item(), timer.lap(), token_flops, peak_flops,
+                       loss=step_loss, lr=optimizer.lr, grad_norm=grad_norm)
+        if bad_steps:
+            log.print(f"step {step}: loss or gradient is not finite, skipped ({bad_steps} in a row)")
+        if bad_steps == cfg.max_bad_steps:
+            raise UserError(f"loss or gradient was not finite in {bad_steps} steps in a row; lower --lr, or "
+                            f"look at the data around step {step}; "
+                            f"checkpoints in {cfg.out_dir} are from before")
+    dist.finish()
