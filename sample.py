@@ -3,6 +3,7 @@ Text from a trained model, streamed as it is sampled.
 
     python sample.py --init_from=out/pretrain --prompt="ROMEO:"
     python sample.py --init_from=out/pretrain --interactive=true    # type prompts, get their continuations
+    python sample.py --init_from=out/sft --chat=true                # talk; /reset forgets, an empty line ends
     echo "To be, or" | python sample.py --init_from=out/pretrain --prompt=-
 
 From your own code:
@@ -18,8 +19,8 @@ from common import checkpoint, dist
 from common.config import parse_config
 from common.dist import UserError
 from common.model import GPT, ModelConfig
-from common.sampling import SamplingConfig, complete, stream
-from common.tokenizer import load_tokenizer
+from common.sampling import SamplingConfig, complete, stream, stream_tokens  # noqa: F401  (stream: for others)
+from common.tokenizer import encode_chat, load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,9 @@ class Config(SamplingConfig):
     init_from: str = "out/pretrain"    # run directory (its latest checkpoint) or one checkpoint folder
     prompt: str = ""                   # text to continue; - reads it from stdin; "" starts a document
     interactive: bool = False          # ask for prompts in a loop; an empty line ends it
+    chat: bool = False                 # the prompt is a message to an assistant; without one: a conversation
+    system: str = ""                   # chat: a system message before everything
+    show_tags: bool = False            # chat: print thoughts and tags too; false: the answer alone
     num_samples: int = 1               # continuations of each prompt
     stream: bool = True                # print text as it is sampled; false: sample all at once, in one batch
     seed: int = 1337                   # the same seed gives the same text
@@ -43,27 +47,65 @@ def load(path, device):
     return model, load_tokenizer(folder)
 
 
-def answer(model, tokenizer, prompt, cfg):
-    """Print cfg.num_samples continuations of prompt."""
-    ids = tokenizer.encode(prompt) or [tokenizer.end]
-    if len(ids) > model.config.seq_len:
-        raise UserError(f"--prompt: {len(ids)} tokens, but the model's context is "
-                        f"{model.config.seq_len}; shorten it")
-    # a head padded beyond the vocabulary has rows that stand for nothing
-    sampling = replace(cfg, suppress=cfg.suppress + tuple(range(tokenizer.vocab_size, len(model.head))))
+def answer(model, tokenizer, ids, cfg, seed):
+    """Print cfg.num_samples continuations of ids -> the tokens of the last one"""
+    how = dict(continues=bool(ids))
+    if cfg.chat:
+        how = dict(show_special=cfg.show_tags, hide_think=not cfg.show_tags)
     completions = None
     if not cfg.stream:
-        completions, _ = complete(model, [ids], sampling, tokenizer.end, cfg.num_samples, cfg.seed)
+        # a head padded beyond the vocabulary has rows that stand for nothing
+        sampling = replace(cfg, suppress=cfg.suppress + tuple(range(tokenizer.vocab_size, len(model.head))))
+        completions, _ = complete(model, [ids or [tokenizer.end]], sampling, tokenizer.end, cfg.num_samples,
+                                  seed)
     for i in range(cfg.num_samples):
         if cfg.num_samples > 1:
             print(f"{'' if i == 0 else chr(10)}--- sample {i + 1} of {cfg.num_samples}")
-        print(prompt, end="", flush=True)
-        if completions:
-            print(tokenizer.decode(completions[i], continues=bool(prompt)), end="")
-        else:
-            for text in stream(model, tokenizer, prompt, sampling, seed=cfg.seed + i):
-                print(text, end="", flush=True)
-        print(flush=True)
+        print("" if cfg.chat else tokenizer.decode(ids), end="", flush=True)
+        decoder, tokens = tokenizer.stream(**how), []
+        for token in completions[i] if completions else stream_tokens(model, tokenizer, ids, cfg, seed + i):
+            if token == tokenizer.end:
+                break
+            tokens.append(token)
+            print(decoder.put(token), end="", flush=True)
+        print(decoder.end(), flush=True)
+    return tokens
+
+
+def continue_text(model, tokenizer, text, cfg):
+    ids = tokenizer.encode(text)
+    if len(ids) > model.config.seq_len:
+        raise UserError(f"--prompt: {len(ids)} tokens, but the model's context is "
+                        f"{model.config.seq_len}; shorten it")
+    answer(model, tokenizer, ids, cfg, cfg.seed)
+
+
+def reply(model, tokenizer, turns, text, cfg):
+    """
+    Answer the user's text. turns: the conversation so far, ids of the user's and the assistant's turns; this
+    one is added. The oldest are forgotten when max_new_tokens, or half the context, would not be left.
+    """
+    if text == "/reset":
+        turns.clear()
+        print("(forgotten)")
+        return
+    context = model.config.seq_len
+    ids = encode_chat(tokenizer, [[{"role": "system", "content": cfg.system}]])[0][0] if cfg.system else []
+    (user, _), = encode_chat(tokenizer, [[{"role": "user", "content": text}]], reply=True)
+    turns.append(user)
+    while len(ids) + sum(map(len, turns)) > context - min(cfg.max_new_tokens, context // 2):
+        del turns[:2]
+        if not turns:
+            raise UserError(f"--prompt: {len(ids) + len(user)} tokens, which leave too little of the model's "
+                            f"context of {context}; shorten it")
+    tokens = answer(model, tokenizer, sum(turns, ids), cfg, cfg.seed + len(turns))
+    turns.append([*tokens, tokenizer.end])
+
+
+def typed():
+    """Yield lines from the terminal, until an empty one."""
+    while text := input("\n> "):
+        yield text
 
 
 if __name__ == "__main__":
@@ -75,11 +117,18 @@ if __name__ == "__main__":
     if any(not 0 <= i < model.config.vocab_size for i in cfg.suppress):
         raise UserError(f"--suppress={cfg.suppress}: ids must be below the vocabulary's "
                         f"{model.config.vocab_size}")
+    interactive, turns = cfg.interactive or (cfg.chat and not cfg.prompt), []
+    texts = typed() if interactive else [sys.stdin.read().rstrip("\n") if cfg.prompt == "-" else cfg.prompt]
     try:
-        if cfg.interactive:
-            while prompt := input("\nprompt> "):
-                answer(model, tokenizer, prompt, cfg)
-        else:
-            answer(model, tokenizer, sys.stdin.read().rstrip("\n") if cfg.prompt == "-" else cfg.prompt, cfg)
+        for text in texts:
+            try:
+                if cfg.chat:
+                    reply(model, tokenizer, turns, text, cfg)
+                else:
+                    continue_text(model, tokenizer, text, cfg)
+            except UserError as error:
+                if not interactive:
+                    raise
+                print(f"error: {error}", file=sys.stderr)
     except (KeyboardInterrupt, EOFError):
         print()

@@ -131,16 +131,14 @@ def complete(model, prompts, cfg, end=None, num_samples=1, seed=0):
     return completions, all_logps
 
 
-def stream(model, tokenizer, prompt, cfg=SamplingConfig(), seed=0):
+def stream_tokens(model, tokenizer, ids, cfg=SamplingConfig(), seed=0):
     """
-    Yield pieces of text that continue prompt (str, or a list of ids), each as soon as its characters are
-    complete, until the end token or max_new_tokens. When the context is full the second half of it becomes
-    the new prompt, so a model of 256 positions can write for as long as one likes.
+    Yield the tokens that continue ids (list of int), until the end token, which is left out, or
+    max_new_tokens. When the context is full the second half of it becomes the new prompt, so a model of 256
+    positions can write for as long as one likes.
     """
-    ids = tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
-    ids = ids or [tokenizer.end]                              # no prompt: as after the end of a document
+    ids = list(ids) or [tokenizer.end]                        # no prompt: as after the end of a document
     limit, left, part = model.config.seq_len, cfg.max_new_tokens, 0
-    decoder = tokenizer.stream(continues=bool(prompt))
     # a head padded beyond the vocabulary has rows that stand for nothing
     cfg = replace(cfg, suppress=cfg.suppress + tuple(range(tokenizer.vocab_size, len(model.head))))
     while left > 0:
@@ -148,10 +146,20 @@ def stream(model, tokenizer, prompt, cfg=SamplingConfig(), seed=0):
         config = replace(cfg, max_new_tokens=left)
         for _, (token,), _ in generate(model, [window], config, tokenizer.end, seed=seed + 7919 * part):
             if token == tokenizer.end:
-                yield decoder.end()
                 return
             ids.append(token)
             left -= 1
-            yield decoder.put(token)
+            yield token
         part += 1
+
+
+def stream(model, tokenizer, prompt, cfg=SamplingConfig(), seed=0):
+    """
+    Yield pieces of text that continue prompt (str, or a list of ids), each as soon as its characters are
+    complete; see `stream_tokens`.
+    """
+    ids = tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+    decoder = tokenizer.stream(continues=bool(prompt))
+    for token in stream_tokens(model, tokenizer, ids, cfg, seed):
+        yield decoder.put(token)
     yield decoder.end()

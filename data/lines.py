@@ -1,0 +1,116 @@
+"""
+Lines to order: an instruction task whose answers a program can check, made of the bundled corpus.
+
+    python data/lines.py --out_dir=out/lines
+
+The user asks for a verse line that starts with a given letter, has a given number of words and ends with a
+given mark; the assistant gives a real line that does. Writes train.jsonl, val.jsonl and test.jsonl for
+`data/prepare.py chat`. What val and test ask for never occurs in train: some triples are held out.
+"""
+import gzip
+import json
+import os
+import random
+import re
+import sys
+from dataclasses import dataclass
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+from common.config import parse_config  # noqa: E402  (the repository's root must be on the path first)
+from common.dist import UserError  # noqa: E402
+
+MARKS = {".": "a full stop", ",": "a comma", "?": "a question mark", "!": "an exclamation mark",
+         ";": "a semicolon", ":": "a colon"}
+REQUESTS = ("A line from {letter}, {words} words, ending in {mark}",
+            "{words} words. First letter {letter}, last mark {mark}",
+            "Begin with {letter}, end with {mark}, use {words} words",
+            "Give me {words} words that start with {letter} and stop at {mark}")
+LINE = re.compile(r"[A-Z][A-Za-z' ,;:.!?-]*[.,?!;:]")        # one verse line, nothing but words and marks
+PARTS = ("letter", "words", "mark")
+
+
+@dataclass(frozen=True)
+class Config:
+    corpus: str = "data/shakespeare"   # folder with train.jsonl.gz
+    out_dir: str = "out/lines"         # folder to write, must not exist
+    held_out: int = 50                 # (letter, words, mark) triples for val, and as many for test
+    most: int = 40                     # lines of one triple at most: frequent ones must not drown the others
+    seed: int = 1337                   # which triples, lines and phrasings
+
+
+def triple_of(line):
+    """-> (first letter, number of words, last mark)"""
+    return line[0], len(line.split()), line[-1]
+
+
+def request(triple, phrasing):
+    """The user's words for (letter, words, mark); phrasing: 0..3"""
+    letter, words, mark = triple
+    return REQUESTS[phrasing].format(letter=letter, words=words, mark=mark)
+
+
+def parse_request(text):
+    """-> the (letter, words, mark) that a request asks for; ValueError when it is none"""
+    for form in REQUESTS:
+        pattern = re.escape(form)
+        for name, wanted in (("letter", "[A-Z]"), ("words", r"\d+"), ("mark", "[.,?!;:]")):
+            pattern = pattern.replace(rf"\{{{name}\}}", f"(?P<{name}>{wanted})")
+        if found := re.fullmatch(pattern, text):
+            return found["letter"], int(found["words"]), found["mark"]
+    raise ValueError(f"not a request for a line: {text!r}")
+
+
+def met(text, answer):
+    """text: the request; answer: what the model wrote -> dict of PARTS to bool"""
+    letter, words, mark = parse_request(text)
+    answer = answer.strip()
+    return dict(letter=answer[:1] == letter, words=len(answer.split()) == words and "\n" not in answer,
+                mark=answer[-1:] == mark)
+
+
+def verse_lines(corpus):
+    """Lines of 3 to 10 words that start with a capital and end with a mark, each once, in order."""
+    path = os.path.join(corpus, "train.jsonl.gz")
+    try:
+        with gzip.open(path, "rt", encoding="utf-8") as file:
+            works = [json.loads(line)["text"] for line in file]
+    except OSError as error:
+        raise UserError(f"--corpus={corpus}: cannot read {path} ({error})") from None
+    lines = dict.fromkeys(line.strip() for work in works for line in work.split("\n"))
+    return [line for line in lines if LINE.fullmatch(line) and 3 <= len(line.split()) <= 10
+            and not re.search(r"\b[A-Z]{2,}\b", line)]        # no speakers and headings
+
+
+def build(cfg):
+    """-> dict of split to list of (request, line)"""
+    rng, by_triple = random.Random(cfg.seed), {}
+    for line in verse_lines(cfg.corpus):
+        by_triple.setdefault(triple_of(line), []).append(line)
+    common = sorted(triple for triple, lines in by_triple.items() if len(lines) >= 10)
+    drawn = rng.sample(common, 2 * cfg.held_out)
+    home = {**dict.fromkeys(drawn[:cfg.held_out], "val"), **dict.fromkeys(drawn[cfg.held_out:], "test")}
+    splits = {"train": [], "val": [], "test": []}
+    for triple in sorted(by_triple):
+        split, lines = home.get(triple, "train"), by_triple[triple]
+        most = cfg.most if split == "train" else len(REQUESTS)            # held out: each phrasing once
+        for i, line in enumerate(rng.sample(lines, min(len(lines), most))):
+            splits[split].append((request(triple, i % len(REQUESTS)), line))
+    for rows in splits.values():
+        rng.shuffle(rows)
+    return splits
+
+
+if __name__ == "__main__":
+    cfg = parse_config(Config)
+    if os.path.exists(cfg.out_dir):
+        raise UserError(f"--out_dir={cfg.out_dir}: already there; remove it or choose another")
+    splits, aside = build(cfg), cfg.out_dir.rstrip("/") + ".partial"
+    os.makedirs(aside, exist_ok=True)
+    for split, rows in splits.items():
+        with open(os.path.join(aside, f"{split}.jsonl"), "w", encoding="utf-8") as file:
+            for text, line in rows:
+                file.write(json.dumps([{"role": "user", "content": text},
+                                       {"role": "assistant", "content": line}]) + "\n")
+    os.rename(aside, cfg.out_dir)
+    print(f"{cfg.out_dir}: " + ", ".join(f"{len(rows):,} {split}" for split, rows in splits.items()))
