@@ -21,7 +21,7 @@ demo: .venv/installed
 
 test: .venv/installed-dev
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest -q --durations=10
+	$(BIN)/python -m pytest -q -n 2 --durations=10
 
 bench: .venv/installed-dev
 	$(BIN)/python tests/bench/bench.py

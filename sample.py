@@ -19,7 +19,7 @@ from common import checkpoint, dist
 from common.config import parse_config
 from common.dist import UserError
 from common.model import GPT, ModelConfig
-from common.sampling import SamplingConfig, complete, stream, stream_tokens  # noqa: F401  (stream: for others)
+from common.sampling import SamplingConfig, complete, stream, stream_tokens  # noqa: F401
 from common.tokenizer import encode_chat, load_tokenizer
 
 
@@ -102,9 +102,9 @@ def reply(model, tokenizer, turns, text, cfg):
     turns.append([*tokens, tokenizer.end])
 
 
-def typed():
+def typed(ask):
     """Yield lines from the terminal, until an empty one."""
-    while text := input("\n> "):
+    while text := input(ask):
         yield text
 
 
@@ -118,7 +118,8 @@ if __name__ == "__main__":
         raise UserError(f"--suppress={cfg.suppress}: ids must be below the vocabulary's "
                         f"{model.config.vocab_size}")
     interactive, turns = cfg.interactive or (cfg.chat and not cfg.prompt), []
-    texts = typed() if interactive else [sys.stdin.read().rstrip("\n") if cfg.prompt == "-" else cfg.prompt]
+    texts = typed("\nyou> " if cfg.chat else "\nprompt> ") if interactive else [
+        sys.stdin.read().rstrip("\n") if cfg.prompt == "-" else cfg.prompt]
     try:
         for text in texts:
             try:

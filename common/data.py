@@ -66,6 +66,8 @@ def read_split(data_dir, split, kind):
     if meta["kind"] != kind:
         raise UserError(f"--data_dir={data_dir}: a set of kind {meta['kind']}, expected {kind}; "
                         f"make one with data/prepare.py {kind}")
+    if kind == "chat" and not ("pad" in meta and all("conversations" in c for c in meta["splits"].values())):
+        raise UserError(f"{data_dir}/meta.json: lacks pad or conversations; prepare the set again")
     if split not in meta["splits"]:
         raise UserError(f"--data_dir={data_dir}: the set has no {split} split "
                         "(prepare it with --val_frac or --val_input)")
@@ -206,7 +208,7 @@ class ChatData:
                 here = slice(at, at + end - start - 1)
                 tokens[row, here] = self.tokens[start:end - 1]
                 targets[row, here] = self.tokens[start + 1:end]
-                mask[row, here] = counts[row] & (self.learn[start + 1:end] | (not self.mask_prompt))
+                mask[row, here] = counts[row] & ((self.learn[start + 1:end] != 0) | (not self.mask_prompt))
                 docs[row, here] = number
                 at = here.stop
             docs[row, at:] = number + 1

@@ -13,6 +13,7 @@ Papers: RMSNorm 1910.07467, RoPE 2104.09864, GQA 2305.13245, SwiGLU 2002.05202, 
 Shapes: B sequences, T positions, C channels, V vocabulary, H query heads, K key/value heads, D head dim,
 L layers.
 """
+import inspect
 import math
 from dataclasses import dataclass, fields, replace
 from typing import Literal
@@ -24,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 try:
     from torch.nn.attention.varlen import varlen_attn
-except ImportError:  # torch before 2.10: each document has a call of its own, to the same result
+except ImportError:
     varlen_attn = None
 
 from common.dist import UserError
@@ -234,7 +235,7 @@ class Segments:
     """
     Causal attention within each of the documents that lie next to each other in rows, without a T x T mask:
     work and memory grow with the sum of the documents' squared lengths. One kernel for all of them where the
-    device has it (FlashAttention on NVIDIA GPUs, in 16 bits), one call each elsewhere.
+    device has it, one call each elsewhere, to the same result.
     """
     def __init__(self, first):
         """first (B, T) bool: a document starts here"""
@@ -245,7 +246,7 @@ class Segments:
     def attend(self, qk, v, H, dropout):
         """qk (B, T, H + K, D), v (B, T, K, D) -> (B, T, H * D)"""
         B, T, K, D = v.shape
-        if qk.is_cuda and qk.dtype in (torch.float16, torch.bfloat16) and varlen_attn and not dropout:
+        if not dropout and varlen_kernel(qk):
             q, k = qk.flatten(0, 1).split([H, K], dim=1)                           # (B * T, H or K, D)
             longest = max(self.lengths)
             y = varlen_attn(q, k, v.flatten(0, 1), self.borders, self.borders, longest, longest,
@@ -258,6 +259,13 @@ class Segments:
                                                is_causal=True, enable_gqa=H != K)
             out.append(y[0].transpose(0, 1))                                       # (n, H, D)
         return torch.cat(out).view(B, T, H * D)
+
+
+def varlen_kernel(x):
+    """Whether torch (2.11 or newer) has FlashAttention for documents in a row of this tensor (..., D)"""
+    return (varlen_attn is not None and "enable_gqa" in inspect.signature(varlen_attn).parameters
+            and x.is_cuda and x.dtype in (torch.float16, torch.bfloat16) and x.shape[-1] % 8 == 0
+            and x.shape[-1] <= 256 and torch.cuda.get_device_capability(x.device) >= (8, 0))
 
 
 class MLP(nn.Module):
@@ -342,7 +350,7 @@ class GPT(nn.Module):
 
     def forward(self, tokens, docs=None, cache=None):
         """
-        tokens (B, T) int64; docs (B, T): number of the document that each token belongs to - tokens see only
+        tokens (B, T) int64; docs (B, T): a number that changes where a new document starts - tokens see only
         their own document, whose positions start at 0; cache: a KVCache that holds the past -> (B, T, C)
         """
         B, T = tokens.shape
@@ -355,6 +363,7 @@ class GPT(nn.Module):
             first = docs.diff(dim=1, prepend=docs[:, :1] - 1) != 0        # (B, T): a document starts here
             positions = positions - torch.where(first, positions, 0).cummax(dim=1).values
             if T <= DENSE_MASK_LEN or torch.compiler.is_compiling():
+                docs = first.cumsum(dim=1)                                # a number may come again in the row
                 mask = (docs[:, :, None] == docs[:, None, :]).tril()[:, None]      # (B, 1, T, T)
             else:
                 mask = Segments(first)

@@ -16,6 +16,7 @@ holds back half a UTF-8 character, and SentencePiece's spaces are bytes like any
 """
 import base64
 import codecs
+import glob
 import hashlib
 import io
 import json
@@ -170,7 +171,7 @@ def check_conversation(messages):
         if not isinstance(message, dict) or not isinstance(message.get("content"), str):
             raise ValueError('a message is {"role": "...", "content": "..."}')
         if message.get("role") not in ROLES:
-            raise ValueError(f"unknown role {message.get('role')!r}, expected {', '.join(ROLES)}")
+            raise ValueError(f"unknown role {str(message.get('role'))[:40]!r}, expected {', '.join(ROLES)}")
         if "think" in message and (message["role"] != "assistant" or not isinstance(message["think"], str)):
             raise ValueError('"think" is text, and an assistant\'s')
 
@@ -222,11 +223,13 @@ def _template(messages, answer_tags):
 def load_tokenizer(source):
     """
     source: "bytes"; a SentencePiece .model; a .tiktoken rank file (x.tiktoken:PATTERN where its name does not
-    tell gpt2, cl100k or o200k); a folder with GPT-2's vocab.json and merges.txt; a data set or checkpoint
-    folder of ours; or a name that tiktoken knows, such as gpt2. -> Tokenizer. Raises UserError.
+    tell gpt2, cl100k or o200k); a folder with GPT-2's vocab.json and merges.txt; a data set, run or
+    checkpoint of ours; or a name that tiktoken knows, such as gpt2. -> Tokenizer. Raises UserError.
     """
     if source == "bytes":
         return Tokenizer("bytes")
+    if in_run := sorted(glob.glob(os.path.join(glob.escape(source), "step_*", INFO))):
+        source = os.path.dirname(in_run[-1])                  # the same in every checkpoint of a run
     path, colon, pattern = source.rpartition(":")
     if not colon or pattern not in PATTERNS:
         path, pattern = source, ""

@@ -80,6 +80,7 @@ class ChatConfig:
 @dataclass(frozen=True)
 class TokenizerConfig:
     input: tuple[str, ...] = ()        # files and globs of text (.txt, .jsonl)
+    fields: tuple[str, ...] = ("text",)  # which texts of a .jsonl row to learn from
     vocab_size: int = 4096             # tokens, the special ones included
     out: str = "out/tokenizer.model"   # SentencePiece model to write, must not exist
 
@@ -153,13 +154,14 @@ def read_json_rows(path, report):
             yield number, row
 
 
-def read_jsonl(path, report):
-    """One document a line."""
+def read_jsonl(path, report, fields=("text",)):
+    """One document a line and field."""
     for number, row in read_json_rows(path, report):
-        if isinstance(row, dict) and isinstance(row.get("text"), str):
-            yield number, row["text"]
+        if isinstance(row, dict) and all(isinstance(row.get(field), str) for field in fields):
+            yield from ((number, row[field]) for field in fields)
         else:
-            report.bad("malformed", f"{path}:{number}", f'expected {{"text": "..."}}, got {shown(row)}')
+            expected = ", ".join(f'"{field}": "..."' for field in fields)
+            report.bad("malformed", f"{path}:{number}", f"expected {{{expected}}}, got {shown(row)}")
 
 
 def shown(row):
@@ -215,6 +217,9 @@ class Report:
 
     def __init__(self, on_bad):
         self.on_bad, self.counts, self.first = on_bad, {}, {}
+
+    def left_out(self):
+        return {reason: count for reason, count in self.counts.items() if not reason.startswith("cut")}
 
     def bad(self, reason, where, what):
         if self.on_bad == "error":
@@ -303,7 +308,7 @@ def describe(folder, kind, tokenizer, splits, report, cfg):
             file.write(content)
     meta = dict(kind=kind, vocab_size=tokenizer.vocab_size, end=tokenizer.end, pad=tokenizer.pad,
                 fingerprint=tokenizer.fingerprint, data_fingerprint=splits["train"]["sha256"][:16],
-                splits=splits, left_out=report.counts, made_with=dataclasses.asdict(cfg))
+                splits=splits, left_out=report.left_out(), made_with=dataclasses.asdict(cfg))
     with open(os.path.join(folder, "meta.json"), "w", encoding="utf-8") as file:
         json.dump(meta, file, indent=1)
 
@@ -360,21 +365,25 @@ def write_tokens(inputs, tokenizer, cfg, report, folder):
         if document is not None:
             finish(document[0], last)
         progress.show(sum(w.count for w in writers.values()), done_file=path)
-    check_splits(counts, cfg, "documents")
+    check_splits(counts, cfg, "documents", report)
     for split, writer in writers.items():
         writer.close()
         counts[split] |= dict(tokens=writer.count, sha256=writer.sha.hexdigest())
     return counts
 
 
-def check_splits(splits, cfg, what):
+def check_splits(splits, cfg, what, report):
     """UserError when a split that was asked for has got nothing."""
+    if "train" not in splits or (cfg.val_frac or cfg.val_input) and "val" not in splits:
+        report.print()                                        # it may say why
     if "train" not in splits:
         raise UserError("--input: no text left to train on" + (
             ", everything went to validation; lower --val_frac" if "val" in splits else ""))
     if cfg.val_frac and "val" not in splits:
         raise UserError(f"--val_frac={cfg.val_frac}: none of the {splits['train'][what]} {what} "
                         "was drawn for validation; raise it, or name files with --val_input")
+    if cfg.val_input and "val" not in splits:
+        raise UserError(f"--val_input={','.join(cfg.val_input)}: no {what} in there")
 
 
 def damage_named(pieces, path):
@@ -473,6 +482,8 @@ class ExampleWriter:
 
 def prepare_chat(cfg):
     """Tokenize conversations into cfg.out_dir; see data.py for what is in there."""
+    if cfg.max_len < 0:
+        raise UserError(f"--max_len={cfg.max_len}: expected a number of tokens, or 0 = no limit")
     if len(cfg.fields) not in (0, 2):
         raise UserError(f"--fields={','.join(cfg.fields)}: two names, the user's text and the assistant's")
     with whole_or_nothing(cfg.out_dir) as folder:
@@ -490,7 +501,7 @@ def prepare_chat(cfg):
             writers[split].add(ids, counts)
             progress.show(sum(writer.tokens.count for writer in writers.values()))
         splits = {split: writer.close() for split, writer in writers.items()}
-        check_splits(splits, cfg, "conversations")
+        check_splits(splits, cfg, "conversations", report)
         describe(folder, "chat", tokenizer, splits, report, cfg)
     report.print()
     for split, count in splits.items():
@@ -525,7 +536,7 @@ def encode_chats(inputs, tokenizer, cfg, report, progress):
         for where, messages in damage_named(read_chats(path, cfg.fields, report), path):
             split = "val" if cfg.val_frac and draw.random() < cfg.val_frac else home
             waiting.append((split, where, messages))
-            size += sum(len(message["content"]) for message in messages)
+            size += sum(len(message["content"]) + len(message.get("think", "")) for message in messages)
             if size >= BLOCK:
                 yield from flush()
                 waiting, size = [], 0
@@ -567,7 +578,10 @@ def prepare_tokenizer(cfg):
             for path in paths:
                 if kind_of(path) not in (".txt", ".jsonl"):
                     raise UserError(f"--input={path}: a tokenizer learns from text (.txt, .jsonl)")
-                for _, piece in damage_named(READERS[kind_of(path)](path, Report("error")), path):
+                report = Report("error")
+                pieces = read_txt(path, report) if kind_of(path) == ".txt" else \
+                    read_jsonl(path, report, cfg.fields)
+                for _, piece in damage_named(pieces, path):
                     yield from (line for line in piece.splitlines() if line)
         except UserError as error:
             mistakes.append(error)                            # SentencePiece would hide it

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from launch import launch
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -13,12 +14,12 @@ torch.set_num_threads(1)                       # results must not depend on how 
 
 
 def run(*args, ranks=1, check=True, timeout=300, **kwargs):
-    """Run a script of ours, e.g. run("train_pretrain.py", "--num_steps=2"); ranks > 1 uses torchrun."""
-    launcher = [sys.executable] if ranks == 1 else [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run([*launcher, *map(str, args)], cwd=ROOT, env=env, capture_output=True, text=True,
-                            timeout=timeout, **kwargs)
+    """Run a script of ours, e.g. run("train_pretrain.py", "--num_steps=2"), on one or more ranks."""
+    if kwargs or args[0] == "-c":              # stdin, limits, ...: a process from scratch
+        result = subprocess.run([sys.executable, *map(str, args)], cwd=ROOT, capture_output=True, text=True,
+                                env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=timeout, **kwargs)
+    else:
+        result = launch(args, ranks, timeout=timeout)
     if check:
         assert result.returncode == 0, f"exit code {result.returncode}\n{result.stdout}\n{result.stderr}"
     return result
@@ -43,3 +44,19 @@ def token_set(corpus):
     run("data/prepare.py", "text", f"--input={corpus}/corpus.jsonl", "--val_frac=0.2",
         f"--out_dir={corpus}/set")
     return corpus / "set"
+
+
+@pytest.fixture(scope="session")
+def chat_set(tmp_path_factory):
+    """Prepared conversations of many lengths, byte-level, with a train and a val split."""
+    import json
+    folder = tmp_path_factory.mktemp("chat")
+    with open(folder / "chats.jsonl", "w", encoding="utf-8") as file:
+        for i in range(160):
+            question = {"role": "user", "content": f"{i % 10}" + "?" * (i % 4)}
+            answer = {"role": "assistant", "content": f"{i % 10}" * (1 + i * i % 7)}
+            start = [{"role": "system", "content": "count"}] * (i % 5 == 0)
+            file.write(json.dumps(start + [question, answer] * (1 + i % 3)) + "\n")
+    run("data/prepare.py", "chat", f"--input={folder}/chats.jsonl", "--val_frac=0.2",
+        f"--out_dir={folder}/set")
+    return folder / "set"

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from common.data import TokenData, open_array, read_meta
+from common.data import ChatData, TokenData, open_array, pack, read_meta
 from common.dist import UserError
+from common.losses import linear_cross_entropy
+from common.model import GPT, ModelConfig
 
 SEQ_LEN, VOCAB = 5, 300
 END = VOCAB - 1
@@ -301,3 +303,292 @@ def test_meta_json_is_what_prepare_wrote(token_set):
         assert data.token_bytes[torch.from_numpy(data.tokens.astype(np.int64))].sum() == counts["bytes"]
         text = bytes(data.tokens[data.tokens < 256].astype(np.uint8)).decode()
         assert len(re.findall(r"Document \d+:", text)) == counts["documents"]
+
+
+# -----------------------------------------------------------------------------
+# conversations
+
+CHAT_LEN = 12                                          # tokens per row
+# 61 conversations, 2 to 13 tokens long; their ids are 0, 1, 2, ...: a token tells where it comes from
+LENGTHS = np.r_[2, 13, 13, 12, np.random.default_rng(0).integers(2, 14, 57)]
+STARTS, N = np.cumsum(LENGTHS) - LENGTHS, int(LENGTHS.sum())
+LEARN = np.random.default_rng(1).integers(0, 2, N)
+PAD = N + 1
+
+
+def make_chat_set(folder, lengths=LENGTHS, tokens=None, learn=None, dtype=np.uint16, vocab_size=N + 2,
+                  splits=("train",), **arrays):
+    """A set of conversations on disk, written by numpy alone; arrays: others than the right ones."""
+    folder.mkdir(exist_ok=True)
+    n = int(sum(lengths))
+    tokens = np.arange(n) if tokens is None else np.array(tokens)
+    learn = LEARN[:n] if learn is None else np.array(learn)
+    files = dict(train=tokens.astype(dtype), train_mask=learn.astype(np.uint8),
+                 train_offsets=np.cumsum([0, *lengths]).astype(np.uint64)) | arrays
+    for split in splits:
+        for name, array in files.items():
+            np.save(folder / f"{name.replace('train', split)}.npy", array)
+    counts = {split: dict(conversations=len(lengths), tokens=n, targets=int(learn.sum())) for split in splits}
+    meta = dict(kind="chat", vocab_size=vocab_size, end=vocab_size - 2, pad=vocab_size - 1, fingerprint="f",
+                splits=counts)
+    (folder / "meta.json").write_text(json.dumps(meta))
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def chats(tmp_path_factory):
+    return make_chat_set(tmp_path_factory.mktemp("sets") / "chats")
+
+
+def open_chats(folder, micro_batch_size=1, rank=0, world_size=1, seq_len=CHAT_LEN, **options):
+    return ChatData(folder, "train", seq_len, micro_batch_size, rank, world_size, **options)
+
+
+def rows_of(data, i):
+    """Micro-batch i as a list of rows, each a tuple of tokens, targets, mask, docs."""
+    batch = [tensor.tolist() for tensor in data.batch(i)]
+    return [tuple(map(tuple, row)) for row in zip(*batch)]
+
+
+def members(row):
+    """Numbers of the conversations in a row, read off its tokens."""
+    return [int(np.searchsorted(STARTS, token, "right")) - 1 for token in row[0] if token in STARTS]
+
+
+@each_layout
+def test_every_conversation_comes_once_per_epoch(chats, micro_batch_size, world_size):
+    ranks = [open_chats(chats, micro_batch_size, rank, world_size) for rank in range(world_size)]
+    per_round, num_rows = micro_batch_size * world_size, ranks[0].num_samples
+    order = [row for i in range(-(-num_rows * 3 // per_round)) for data in ranks for row in rows_of(data, i)]
+    but_the_last = np.delete(np.arange(N), STARTS + LENGTHS - 1).tolist()
+    for epoch in range(3):
+        rows = order[num_rows * epoch:num_rows * (epoch + 1)]
+        assert sorted(number for row in rows for number in members(row)) == list(range(61))
+        assert sorted(token for row in rows for token in row[0] if token != PAD) == but_the_last
+
+
+@pytest.mark.parametrize("micro_batch_size, world_size", [
+    (8, 1), (4, 1), (2, 1), (1, 1), (4, 2), (2, 2), (1, 2), (2, 4), (1, 8)])
+def test_a_step_of_8_has_the_same_rows_in_every_layout(chats, micro_batch_size, world_size):
+    whole = open_chats(chats, 8, total=60)
+    num_micro = 8 // (micro_batch_size * world_size)
+    ranks = [open_chats(chats, micro_batch_size, rank, world_size, total=60) for rank in range(world_size)]
+    for step in range(8):                              # more than an epoch, the last one partial
+        steps = range(step * num_micro, (step + 1) * num_micro)
+        assert [row for i in steps for data in ranks for row in rows_of(data, i)] == rows_of(whole, step)
+    assert whole.num_samples < 60
+
+
+def test_each_epoch_and_each_seed_packs_and_orders_anew(chats):
+    num_rows = open_chats(chats).num_samples
+    epochs = [rows_of(open_chats(chats, num_rows, seed=seed), epoch) for seed in (0, 1) for epoch in range(4)]
+    assert len({tuple(rows) for rows in epochs}) == 8
+    assert len({frozenset(frozenset(members(row)) for row in rows) for rows in epochs}) == 8  # other company
+    assert rows_of(open_chats(chats, num_rows, seed=1), 2) == epochs[6]
+    longest = [[max(LENGTHS[members(row)]) for row in rows] for rows in epochs]
+    assert all(lengths != sorted(lengths, reverse=True) for lengths in longest)  # as `pack` leaves them
+
+
+def test_a_batch_of_conversations_is_a_pure_function(chats):
+    forward, backward = open_chats(chats, 5), open_chats(chats, 5)
+    first = {i: forward.batch(i) for i in range(16)}
+    for i in [*reversed(range(16)), 3, 3, 11, 0]:
+        for fresh in (backward, open_chats(chats, 5)):
+            assert all(torch.equal(a, b) for a, b in zip(fresh.batch(i), first[i], strict=True)), i
+
+
+@pytest.mark.parametrize("mask_prompt", [True, False])
+def test_rows_hold_whole_conversations_with_their_own_next_tokens_as_targets(chats, mask_prompt):
+    data = open_chats(chats, 6, mask_prompt=mask_prompt)
+    paddings = 0
+    for i in range(-(-data.num_samples // 6)):
+        batch = data.batch(i)
+        assert [x.dtype for x in batch] == [torch.int64, torch.int64, torch.bool, torch.int64]
+        assert all(x.shape == (6, CHAT_LEN) for x in batch)
+        for row in rows_of(data, i):
+            at, expected = 0, []
+            for number in members(row):
+                ids = range(STARTS[number], STARTS[number] + LENGTHS[number])
+                expected += [(x, x + 1, bool(LEARN[x + 1]) or not mask_prompt) for x in ids[:-1]]
+                (doc,) = set(row[3][at:at + len(ids) - 1])                        # one number for all of it
+                assert doc not in row[3][:at] + row[3][at + len(ids) - 1:]        # and for nothing else
+                at += len(ids) - 1
+            padding = CHAT_LEN - at
+            assert list(zip(*row[:3])) == expected + [(PAD, PAD, False)] * padding
+            assert len(set(row[3][at:])) == min(padding, 1)
+            paddings += padding
+    assert 0 < paddings < 0.1 * data.num_samples * CHAT_LEN
+
+
+@each_layout
+def test_conversations_in_rows_past_total_do_not_count(chats, micro_batch_size, world_size):
+    ranks = [open_chats(chats, micro_batch_size, rank, world_size, total=21) for rank in range(world_size)]
+    free, counted = open_chats(chats), []
+    for i in range(-(-24 // (micro_batch_size * world_size))):
+        for data in ranks:
+            counted += [sum(row[2]) for row in rows_of(data, i)]
+    assert counted[:21] == [sum(rows_of(free, i)[0][2]) for i in range(21)] and not any(counted[21:])
+
+
+def test_a_set_of_conversations_says_how_much_it_holds(chats):
+    data = open_chats(chats)
+    assert data.num_tokens == N - 61
+    # n positions of a conversation look at n each, as a causal sequence of n does
+    assert data.mean_context == pytest.approx(sum(n * n for n in LENGTHS - 1) / (N - 61))
+    assert sum(len(members(row)) for i in range(data.num_samples) for row in rows_of(data, i)) == 61
+
+
+def test_the_splits_of_conversations_are_read_apart(tmp_path):
+    folder = make_chat_set(tmp_path / "both", splits=("train", "val"))
+    np.save(tmp_path / "both" / "val.npy", np.full(N, 7, np.uint16))
+    data = ChatData(folder, "val", CHAT_LEN, 1)
+    assert {token for i in range(data.num_samples) for token in data.batch(i)[0][0].tolist()} == {7, PAD}
+    assert refusal(ChatData, make_chat_set(tmp_path / "one"), "val", CHAT_LEN, 1) == \
+        f"--data_dir={tmp_path}/one: the set has no val split (prepare it with --val_frac or --val_input)"
+
+
+def test_ids_above_65535_survive_in_conversations(tmp_path):
+    ids = [0, 65_535, 65_536, 131_071, 199_997]
+    folder = make_chat_set(tmp_path / "large", [5], ids, np.ones(5), np.uint32, vocab_size=200_000)
+    tokens, targets, _, _ = open_chats(folder).batch(0)
+    assert tokens[0, :4].tolist() == ids[:4] and targets[0, :4].tolist() == ids[1:]
+
+
+@pytest.mark.parametrize("longest", [40, 200], ids=["short rows", "long rows"])
+def test_the_loss_of_packed_conversations_is_the_sum_of_their_own(tmp_path, longest):
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(2, longest, 12)
+    tokens, learn = rng.integers(0, 50, lengths.sum()), rng.integers(0, 2, lengths.sum())
+    folder = make_chat_set(tmp_path / "set", lengths, tokens, learn, vocab_size=52)
+    data = open_chats(folder, seq_len=longest)
+    torch.manual_seed(0)
+    model = GPT(ModelConfig(vocab_size=52, n_layer=2, n_head=2, n_embd=16, seq_len=longest))
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.5)
+    packed, single = 0.0, 0.0
+    with torch.no_grad():
+        for i in range(data.num_samples):
+            ids, targets, mask, docs = data.batch(i)
+            packed += linear_cross_entropy(model(ids, docs), model.head, targets, mask).item()
+        for ids, counts in zip(*(np.split(x, lengths.cumsum()[:-1]) for x in (tokens, learn))):
+            ids, counts = torch.from_numpy(ids)[None], torch.from_numpy(counts)[None]
+            logp = (model(ids[:, :-1]) @ model.head.T).log_softmax(-1)
+            single -= logp.gather(2, ids[:, 1:, None])[..., 0][counts[:, 1:] == 1].sum().item()
+    assert data.num_samples < 12 and packed == pytest.approx(single, rel=1e-5)
+
+
+# -----------------------------------------------------------------------------
+# packing
+
+def best_fit_decreasing(lengths, capacity):
+    """The textbook's loop: each item, longest first, into the row where it leaves the least room."""
+    rooms = []
+    for length in sorted(lengths, reverse=True):
+        fitting = [room for room in rooms if room >= length]
+        if fitting:
+            rooms.remove(min(fitting))
+        rooms.append((min(fitting) if fitting else capacity) - length)
+    return rooms
+
+
+PACKS = {                                              # capacity, lengths
+    "one": (5, [3]), "all full": (5, [5] * 7), "ones": (5, [1] * 12), "capacity of 1": (1, [1] * 4),
+    "halves": (10, [5, 5, 5, 6, 4, 6]), "just too long for two": (10, [6] * 9),
+    **{f"{kind} {seed}": (capacity, draw(np.random.default_rng(seed)))
+       for seed in range(3) for kind, capacity, draw in [
+           ("uniform", 100, lambda rng: rng.integers(1, 101, 300)),
+           ("short", 512, lambda rng: rng.integers(1, 200, 400)),
+           ("long", 64, lambda rng: rng.integers(20, 65, 300)),
+           ("skewed", 256, lambda rng: np.minimum(256, 1 + rng.exponential(40, 400).astype(int)))]}}
+
+
+@pytest.mark.parametrize("case", PACKS)
+def test_packing_is_best_fit_decreasing_whatever_the_order(case):
+    capacity, lengths = PACKS[case]
+    lengths, rng, rooms = np.array(lengths), np.random.default_rng(0), best_fit_decreasing(*PACKS[case][::-1])
+    for _ in range(4):
+        rows = pack(lengths, capacity)
+        assert sorted(np.concatenate(rows).tolist()) == list(range(len(lengths)))
+        assert sorted(capacity - lengths[row].sum() for row in rows) == sorted(rooms)
+        lengths = rng.permutation(lengths)
+    assert min(rooms) >= 0
+    if case.startswith(("short", "skewed")):
+        assert len(rows) <= 1.02 * lengths.sum() / capacity + 1                   # next to no padding
+
+
+# -----------------------------------------------------------------------------
+# sets of conversations that are refused
+
+def test_conversations_longer_than_a_row_are_refused_with_their_count(chats):
+    over = int((LENGTHS > 12).sum())
+    assert refusal(open_chats, chats, seq_len=11) == \
+        f"--seq_len=11: {over} of 61 conversations have over 12 tokens (up to 13); raise it, or prepare " \
+        "the set with --max_len=12 and --long_rows=cut or skip"
+    assert over >= 2 and open_chats(chats, seq_len=12).num_samples > 0           # 13 tokens take 12 positions
+
+
+def test_a_set_of_the_other_kind_is_refused(chats, counting):
+    assert refusal(open_data, chats) == f"--data_dir={chats}: a set of kind chat, expected text; " \
+                                        "make one with data/prepare.py text"
+    assert refusal(open_chats, counting) == f"--data_dir={counting}: a set of kind text, expected chat; " \
+                                            "make one with data/prepare.py chat"
+
+
+CHAT_FILES = ["train.npy", "train_mask.npy", "train_offsets.npy"]
+
+
+@pytest.mark.parametrize("keep", [0, 5, 60, 128, 128 + 20, -1])
+@pytest.mark.parametrize("name", CHAT_FILES)
+def test_a_truncated_array_of_conversations_is_refused(tmp_path, name, keep):
+    folder = make_chat_set(tmp_path / "set")
+    path = tmp_path / "set" / name
+    path.write_bytes(path.read_bytes()[:keep])
+    message = refusal(open_chats, folder)
+    assert str(path) in message and "prepare the set again" in message
+
+
+@pytest.mark.parametrize("name", CHAT_FILES)
+def test_a_missing_array_of_conversations_is_named(tmp_path, name):
+    folder = make_chat_set(tmp_path / "set")
+    (tmp_path / "set" / name).unlink()
+    assert refusal(open_chats, folder) == f"{folder}/{name}: no such file; make the set with data/prepare.py"
+
+
+@pytest.mark.parametrize("name", CHAT_FILES)
+@pytest.mark.parametrize("array", [np.arange(40, dtype=np.uint64), np.arange(4000, dtype=np.uint64)])
+def test_an_array_of_conversations_of_another_length_is_refused(tmp_path, name, array):
+    folder = make_chat_set(tmp_path / "set", **{name.removesuffix(".npy"): array})
+    expected = 62 if "offsets" in name else N
+    assert refusal(open_chats, folder) == f"{folder}/{name}: holds {len(array)} numbers, meta.json says " \
+                                          f"{expected}; prepare the set again"
+
+
+@pytest.mark.parametrize("name", CHAT_FILES)
+@pytest.mark.parametrize("change", [
+    pytest.param(lambda x: x.astype(float), id="floats"), pytest.param(lambda x: x > 0, id="bools"),
+    pytest.param(lambda x: x.astype(np.int64), id="signed"),
+    pytest.param(lambda x: x[None], id="two dimensions")])
+def test_an_array_of_conversations_that_holds_no_row_of_counts_is_refused(tmp_path, name, change):
+    folder = make_chat_set(tmp_path / "set")
+    np.save(tmp_path / "set" / name, change(np.load(tmp_path / "set" / name)))
+    message = refusal(open_chats, folder)
+    assert message.startswith(f"{folder}/{name}: expected one row of unsigned integers, got ")
+
+
+@pytest.mark.parametrize("offsets", [[1, 3, 6, 9], [0, 3, 6, 8], [0, 3, 6, 10], [0, 6, 3, 9], [0, 3, 3, 9],
+                                     [0, 3, 8, 9]], ids=str)
+def test_offsets_that_do_not_divide_the_tokens_into_conversations_are_refused(tmp_path, offsets):
+    """Not from the first to the last token, not rising, or with a conversation too short for a target."""
+    folder = make_chat_set(tmp_path / "set", [3, 3, 3], train_offsets=np.array(offsets, np.uint64))
+    assert refusal(open_chats, folder) == f"{folder}/train.npy: its offsets do not fit; prepare the set again"
+
+
+@pytest.mark.parametrize("at", [0, 4, 8])
+def test_an_id_outside_the_vocabulary_in_a_conversation_is_refused(tmp_path, at):
+    tokens = np.arange(9)
+    tokens[at] = 20
+    data = open_chats(make_chat_set(tmp_path / "set", [9], tokens, vocab_size=20))
+    assert refusal(data.batch, 0) == f"{data.path}: token id 20 is there, but the vocabulary has 20; " \
+                                     "prepare the set again"
+    tokens[at] = 19
+    open_chats(make_chat_set(tmp_path / "good", [9], tokens, vocab_size=20)).batch(0)

@@ -105,11 +105,11 @@ def test_common_stays_small():
     assert max(len(p.read_text().splitlines()) for p in COMMON) <= 600
 
 
-def test_the_setup_block_is_the_same_in_every_stage():
+@pytest.mark.parametrize("name", ["setup", "model, optimizer, run directory"])
+def test_a_block_that_says_so_is_the_same_in_every_stage(name):
     """Copies are allowed, drift is not."""
-    setup = r"# setup \(identical in every stage\)\n(.*?)\n    # -{70}"
-    blocks = {re.search(setup, path.read_text(), re.S)[1] for path in STAGES}
-    assert len(blocks) == 1
+    block = rf"# {name} \(identical in every stage\)\n(.*?)\n    # -{{70}}"
+    assert len({re.search(block, path.read_text(), re.S)[1] for path in STAGES}) == 1
 
 
 @pytest.mark.parametrize("path", [*COMMON, *SCRIPTS, PREPARE, *ROOT.glob("configs/**/*.py")],

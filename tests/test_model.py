@@ -3,6 +3,8 @@ common/model.py against transformers, hand formulas and plain autograd: rotary s
 packing, activation checkpointing, the rules of ModelConfig.
 """
 import cmath
+import functools
+import inspect
 import math
 from dataclasses import replace
 
@@ -11,7 +13,17 @@ import torch
 import torch.nn.functional as F
 
 from common.dist import UserError
-from common.model import GPT, ModelConfig, RMSNorm, Rotate, SwiGLUInCache, rope_frequencies, swiglu
+from common.model import (
+    DENSE_MASK_LEN,
+    GPT,
+    ModelConfig,
+    RMSNorm,
+    Rotate,
+    Segments,
+    SwiGLUInCache,
+    rope_frequencies,
+    swiglu,
+)
 
 TINY = ModelConfig(vocab_size=50, n_layer=2, n_head=4, n_kv_head=2, n_embd=32, d_ff=48, seq_len=24)
 HEADS = {"MHA": 4, "GQA": 2, "MQA": 1}
@@ -32,6 +44,13 @@ def random_tokens(*shape, seed=1):
 
 def gradients(model):
     return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+@pytest.fixture(params=["mask", "segments"])
+def path(request, monkeypatch):
+    """Packed rows, whatever their length, with one mask for all or with a call for each document."""
+    monkeypatch.setattr("common.model.DENSE_MASK_LEN", {"mask": 10**9, "segments": 0}[request.param])
+    return request.param
 
 
 def assert_gradients_close(actual, expected, tolerance):
@@ -340,7 +359,7 @@ def numbers_kept_for_backward(forward):
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3], ids=["no dropout", "dropout"])
-def test_activation_checkpointing_keeps_less_and_changes_neither_loss_nor_gradients(p):
+def test_activation_checkpointing_keeps_less_and_changes_neither_loss_nor_gradients(path, p):
     model, tokens, results = tiny_model(attn_dropout=p).train(), random_tokens(2, 9), []
     docs = torch.tensor([[0] * 4 + [1] * 5, [0] * 9])
     for on in (False, True):
@@ -495,7 +514,7 @@ def packed_row(seed=1):
     return random_tokens(1, 13, seed=seed), docs
 
 
-def test_a_packed_document_is_computed_as_if_it_were_alone():
+def test_a_packed_document_is_computed_as_if_it_were_alone(path):
     model, (tokens, docs) = tiny_model(qk_norm=True), packed_row()
     with torch.no_grad():
         packed = model(tokens.expand(2, -1), torch.cat([docs, torch.zeros_like(docs)]))
@@ -504,13 +523,13 @@ def test_a_packed_document_is_computed_as_if_it_were_alone():
         torch.testing.assert_close(packed[1:], model(tokens), atol=1e-6, rtol=1e-6) # causal
 
 
-def test_documents_are_told_apart_by_any_numbers():
+def test_documents_are_told_apart_by_any_numbers(path):
     model, (tokens, docs) = tiny_model(), packed_row()
     with torch.no_grad():
         assert model(tokens, torch.tensor([7, -3, 2**40, 0])[docs]).equal(model(tokens, docs))
 
 
-def test_gradients_of_packed_documents_are_the_sum_of_the_single_ones():
+def test_gradients_of_packed_documents_are_the_sum_of_the_single_ones(path):
     model, (tokens, docs) = tiny_model(), packed_row()
     model(tokens, docs).pow(3).sum().backward()
     packed = gradients(model)
@@ -520,7 +539,7 @@ def test_gradients_of_packed_documents_are_the_sum_of_the_single_ones():
     assert_gradients_close(packed, gradients(model), 1e-6)
 
 
-def test_another_document_leaves_hidden_states_and_gradients_bit_exact():
+def test_another_document_leaves_hidden_states_and_gradients_bit_exact(path):
     """Changing documents 0 and 3 changes no bit of 1 and 2, nor of the gradient of their loss."""
     model, (tokens, docs) = tiny_model(), packed_row()
     changed = torch.where((docs == 0) | (docs == 3), random_tokens(1, 13, seed=9), tokens)
@@ -546,6 +565,188 @@ def test_packing_and_a_cache_together_are_refused():
     model, (tokens, docs) = tiny_model(), packed_row()
     with torch.no_grad(), pytest.raises((AssertionError, ValueError)):
         model(tokens, docs, model.new_cache(1, 13))
+
+
+# -----------------------------------------------------------------------------
+# packed documents in long rows
+
+LONG = [[1, 60, 1, 75, 13], [150], [149, 1]]             # lengths of the documents in three rows of 150
+
+
+def long_rows(seed=1):
+    """A row's first document has the number of the last one in the row before: only the border parts them."""
+    docs, number = [], 0
+    for lengths in LONG:
+        docs.append((number + torch.arange(len(lengths))).repeat_interleave(torch.tensor(lengths)))
+        number += len(lengths) - 1
+    return random_tokens(3, 150, seed=seed), torch.stack(docs)
+
+
+def logits_and_gradients(model, batches):
+    """-> logits (N, V) of the (tokens, docs) one after the other, gradients of their summed cross-entropy"""
+    model.zero_grad()
+    logits = torch.cat([(model(*batch) @ model.head.T).flatten(0, 1) for batch in batches])
+    targets = random_tokens(len(logits), seed=2)
+    F.cross_entropy(logits, targets, reduction="sum").backward()
+    return logits.detach(), gradients(model)
+
+
+def alone(model):
+    """The same of each document of long_rows() in a row of its own."""
+    return logits_and_gradients(model, [(part,) for row, lengths in zip(long_rows()[0].split(1), LONG)
+                                        for part in row.split(lengths, 1)])
+
+
+@pytest.mark.parametrize("heads", HEADS)
+def test_documents_in_long_rows_are_computed_as_each_alone_and_as_with_a_mask(monkeypatch, heads):
+    model = tiny_model(n_kv_head=HEADS[heads], qk_norm=True)
+    expected, segments = alone(model), logits_and_gradients(model, [long_rows()])
+    monkeypatch.setattr("common.model.DENSE_MASK_LEN", 150)
+    for logits, grads in (segments, logits_and_gradients(model, [long_rows()])):
+        torch.testing.assert_close(logits, expected[0], atol=1e-5, rtol=1e-5)
+        assert_gradients_close(grads, expected[1], 1e-5)
+    assert expected[0].std() > 0.5
+
+
+def test_only_longer_rows_than_a_mask_is_made_for_are_computed_document_by_document(monkeypatch):
+    calls, attend = [], Segments.attend
+    monkeypatch.setattr(Segments, "attend", lambda self, *args: calls.append(self.lengths)
+                        or attend(self, *args))
+    docs, model = (torch.arange(DENSE_MASK_LEN + 1) // 100)[None], tiny_model()
+    with torch.no_grad():
+        model(random_tokens(1, DENSE_MASK_LEN), docs[:, :-1])
+        assert calls == []
+        model(random_tokens(1, DENSE_MASK_LEN + 1), docs)
+    assert calls == [[100, DENSE_MASK_LEN - 99]] * 2     # once a layer
+
+
+def test_another_document_in_long_rows_changes_no_bit():
+    """Each document in turn: its own logits change from its first token on, the others' not at all."""
+    model, (tokens, docs) = tiny_model(), long_rows()
+    other, start = (tokens + 1) % TINY.vocab_size, 0
+    with torch.no_grad():
+        before = (model(tokens, docs) @ model.head.T).flatten(0, 1)
+        for n in sum(LONG, []):
+            here = torch.zeros(450, dtype=torch.bool)
+            here[start:start + n] = True
+            changed = torch.where(here.view(3, 150), other, tokens)
+            after = (model(changed, docs) @ model.head.T).flatten(0, 1)
+            assert torch.equal(after[~here], before[~here])
+            assert (after[here] != before[here]).any(1).all()
+            start += n
+
+
+def test_activation_checkpointing_of_long_rows_changes_no_bit():
+    model, results = tiny_model(attn_dropout=0.3).train(), []
+    for model.activation_checkpointing in (False, True):
+        torch.manual_seed(7)
+        results.append(logits_and_gradients(model, [long_rows()]))
+    (logits, grads), (logits_on, grads_on) = results
+    assert logits.equal(logits_on) and all(grads[name].equal(grads_on[name]) for name in grads)
+
+
+def test_a_compiled_model_computes_long_rows_in_one_graph_to_the_same_result():
+    model = tiny_model(n_layer=1)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(*long_rows()), model(*long_rows()), atol=1e-5, rtol=1e-5)
+
+
+def test_a_number_that_comes_again_in_a_row_is_another_document(path):
+    model, tokens = tiny_model(), torch.randint(0, 50, (1, 12), generator=torch.Generator().manual_seed(0))
+    again = model(tokens, torch.tensor([[0] * 4 + [1] * 4 + [0] * 4]))
+    assert again.equal(model(tokens, torch.tensor([[0] * 4 + [1] * 4 + [2] * 4])))
+
+
+class OnGPU:
+    """Stands for a tensor that lies on a GPU, in 16 bits: `attend` asks no more of it than this."""
+    is_cuda, dtype, device = True, torch.bfloat16, torch.device("cuda:0")
+
+    def __init__(self, tensor):
+        self.flatten, self.shape = tensor.flatten, tensor.shape
+
+
+def varlen_reference(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size, enable_gqa):
+    """torch.nn.attention.varlen.varlen_attn for documents, head by head; asserts what its kernel demands."""
+    (total, H, D), (_, K, _), borders = query.shape, key.shape, cu_seq_q.tolist()
+    assert key.shape == value.shape == (total, K, D) and (enable_gqa or H == K)
+    assert all(x.stride(-1) == 1 for x in (query, key, value))
+    assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32 and cu_seq_k.tolist() == borders
+    assert borders[0] == 0 and borders[-1] == total and window_size[0] == -1
+    out = torch.zeros_like(query)
+    for start, end in zip(borders, borders[1:]):
+        n = end - start
+        assert 0 < n <= max_q == max_k
+        ahead = torch.arange(n) - torch.arange(n)[:, None]                        # (n, n), > 0: in the future
+        hidden = ahead > window_size[1] if window_size[1] >= 0 else torch.zeros(n, n, dtype=torch.bool)
+        for h in range(H):
+            q, k, v = (x[start:end, i] for x, i in ((query, h), (key, h * K // H), (value, h * K // H)))
+            scores = (q @ k.T / D ** 0.5).masked_fill(hidden, -torch.inf)
+            out[start:end, h] = scores.softmax(-1) @ v
+    return out
+
+
+@pytest.fixture
+def on_gpu(monkeypatch):
+    """Every model believes to be on a GPU that has the kernel -> list of the kernel's calls"""
+    calls, attend = [], Segments.attend
+
+    @functools.wraps(varlen_reference)
+    def varlen_attn(*args, **kwargs):
+        calls.append(kwargs)
+        return varlen_reference(*args, **kwargs)
+    monkeypatch.setattr("common.model.varlen_attn", varlen_attn)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(Segments, "attend", lambda self, qk, *args: attend(self, OnGPU(qk), *args))
+    return calls
+
+
+@pytest.mark.parametrize("heads", HEADS)
+def test_one_kernel_for_all_documents_gives_the_same_as_each_alone(on_gpu, heads):
+    model = tiny_model(n_kv_head=HEADS[heads])
+    logits, grads = logits_and_gradients(model, [long_rows()])
+    assert on_gpu == [dict(window_size=(-1, 0), enable_gqa=heads != "MHA")] * 2   # once a layer
+    expected = alone(model)
+    torch.testing.assert_close(logits, expected[0], atol=1e-5, rtol=1e-5)
+    assert_gradients_close(grads, expected[1], 1e-5)
+
+
+@pytest.mark.parametrize("lacking", ["dropout", "16 bits", "the function", "its options", "the GPU"])
+def test_where_the_kernel_cannot_be_used_each_document_has_a_call(on_gpu, monkeypatch, lacking):
+    model = tiny_model(attn_dropout=0.3)
+    if lacking == "dropout":
+        model.train()
+    elif lacking == "16 bits":
+        monkeypatch.setattr(OnGPU, "dtype", torch.float32)
+    elif lacking == "the GPU":
+        monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (7, 5))
+    else:
+        older = None if lacking == "the function" else lambda query, key, value, is_causal: None
+        monkeypatch.setattr("common.model.varlen_attn", older)
+    logits, _ = logits_and_gradients(model, [long_rows()])
+    assert on_gpu == []
+    distance = (logits - alone(model.eval())[0]).abs().max()
+    assert distance > 0.1 if lacking == "dropout" else distance < 1e-5
+
+
+def test_the_kernel_of_torch_takes_and_gives_what_is_expected(monkeypatch):
+    """Its real code, autograd included, on tensors without content: those need no GPU."""
+    varlen = pytest.importorskip("torch.nn.attention.varlen", reason="torch before 2.10 has no such kernel")
+    real = inspect.signature(varlen.varlen_attn).parameters
+    for name, parameter in inspect.signature(varlen_reference).parameters.items():
+        assert real[name].kind == parameter.kind, name
+    assert list(real)[:7] == list(inspect.signature(varlen_reference).parameters)[:7]
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (8, 0))
+    segments = Segments(torch.tensor([[1, 0, 0, 1, 0], [1, 0, 1, 0, 0]]).bool())
+    assert segments.borders.tolist() == [0, 3, 5, 7, 10] and segments.lengths == [3, 2, 2, 3]
+    segments.borders = segments.borders.to("meta")
+    for K in (2, 4):
+        qk = torch.empty(2, 5, 4 + K, 8, dtype=torch.bfloat16, device="meta", requires_grad=True)
+        v = torch.empty(2, 5, K, 8, dtype=torch.bfloat16, device="meta", requires_grad=True)
+        y = segments.attend(OnGPU(qk), v, 4, 0.0)
+        assert y.shape == (2, 5, 32) and y.dtype == torch.bfloat16
+        y.sum().backward()
+        assert qk.grad.shape == qk.shape and v.grad.shape == v.shape
 
 
 # -----------------------------------------------------------------------------

@@ -1,8 +1,10 @@
 """data/prepare.py: nothing is lost or read twice, bad input is one clear line, a set is whole or absent."""
 import base64
+import errno
 import gzip
 import hashlib
 import importlib.util
+import itertools
 import json
 import multiprocessing
 import os
@@ -16,9 +18,9 @@ import numpy as np
 import pytest
 from conftest import ROOT, run
 
-from common.data import TokenData
+from common.data import ChatData, TokenData
 from common.dist import UserError
-from common.tokenizer import load_tokenizer
+from common.tokenizer import encode_chat, load_tokenizer
 
 spec = importlib.util.spec_from_file_location("prepare", ROOT / "data" / "prepare.py")
 prepare = sys.modules["prepare"] = importlib.util.module_from_spec(spec)
@@ -41,7 +43,7 @@ def make(*inputs, out="set", **options):
     return json.loads(Path(out, "meta.json").read_text())
 
 
-def refusal(*inputs, **options):
+def refusal(*inputs, make=make, **options):
     """The message of a refused preparation, which has left nothing behind."""
     with pytest.raises(UserError) as caught:
         make(*inputs, **options)
@@ -583,6 +585,391 @@ def test_a_tokenizer_that_cannot_be_made_is_refused_and_leaves_nothing(name, con
 
 
 # -----------------------------------------------------------------------------
+# conversations
+
+def user(content):
+    return {"role": "user", "content": content}
+
+
+def assistant(content, **think):
+    return {"role": "assistant", "content": content, **think}
+
+
+CHATS = [
+    [user("Hi"), assistant("Ho \u4e2d")],
+    [{"role": "system", "content": "Be brief."}, user("a <end>"), assistant("b", think="Hm\n"), user("c"),
+     assistant("d\U0001F642")],
+    [user("ends with"), assistant("the user"), user("so")],
+    [user(""), assistant("")],
+    [assistant("begins with the assistant")],
+]
+BYTES = load_tokenizer("bytes")
+
+
+def write_rows(path, rows):
+    content = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    Path(path).write_bytes(gzip.compress(content) if path.endswith(".gz") else content)
+
+
+def make_chat(*inputs, out="set", **options):
+    """Prepare conversations in this process -> the set's meta.json"""
+    prepare.prepare_chat(prepare.ChatConfig(input=inputs, out_dir=out, **options))
+    return json.loads(Path(out, "meta.json").read_text())
+
+
+def chats(split="train", out="set"):
+    """The set's conversations as encode_chat gives them: (ids, counts) each."""
+    ids, mask, offsets = (np.load(f"{out}/{split}{name}.npy") for name in ("", "_mask", "_offsets"))
+    assert (mask.dtype, offsets.dtype) == (np.uint8, np.uint64) and mask.max() <= 1
+    assert offsets[0] == 0 and offsets[-1] == len(ids) == len(mask)
+    return [(ids[a:b].tolist(), mask[a:b].astype(bool).tolist())
+            for a, b in itertools.pairwise(offsets.tolist())]
+
+
+def encoded(rows, tokenizer=BYTES, answer_tags=True):
+    return [encode_chat(tokenizer, [row], answer_tags)[0] for row in rows]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A SentencePiece model of CORPUS."""
+    folder = tmp_path_factory.mktemp("trained")
+    write_jsonl(f"{folder}/a.jsonl", CORPUS)
+    train_tokenizer(f"{folder}/a.jsonl", out=f"{folder}/x.model")
+    return f"{folder}/x.model"
+
+
+@pytest.mark.parametrize("block", [1, 30, 1 << 20])
+@pytest.mark.parametrize("tags", [True, False], ids=["tags", "no tags"])
+@pytest.mark.parametrize("kind", ["bytes", "sentencepiece"])
+def test_a_set_holds_each_conversation_as_the_template_encodes_it(monkeypatch, trained, kind, tags, block):
+    monkeypatch.setattr(prepare, "BLOCK", block)
+    name = trained if kind == "sentencepiece" else "bytes"
+    tokenizer, rows = load_tokenizer(name), CHATS + [[user(text), assistant(text[:9])] for text in CORPUS]
+    write_rows("a.jsonl", rows)
+    meta = make_chat("a.jsonl", tokenizer=name, answer_tags=tags)
+    expected = encoded(rows, tokenizer, tags)
+    assert chats() == expected and np.load("set/train.npy").dtype == np.uint16
+    sha = meta["splits"]["train"].pop("sha256")
+    assert meta["splits"] == {"train": dict(
+        conversations=len(rows), tokens=sum(len(ids) for ids, _ in expected),
+        targets=sum(sum(counts) for _, counts in expected), longest=max(len(ids) for ids, _ in expected))}
+    assert (meta["kind"], meta["left_out"], meta["data_fingerprint"]) == ("chat", {}, sha[:16])
+    assert (meta["vocab_size"], meta["end"], meta["pad"]) == (
+        tokenizer.vocab_size, tokenizer.end, tokenizer.pad)
+    assert meta["fingerprint"] == load_tokenizer("set").fingerprint == tokenizer.fingerprint
+    tokens, targets, mask, _ = ChatData("set", "train", 256, 100).batch(0)
+    assert targets[mask].unique().tolist() == sorted({i for ids, counts in expected
+                                                      for i, learn in zip(ids, counts) if learn})
+
+
+def test_the_fingerprint_of_conversations_follows_their_tokens_and_borders():
+    write_rows("a.jsonl", CHATS)
+    write_rows("two.jsonl", [CHATS[0], CHATS[1]])
+    write_rows("one.jsonl", [CHATS[0] + CHATS[1]])                     # the same ids, divided otherwise
+    cases = itertools.product(["a.jsonl", "two.jsonl", "one.jsonl"], [False, True])
+    marks = [make_chat(path, out=f"set{i}", answer_tags=tags)["data_fingerprint"]
+             for i, (path, tags) in enumerate(cases)]
+    assert len(set(marks)) == 6 and ids_of(out="set3") == ids_of(out="set5")
+    assert make_chat("a.jsonl", out="again")["data_fingerprint"] == marks[1]
+
+
+def test_conversations_with_ids_above_65535_survive():
+    tokens = [bytes([b]) for b in range(256)] + [bytes([i >> 8, i & 255]) for i in range(2**16 - 256)]
+    Path("x.tiktoken").write_bytes(b"".join(base64.b64encode(t) + b" %d\n" % i for i, t in enumerate(tokens)))
+    write_rows("a.jsonl", CHATS)
+    make_chat("a.jsonl", tokenizer="x.tiktoken:gpt2")
+    assert chats() == encoded(CHATS, load_tokenizer("x.tiktoken:gpt2"))
+    assert np.load("set/train.npy").dtype == np.uint32 and np.load("set/train.npy").max() > 65_535
+
+
+def test_rows_of_both_forms_files_and_globs_come_in_order_and_once():
+    write_rows("b1.jsonl", [CHATS[0], {"messages": CHATS[1], "id": 3}])
+    write_rows("b2.jsonl.gz", [{"messages": CHATS[2]}])
+    Path("a.jsonl").write_bytes(b"\n" + json.dumps(CHATS[3]).encode() + b"\r\n \n"
+                                + json.dumps({"messages": CHATS[4]}).encode())   # no newline at the end
+    make_chat("b1.jsonl", "b*.jsonl*", "*.jsonl", "b2.jsonl.gz")
+    assert chats() == encoded(CHATS)
+
+
+def test_conversations_are_encoded_a_block_at_a_time(monkeypatch):
+    sizes = []
+
+    def spy(tokenizer, conversations, *options):
+        sizes.append(sum(len(message["content"]) for messages in conversations for message in messages))
+        return encode_chat(tokenizer, conversations, *options)
+    monkeypatch.setattr(prepare, "BLOCK", 1000)
+    monkeypatch.setattr(prepare, "encode_chat", spy)
+    write_rows("a.jsonl", [[user("x" * 300), assistant("y" * 100)]] * 50)
+    assert make_chat("a.jsonl")["splits"]["train"]["conversations"] == 50
+    assert sum(sizes) == 50 * 400 and max(sizes) < 1000 + 400
+
+
+# -----------------------------------------------------------------------------
+# conversations: rows of two texts, validation split
+
+def test_fields_make_a_conversation_of_two_texts():
+    write_rows("a.jsonl", [{"question": f"q{i}", "answer": f"a{i}", "messages": 3} for i in range(3)])
+    make_chat("a.jsonl", fields=("question", "answer"))
+    assert chats() == encoded([[user(f"q{i}"), assistant(f"a{i}")] for i in range(3)])
+
+
+@pytest.mark.parametrize("row", [{"question": "q"}, {"question": "q", "answer": None}, ["q", "a"], CHATS[0],
+                                 {"messages": CHATS[0]}], ids=str)
+def test_rows_without_the_fields_are_malformed(row):
+    write_rows("a.jsonl", [{"question": "q", "answer": "a"}, row])
+    message = refusal("a.jsonl", make=make_chat, fields=("question", "answer"))
+    assert message.startswith("a.jsonl:2: expected texts question and answer, got ")
+    meta = make_chat("a.jsonl", fields=("question", "answer"), bad_rows="skip")
+    assert meta["left_out"] == {"malformed": 1} and chats() == encoded([[user("q"), assistant("a")]])
+
+
+@pytest.mark.parametrize("fields", [("question",), ("system", "question", "answer")])
+def test_fields_are_two(fields):
+    write_rows("a.jsonl", CHATS)
+    assert refusal("a.jsonl", make=make_chat, fields=fields) == \
+        f"--fields={','.join(fields)}: two names, the user's text and the assistant's"
+
+
+def test_val_frac_holds_out_whole_conversations_and_loses_none():
+    rows = [[user(f"number {i}"), assistant("x" * (i % 7))] for i in range(400)]
+    write_rows("a.jsonl", rows[:300])
+    write_rows("b.jsonl.gz", rows[300:])
+    meta = make_chat("a.jsonl", "b.jsonl.gz", val_frac=0.25)
+    expected, train, val = encoded(rows), chats("train"), chats("val")
+    assert train == [chat for chat in expected if chat not in val]             # each is in one of them, once,
+    assert val == [chat for chat in expected if chat not in train]             # in order
+    assert [len(train), len(val)] == [meta["splits"][split]["conversations"] for split in ("train", "val")]
+    assert len(train) + len(val) == 400 and abs(len(val) - 100) < 35           # four standard deviations
+    make_chat("a.jsonl", "b.jsonl.gz", val_frac=0.25, out="again")
+    assert chats("val", "again") == val
+    make_chat("a.jsonl", "b.jsonl.gz", val_frac=0.25, seed=1, out="other")
+    assert chats("val", "other") != val
+
+
+def test_val_input_of_conversations_is_kept_apart():
+    write_rows("a.jsonl", CHATS[:3])
+    write_rows("v.jsonl", CHATS[3:])
+    assert "v.jsonl is in --input too" in refusal("*.jsonl", make=make_chat, val_input=("v.jsonl",))
+    meta = make_chat("a.jsonl", val_input=("v.jsonl",))
+    assert (chats("train"), chats("val")) == (encoded(CHATS[:3]), encoded(CHATS[3:]))
+    assert [meta["splits"][split]["conversations"] for split in ("train", "val")] == [3, 2]
+
+
+@pytest.mark.parametrize("rows, val_frac, message", [
+    ([], 0.0, "--input: no text left to train on"),
+    (CHATS[:1], 0.999, "--input: no text left to train on, everything went to validation; lower --val_frac"),
+    (CHATS[:2], 0.001, "--val_frac=0.001: none of the 2 conversations was drawn for validation; raise it, or "
+                       "name files with --val_input"),
+])
+def test_a_split_of_no_conversations_is_refused(rows, val_frac, message):
+    write_rows("a.jsonl", rows)
+    assert refusal("a.jsonl", make=make_chat, val_frac=val_frac) == message
+
+
+def test_a_file_of_another_kind_holds_no_conversations():
+    for name in ("a.txt", "a.npy", "a.jsonl.zip"):
+        Path(name).write_bytes(b"x")
+        assert refusal(name, make=make_chat).startswith(f"--input={name}: expected .jsonl ")
+
+
+# -----------------------------------------------------------------------------
+# conversations that are left out
+
+def chat_line(*messages):
+    return json.dumps(messages).encode()
+
+
+BAD_CHATS = {
+    **{name: BAD_LINES[name] for name in ("no json", "truncated", "not UTF-8", "nested too deep")},
+    "number": b"3", "null": b"null", "string": b'"text"', "empty list": b"[]", "strings": b'["a", "b"]',
+    "a message": json.dumps(user("a")).encode(), "no messages": b'{"text": "a"}',
+    "empty messages": b'{"messages": []}', "messages of text": b'{"messages": "a"}',
+    "no content": chat_line(user("a"), {"role": "assistant"}), "no role": chat_line({"content": "a"}),
+    "null content": chat_line(user(None), assistant("b")),
+    "content in parts": chat_line(user([{"type": "text", "text": "a"}]), assistant("b")),
+    "lone surrogate": chat_line(user("\ud800"), assistant("b")),
+    "unknown role": chat_line(user("a"), {"role": "tool", "content": "b"}, assistant("c")),
+    "list as role": chat_line({"role": ["user"], "content": "a"}, assistant("b")),
+    "user thinks": chat_line({**user("a"), "think": "b"}, assistant("c")),
+    "number as think": chat_line(user("a"), assistant("b", think=3)),
+}
+NO_REPLY = {"user only": chat_line(user("a")), "system only": b'[{"role": "system", "content": "a"}]',
+            "user in messages": json.dumps({"messages": [user("a"), user("b")]}).encode()}
+NO_REPLY_REASON = "without an assistant turn"
+LEFT_OUT = [pytest.param(line, reason, id=name)
+            for lines, reason in ((BAD_CHATS, "malformed"), (NO_REPLY, NO_REPLY_REASON))
+            for name, line in lines.items()]
+
+
+@pytest.mark.parametrize("line, reason", LEFT_OUT)
+def test_a_bad_conversation_is_refused_with_file_and_line_or_left_out(capsys, line, reason):
+    first, last = (json.dumps(row).encode() for row in CHATS[:2])
+    Path("a.jsonl").write_bytes(first + b"\n\n" + line + b"\n" + last + b"\n")
+    message = refusal("a.jsonl", make=make_chat)
+    assert message.startswith("a.jsonl:3: ") and "--bad_rows=skip" in message and len(message) < 250
+    meta = make_chat("a.jsonl", bad_rows="skip")
+    assert meta["left_out"] == {reason: 1} and chats() == encoded(CHATS[:2])
+    assert capsys.readouterr().out.startswith(f"left out 1 {reason}: a.jsonl:3\nset/train.npy: 2 conv")
+
+
+def test_no_conversation_disappears_without_being_counted(capsys):
+    """Lines of every sort, in two files and two splits: what is kept and what is left out make them all."""
+    lines = [json.dumps(row).encode() for row in CHATS] * 10 + [*BAD_CHATS.values(), *NO_REPLY.values()] * 2
+    np.random.default_rng(0).shuffle(lines)
+    Path("a.jsonl").write_bytes(b"\n".join(lines[:40]))
+    Path("b.jsonl").write_bytes(b"\n".join(lines[40:]))
+    meta = make_chat("a.jsonl", "b.jsonl", bad_rows="skip", max_len=25, long_rows="skip", val_frac=0.3)
+    kept = sum(counts["conversations"] for counts in meta["splits"].values())
+    assert len(chats("train")) + len(chats("val")) == kept
+    assert sorted(chats("train") + chats("val")) == sorted(
+        chat for chat in encoded(CHATS) * 10 if len(chat[0]) <= 25)
+    too_long = 10 * sum(len(ids) > 25 for ids, _ in encoded(CHATS))
+    assert meta["left_out"] == {"malformed": 2 * len(BAD_CHATS), NO_REPLY_REASON: 2 * len(NO_REPLY),
+                                "longer than 25 tokens": too_long}
+    assert kept + sum(meta["left_out"].values()) == len(lines) and kept and too_long
+    places = {f"{name}:{number}": line for name, part in (("a.jsonl", lines[:40]), ("b.jsonl", lines[40:]))
+              for number, line in enumerate(part, 1)}
+    first = [place for place, line in places.items() if line in BAD_CHATS.values()][:5]
+    assert f"left out {2 * len(BAD_CHATS)} malformed: {', '.join(first)}, ...\n" in capsys.readouterr().out
+
+
+# -----------------------------------------------------------------------------
+# long conversations
+
+LONG = [[user("a"), assistant("x" * n)] for n in (11, 12, 13, 41)]     # 18, 19, 20 and 48 tokens
+LATE = [[user("a" * n), assistant("x")] for n in (14, 15)]             # replies from token 18 and 19 on
+
+
+@pytest.mark.parametrize("long_rows", ["error", "skip", "cut"])
+def test_a_conversation_of_just_max_len_tokens_stays_whole(capsys, long_rows):
+    write_rows("a.jsonl", LONG[:2])
+    meta = make_chat("a.jsonl", max_len=19, long_rows=long_rows)
+    assert chats() == encoded(LONG[:2]) and meta["left_out"] == {}
+    assert capsys.readouterr().out.startswith("set/train.npy: 2 conversations of up to 19 tokens, 37 in all")
+
+
+def test_a_longer_conversation_is_refused_with_file_line_and_length():
+    write_rows("a.jsonl", LONG)
+    assert refusal("a.jsonl", make=make_chat, max_len=19) == \
+        "a.jsonl:3: 20 tokens, more than --max_len=19; raise it, or leave such rows out with " \
+        "--long_rows=skip, or --long_rows=cut"
+
+
+def test_longer_conversations_can_be_left_out_and_are_counted(capsys):
+    write_rows("a.jsonl", LONG + LATE)
+    meta = make_chat("a.jsonl", max_len=18, long_rows="skip")
+    assert chats() == encoded(LONG[:1]) and meta["left_out"] == {"longer than 18 tokens": 5}
+    assert capsys.readouterr().out.startswith(
+        "left out 5 longer than 18 tokens: a.jsonl:2, a.jsonl:3, a.jsonl:4, a.jsonl:5, a.jsonl:6\n")
+
+
+def test_longer_conversations_can_be_cut_and_go_where_no_reply_is_left(capsys):
+    write_rows("a.jsonl", LONG + LATE)
+    meta = make_chat("a.jsonl", max_len=18, long_rows="cut", answer_tags=False)
+    whole = encoded(LONG + LATE, answer_tags=False)                    # 16, 17, 18, 46, 19 and 20 tokens
+    assert chats() == [(ids[:18], counts[:18]) for ids, counts in whole[:5]]
+    assert whole[4][1][:18] == [False] * 17 + [True] and not any(whole[5][1][:18])
+    assert meta["left_out"] == {"without a reply in the first 18 tokens": 1}
+    assert meta["splits"]["train"]["longest"] == 18
+    assert meta["splits"]["train"]["targets"] == sum(sum(counts[:18]) for _, counts in whole)
+    assert capsys.readouterr().out.startswith(
+        "2 cut to 18 tokens: a.jsonl:4, a.jsonl:5\n"
+        "left out 1 without a reply in the first 18 tokens: a.jsonl:6\n")
+
+
+# -----------------------------------------------------------------------------
+# conversations: whole or not at all
+
+MANY = [[user("question " * 9), assistant(f"answer {i} " * 9)] for i in range(300)]
+
+
+def at_call(n, action):
+    """ExampleWriter.add that does its work n times, and then the action."""
+    calls, add = itertools.count(), prepare.ExampleWriter.add
+
+    def wrapped(*args):
+        if next(calls) == n:
+            action()
+        add(*args)
+    return wrapped
+
+
+def test_an_existing_set_of_conversations_is_never_touched():
+    write_rows("a.jsonl", CHATS)
+    make_chat("a.jsonl")
+    before = snapshot("set")
+    with pytest.raises(UserError, match="^--out_dir=set: already there; remove it or choose another$"):
+        make_chat("a.jsonl")
+    assert snapshot("set") == before and not Path("set.partial").exists()
+
+
+@pytest.mark.parametrize("moment", ["the middle", "ExampleWriter.close", "json.dump", "os.rename"])
+def test_a_killed_run_leaves_no_set_of_conversations_and_the_next_one_works(monkeypatch, moment):
+    write_rows("a.jsonl", MANY)
+    with monkeypatch.context() as patch:
+        if moment == "the middle":
+            patch.setattr(prepare.ExampleWriter, "add", at_call(200, die))
+        else:
+            patch.setattr(f"prepare.{moment}", die)
+        child = multiprocessing.get_context("fork").Process(target=make_chat, args=("a.jsonl",))
+        child.start()
+        child.join()
+    assert child.exitcode == -signal.SIGKILL
+    assert sorted(os.listdir()) == ["a.jsonl", "set.partial"] and Path("set.partial/train.npy").stat().st_size
+    make_chat("a.jsonl")
+    make_chat("a.jsonl", out="fresh")
+    assert chats() == encoded(MANY) and sorted(os.listdir("set")) == sorted(os.listdir("fresh"))
+    assert sorted(os.listdir()) == ["a.jsonl", "fresh", "set"]
+
+
+@pytest.mark.parametrize("error, shown, message", [
+    (KeyboardInterrupt(), KeyboardInterrupt, ""), (RuntimeError("a mistake"), RuntimeError, "a mistake"),
+    (OSError(errno.ENOSPC, "No space left on device"), UserError, "set: No space left on device"),
+], ids=["Ctrl-C", "mistake", "disk full"])
+def test_a_run_that_fails_midway_leaves_nothing_and_the_next_one_works(monkeypatch, error, shown, message):
+    def fail():
+        raise error
+    write_rows("a.jsonl", MANY)
+    with monkeypatch.context() as patch, pytest.raises(shown) as caught:
+        patch.setattr(prepare.ExampleWriter, "add", at_call(200, fail))
+        make_chat("a.jsonl")
+    assert str(caught.value) == message and os.listdir() == ["a.jsonl"]
+    make_chat("a.jsonl")
+    assert chats() == encoded(MANY)
+
+
+@pytest.mark.parametrize("last, message", [
+    (b"not JSON\n", "a.jsonl.gz:301: not JSON "), (b"", "a.jsonl.gz: damaged or truncated (")])
+def test_a_bad_end_of_a_long_file_leaves_nothing(last, message):
+    content = gzip.compress("".join(json.dumps(row) + "\n" for row in MANY).encode() + last)
+    Path("a.jsonl.gz").write_bytes(content if last else content[:-20])
+    assert refusal("a.jsonl.gz", make=make_chat).startswith(message)
+
+
+def test_conversations_on_a_full_disk_end_with_one_line_and_leave_nothing():
+    write_rows("a.jsonl", [[user("x"), assistant("x" * 100_000)]])
+    limit = 100_000                                    # bytes a file may have: more fails as on a full disk
+    result = run("data/prepare.py", "chat", f"--input={os.getcwd()}/a.jsonl", f"--out_dir={os.getcwd()}/set",
+                 check=False, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == f"error: {os.getcwd()}/set: File too large\n"
+    assert os.listdir() == ["a.jsonl"]
+
+
+def test_conversations_are_prepared_from_the_command_line(folder):
+    write_rows("a.jsonl", [{"question": "q", "answer": "a" * n} for n in (1, 99)] + [{"question": "q"}])
+    out = run("data/prepare.py", "chat", f"--input={folder}/a.jsonl", f"--out_dir={folder}/set",
+              "--fields=question,answer", "--answer_tags=false", "--bad_rows=skip", "--max_len=20",
+              "--long_rows=skip").stdout
+    assert out == (f"left out 1 malformed: {folder}/a.jsonl:3\n"
+                   f"left out 1 longer than 20 tokens: {folder}/a.jsonl:2\n"
+                   f"{folder}/set/train.npy: 1 conversations of up to 6 tokens, 6 in all, 2 to learn, "
+                   "vocabulary of 266\n")
+    assert chats() == encoded([[user("q"), assistant("a")]], answer_tags=False)
+
+
+# -----------------------------------------------------------------------------
 # the command line
 
 def test_without_arguments_it_says_how_it_is_used():
@@ -593,7 +980,7 @@ def test_without_arguments_it_says_how_it_is_used():
 
 
 def test_a_mistake_ends_with_exit_code_2_and_one_line_and_leaves_nothing(folder):
-    (folder / "bad.jsonl").write_text('{"text": "good"}\nbad\n')
+    (folder / "bad.jsonl").write_text('{"text": "good"}\n{"txt": "bad"}\n')
     (folder / "bad.csv").write_text("a,b\n")
     (folder / "bad.pkl").write_bytes(pickle.dumps([Payload()]))
     for args, message in [
@@ -608,3 +995,24 @@ def test_a_mistake_ends_with_exit_code_2_and_one_line_and_leaves_nothing(folder)
         assert (result.returncode, result.stdout) == (2, "")
         assert result.stderr.startswith("error: " + message) and result.stderr.count("\n") == 1
     assert sorted(os.listdir()) == ["bad.csv", "bad.jsonl", "bad.pkl"] and not (ROOT / "ran").exists()
+
+
+def test_a_negative_limit_and_validation_files_of_nothing_are_refused(tmp_path):
+    write_rows("a.jsonl", CHATS)
+    assert refusal("a.jsonl", make=make_chat, max_len=-1).startswith("--max_len=-1: expected a number")
+    Path("empty.jsonl").write_text("")
+    assert "--val_input=empty.jsonl: no conversations" in refusal("a.jsonl", make=make_chat,
+                                                                  val_input=("empty.jsonl",))
+    Path("t.txt").write_text("some text")
+    Path("v.txt").write_text("")
+    assert "--val_input=v.txt: no documents" in refusal("t.txt", val_input=("v.txt",))
+
+
+def test_thoughts_count_for_how_much_is_held_at_once(monkeypatch):
+    monkeypatch.setattr(prepare, "BLOCK", 1000)
+    sizes, encode = [], prepare.encode_chat
+    monkeypatch.setattr(prepare, "encode_chat", lambda tokenizer, chats, *rest: sizes.append(len(chats)) or
+                        encode(tokenizer, chats, *rest))
+    write_rows("a.jsonl", [[user(""), {**assistant(""), "think": "x" * 500}]] * 20)
+    make_chat("a.jsonl")
+    assert max(sizes) == 2 and sum(sizes) == 20

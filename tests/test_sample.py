@@ -1,4 +1,6 @@
 """sample.py as a person uses it: streaming, several samples, standard input, a prompt loop, mistakes."""
+import json
+
 import pytest
 from conftest import run
 
@@ -67,3 +69,63 @@ def test_mistakes_are_answered_by_one_line(model_run, options, message):
     result = sample(model_run, *options, check=False)
     assert result.returncode == 2 and message in result.stderr, result.stderr
     assert result.stderr.count("\n") == 1
+
+
+# -----------------------------------------------------------------------------
+# chat
+
+@pytest.fixture(scope="module")
+def chat_run(tmp_path_factory):
+    """A model that knows a few conversations by heart: what it says depends on what was said before."""
+    def user(text):
+        return {"role": "user", "content": text}
+
+    def assistant(text, **think):
+        return {"role": "assistant", "content": text, **think}
+    folder = tmp_path_factory.mktemp("chat")
+    chats = [[user("Ann"), assistant("hello"), user("who?"), assistant("Ann")],
+             [user("Bob"), assistant("hello"), user("who?"), assistant("Bob")],
+             [user("who?"), assistant("nobody", think="hm")],
+             [{"role": "system", "content": "loud"}, user("who?"), assistant("NOBODY")]]
+    (folder / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+    run("data/prepare.py", "chat", f"--input={folder}/chats.jsonl", f"--out_dir={folder}/set")
+    run("train_sft.py", f"--data_dir={folder}/set", f"--out_dir={folder}/run", "--num_steps=150",
+        "--seq_len=64", "--batch_size=2", "--eval_seqs=0", "--lr=1e-2", "--warmup_steps=5", "--device=cpu",
+        "--model.n_layer=2", "--model.n_head=2", "--model.n_embd=32")
+    return folder / "run"
+
+
+def chat(chat_run, *options, **kwargs):
+    return run("sample.py", f"--init_from={chat_run}", "--chat=true", "--device=cpu", "--temperature=0",
+               "--max_new_tokens=30", *options, **kwargs)
+
+
+def test_a_conversation_is_remembered_until_reset(chat_run):
+    said = chat(chat_run, input="Ann\nwho?\n/reset\nwho?\n/reset\nBob\nwho?\n\nnever read\n").stdout
+    replies = [reply.strip() for reply in said.split("you> ")[1:]]
+    assert replies == ["hello", "Ann", "(forgotten)", "nobody", "(forgotten)", "hello", "Bob", ""]
+
+
+def test_a_prompt_is_answered_once_and_a_system_message_counts(chat_run):
+    assert chat(chat_run, "--prompt=who?").stdout == "nobody\n"
+    assert chat(chat_run, "--prompt=who?", "--system=loud").stdout == "NOBODY\n"
+    assert chat(chat_run, "--prompt=who?", "--stream=false").stdout == "nobody\n"
+    assert chat(chat_run, "--prompt=-", input="who?\n").stdout == "nobody\n"
+
+
+def test_thoughts_and_tags_are_shown_on_request(chat_run):
+    shown = chat(chat_run, "--prompt=who?", "--show_tags=true").stdout
+    assert shown == "<think>hm</think><answer>nobody</answer>\n"
+
+
+def test_a_long_conversation_forgets_its_oldest_turns(chat_run):
+    """A context of 64 bytes, half of it for the reply: the first turns are gone, the last question is not."""
+    said = chat(chat_run, input="Ann\n" + "who?\n" * 6).stdout
+    assert said.count("you> ") == 8 and "error" not in said
+
+
+def test_a_message_that_does_not_fit_is_an_error_and_the_conversation_goes_on(chat_run):
+    result = chat(chat_run, "--prompt=" + "x" * 60, check=False)
+    assert result.returncode == 2 and "leave too little of the model's context of 64" in result.stderr
+    result = chat(chat_run, input="x" * 60 + "\nwho?\n")
+    assert "leave too little" in result.stderr and "nobody" in result.stdout

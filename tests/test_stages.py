@@ -18,18 +18,40 @@ from conftest import ROOT, run
 TIMINGS = {"ms", "tok_per_s", "mfu"}
 TINY = ["--model.n_layer=2", "--model.n_head=2", "--model.n_kv_head=1", "--model.n_embd=16", "--seq_len=32",
         "--batch_size=8", "--warmup_steps=5", "--lr=1e-2", "--eval_seqs=20", "--log_every=1", "--device=cpu"]
-# stage -> how to run it on the small token set
-STAGES = {"train_pretrain.py": TINY}
+# stage -> how to run it on a small set: the fixture that makes the set, options
+STAGES = {"train_pretrain.py": ("token_set", TINY),
+          "train_sft.py": ("chat_set", [*TINY, "--seq_len=150"])}  # longer than what a dense mask is used for
+# options that change what a step computes: of every stage once, and of one stage
+VARIANTS = [("train_pretrain.py", ["--doc_mask=true"]), ("train_pretrain.py", ["--optimizer=muon"]),
+            ("train_pretrain.py", ["--optimizer=lion", "--lr=5e-3"]),
+            ("train_pretrain.py", ["--dtype=float16"]), ("train_pretrain.py", ["--param_dtype=bfloat16"]),
+            ("train_sft.py", ["--mask_prompt=false"]),
+            *((script, options) for script in STAGES for options in (
+                ["--activation_checkpointing=true", "--model.attn_dropout=0.1"],
+                ["--critical_ids=97,49", "--critical_alpha=3"]))]
+
+
+def make_stage(script, request, folder):
+    """start(out, *options, ranks=1) -> the finished process; the run directory is tmp_path / out"""
+    fixture, tiny = STAGES[script]
+    data = request.getfixturevalue(fixture)
+
+    def start(out, *options, ranks=1, check=True, **kwargs):
+        return run(script, *tiny, f"--data_dir={data}", f"--out_dir={folder / out}", *options, ranks=ranks,
+                   check=check, **kwargs)
+    start.script, start.folder, start.data, start.options = script, folder, data, tiny
+    return start
 
 
 @pytest.fixture(params=STAGES)
-def stage(request, token_set, tmp_path):
-    """start(out, *options, ranks=1) -> the finished process; the run directory is tmp_path / out"""
-    def start(out, *options, ranks=1, check=True, **kwargs):
-        return run(request.param, *STAGES[request.param], f"--data_dir={token_set}",
-                   f"--out_dir={tmp_path / out}", *options, ranks=ranks, check=check, **kwargs)
-    start.script, start.folder, start.data = request.param, tmp_path, token_set
-    return start
+def stage(request, tmp_path):
+    return make_stage(request.param, request, tmp_path)
+
+
+@pytest.fixture
+def one_stage(request, tmp_path):
+    """For what rests on the blocks that test_layout.py finds equal in every stage."""
+    return make_stage("train_pretrain.py", request, tmp_path)
 
 
 def records(folder):
@@ -62,7 +84,7 @@ def start_and_signal(stage, out, *options, number, ranks=1, when):
     """Start a run, send it a signal once metrics.jsonl has `when` lines -> exit code, stderr"""
     launcher = [sys.executable] if ranks == 1 else [
         sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    process = subprocess.Popen([*launcher, stage.script, *STAGES[stage.script], f"--data_dir={stage.data}",
+    process = subprocess.Popen([*launcher, stage.script, *stage.options, f"--data_dir={stage.data}",
                                 f"--out_dir={stage.folder / out}", *options], cwd=ROOT,
                                env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True,
                                stderr=subprocess.PIPE, text=True, stdout=subprocess.DEVNULL)
@@ -85,16 +107,22 @@ def start_and_signal(stage, out, *options, number, ranks=1, when):
 
 def test_it_overfits_one_batch(stage):
     stage("run", "--num_steps=120", "--schedule=constant", "--eval_every=0", "--num_epochs=0", "--seed=1",
-          "--batch_size=2", "--seq_len=16", f"--data_dir={small_set(stage.folder)}", "--eval_seqs=0")
+          "--batch_size=2", "--seq_len=16", f"--data_dir={small_set(stage)}", "--eval_seqs=0")
     curve = losses(stage.folder / "run")
     assert curve[0] > 5 and max(curve[-4:]) < 0.1
 
 
-def small_set(folder):
-    """33 bytes: two windows of 16"""
-    (folder / "small.txt").write_text("abcdefghijklmnopqrstuvwxyz012345")
-    run("data/prepare.py", "text", f"--input={folder}/small.txt", f"--out_dir={folder}/small")
-    return folder / "small"
+def small_set(stage):
+    """Two rows of 16"""
+    if stage.script == "train_pretrain.py":
+        command, name, text = "text", "small.txt", "abcdefghijklmnopqrstuvwxyz012345"
+    else:
+        command, name = "chat", "small.jsonl"
+        text = "".join(json.dumps([dict(role="user", content=q), dict(role="assistant", content=a)]) + "\n"
+                       for q, a in (("ab", "cdefg"), ("12", "34567")))
+    (stage.folder / name).write_text(text)
+    run("data/prepare.py", command, f"--input={stage.folder}/{name}", f"--out_dir={stage.folder}/small")
+    return stage.folder / "small"
 
 
 def test_losses_and_weights_do_not_depend_on_the_layout(stage):
@@ -118,36 +146,33 @@ def test_losses_and_weights_do_not_depend_on_the_layout(stage):
         assert max((weights[k] - reference[k]).abs().max().item() for k in reference) < 1e-4
 
 
-def test_three_ranks_and_a_checkpoint_that_changes_layout(stage):
+def test_three_ranks_and_a_checkpoint_that_changes_layout(one_stage):
     """1 rank straight = 2 ranks with ZeRO-1, then 1 rank, then 3 ranks with ZeRO-1."""
     def start(out, steps, *options, **kwargs):
-        stage(out, f"--num_steps={steps}", "--eval_every=0", "--batch_size=6", "--schedule=constant",
+        one_stage(out, f"--num_steps={steps}", "--eval_every=0", "--batch_size=6", "--schedule=constant",
               *options, **kwargs)
     start("straight", 18)
     start("moving", 6, "--zero1=true", ranks=2)
-    assert len(list((stage.folder / "moving/step_000006").glob("optimizer_*"))) == 2
+    assert len(list((one_stage.folder / "moving/step_000006").glob("optimizer_*"))) == 2
     start("moving", 12, "--resume=true")
-    assert len(list((stage.folder / "moving/step_000012").glob("optimizer_*"))) == 1
+    assert len(list((one_stage.folder / "moving/step_000012").glob("optimizer_*"))) == 1
     start("moving", 18, "--resume=true", "--zero1=true", ranks=3)
-    assert_same_curve(stage.folder / "straight", stage.folder / "moving")
+    assert_same_curve(one_stage.folder / "straight", one_stage.folder / "moving")
 
 
-def test_state_of_a_zero1_rank_is_one_nth(stage):
+def test_state_of_a_zero1_rank_is_one_nth(one_stage):
     def state_bytes(result):
         return int(re.search(r"([\d,]+) bytes of optimizer state", result.stdout)[1].replace(",", ""))
-    whole = state_bytes(stage("one", "--num_steps=1"))
-    shard = state_bytes(stage("two", "--num_steps=1", "--zero1=true", ranks=2))
-    assert whole == sum(2 * 4 * w.numel() for w in final_weights(stage.folder / "one").values())
+    whole = state_bytes(one_stage("one", "--num_steps=1"))
+    shard = state_bytes(one_stage("two", "--num_steps=1", "--zero1=true", ranks=2))
+    assert whole == sum(2 * 4 * w.numel() for w in final_weights(one_stage.folder / "one").values())
     assert whole / 2 <= shard < whole / 2 + 100               # padding to a multiple of the ranks
 
 
-@pytest.mark.parametrize("options", [
-    ["--doc_mask=true"], ["--activation_checkpointing=true"], ["--model.attn_dropout=0.1"],
-    ["--optimizer=muon"], ["--optimizer=lion", "--lr=5e-3"], ["--dtype=float16"], ["--param_dtype=bfloat16"],
-    ["--critical_ids=97,101", "--critical_alpha=3"]],
-    ids=lambda options: options[0].lstrip("-").split("=")[0] + "=" + options[0].split("=")[1])
-def test_options_learn_and_resume_bit_for_bit(stage, options):
+@pytest.mark.parametrize("script, options", VARIANTS, ids=lambda x: x if isinstance(x, str) else x[0][2:])
+def test_options_learn_and_resume_bit_for_bit(script, options, request, tmp_path):
     """Stopping after 10 of 20 steps and resuming gives the same numbers as 20 steps in one go."""
+    stage = make_stage(script, request, tmp_path)
     common = ["--eval_every=5", "--save_every=10", "--schedule=constant", *options]
     stage("straight", "--num_steps=20", *common)
     stage("halves", "--num_steps=10", *common)
@@ -158,12 +183,12 @@ def test_options_learn_and_resume_bit_for_bit(stage, options):
     assert same_weights(stage.folder / "straight", stage.folder / "halves")
 
 
-def test_activation_checkpointing_and_compile_change_nothing(stage):
-    stage("plain", "--num_steps=4")
-    stage("recomputed", "--num_steps=4", "--activation_checkpointing=true")
-    stage("compiled", "--num_steps=4", "--compile=true")
-    assert losses(stage.folder / "plain") == losses(stage.folder / "recomputed")
-    assert_same_curve(stage.folder / "plain", stage.folder / "compiled")
+def test_activation_checkpointing_and_compile_change_nothing(one_stage):
+    one_stage("plain", "--num_steps=4")
+    one_stage("recomputed", "--num_steps=4", "--activation_checkpointing=true")
+    one_stage("compiled", "--num_steps=4", "--compile=true")
+    assert losses(one_stage.folder / "plain") == losses(one_stage.folder / "recomputed")
+    assert_same_curve(one_stage.folder / "plain", one_stage.folder / "compiled")
 
 
 # -----------------------------------------------------------------------------
@@ -187,17 +212,17 @@ def test_kill_9_and_resume_equals_the_uninterrupted_run_bit_for_bit(stage, ranks
 
 
 @pytest.mark.parametrize("number, ranks", [(signal.SIGTERM, 1), (signal.SIGINT, 1), (signal.SIGTERM, 2)])
-def test_a_signal_finishes_the_step_and_saves(stage, number, ranks):
+def test_a_signal_finishes_the_step_and_saves(one_stage, number, ranks):
     options = ["--num_steps=100000", "--save_every=0", "--eval_every=0", "--schedule=constant"]
-    code, stderr = start_and_signal(stage, "stopped", *options, number=number, when=10, ranks=ranks)
+    code, stderr = start_and_signal(one_stage, "stopped", *options, number=number, when=10, ranks=ranks)
     if ranks == 1:
         assert code == 0
     assert "finishing this step" in stderr and "Traceback" not in stderr.split("torch/distributed")[0]
-    saved = max((stage.folder / "stopped").glob("step_*"))
+    saved = max((one_stage.folder / "stopped").glob("step_*"))
     step = int(saved.name[5:])
-    assert step >= 10 and len(losses(stage.folder / "stopped")) == step
-    stage("stopped", *options[1:], f"--num_steps={step + 3}", "--resume=true", ranks=ranks)
-    assert len(losses(stage.folder / "stopped")) == step + 3
+    assert step >= 10 and len(losses(one_stage.folder / "stopped")) == step
+    one_stage("stopped", *options[1:], f"--num_steps={step + 3}", "--resume=true", ranks=ranks)
+    assert len(losses(one_stage.folder / "stopped")) == step + 3
 
 
 def test_evaluation_and_samples_do_not_change_training(stage):
@@ -210,32 +235,32 @@ def test_evaluation_and_samples_do_not_change_training(stage):
     assert len(samples) == 2 * 13 and sum(len(s["text"]) > 0 for s in samples) > 20  # "" = end token at once
 
 
-def test_a_damaged_checkpoint_is_passed_over(stage):
+def test_a_damaged_checkpoint_is_passed_over(one_stage):
     options = ["--num_steps=20", "--save_every=5", "--eval_every=0"]
-    stage("straight", *options)
-    stage("damaged", *options[1:], "--num_steps=20")
-    path = stage.folder / "damaged/step_000020/model.pt"
+    one_stage("straight", *options)
+    one_stage("damaged", *options[1:], "--num_steps=20")
+    path = one_stage.folder / "damaged/step_000020/model.pt"
     path.write_bytes(path.read_bytes()[:-100])
-    result = stage("damaged", *options, "--resume=true")
+    result = one_stage("damaged", *options, "--resume=true")
     assert "step_000020: damaged checkpoint, model.pt" in result.stderr and "from step 15" in result.stdout
-    assert records(stage.folder / "damaged") == records(stage.folder / "straight")
-    assert same_weights(stage.folder / "damaged", stage.folder / "straight")
+    assert records(one_stage.folder / "damaged") == records(one_stage.folder / "straight")
+    assert same_weights(one_stage.folder / "damaged", one_stage.folder / "straight")
 
 
-def test_a_full_disk_costs_nothing_that_was_saved(stage):
+def test_a_full_disk_costs_nothing_that_was_saved(one_stage):
     import resource
     options = ["--save_every=4", "--eval_every=0", "--schedule=constant"]
-    stage("run", "--num_steps=4", *options)
+    one_stage("run", "--num_steps=4", *options)
 
     def limit():                                              # writing a larger file fails, as on a full disk
         resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
-    result = stage("run", "--num_steps=12", "--resume=true", *options, check=False, preexec_fn=limit)
+    result = one_stage("run", "--num_steps=12", "--resume=true", *options, check=False, preexec_fn=limit)
     assert result.returncode == 2
     assert result.stderr.count("earlier checkpoints are untouched") == 2  # the run went on after the first
     assert "the last checkpoint could not be saved" in result.stderr
-    assert [p.name for p in (stage.folder / "run").glob("step_*")] == ["step_000004"]
-    stage("run", "--num_steps=12", "--resume=true", *options)
-    assert len(losses(stage.folder / "run")) == 12
+    assert [p.name for p in (one_stage.folder / "run").glob("step_*")] == ["step_000004"]
+    one_stage("run", "--num_steps=12", "--resume=true", *options)
+    assert len(losses(one_stage.folder / "run")) == 12
 
 
 # -----------------------------------------------------------------------------
@@ -243,72 +268,74 @@ def test_a_full_disk_costs_nothing_that_was_saved(stage):
 
 def test_the_logged_loss_is_the_loss_of_the_saved_weights_on_that_batch(stage):
     from common import checkpoint
-    from common.data import TokenData
+    from common.data import ChatData, TokenData
     from common.model import GPT, ModelConfig
     stage("run", "--num_steps=7", "--save_every=6", "--micro_batch_size=2")
     folder = stage.folder / "run/step_000006"
     model = GPT(ModelConfig(**checkpoint.read_manifest(str(folder))["model"]))
     checkpoint.load_weights(str(folder), model)
-    tokens, targets, _, _ = TokenData(str(stage.data), "train", 32, 8, seed=1337).batch(6)
-    logits = model(tokens) @ model.head.T                      # (8, 32, V)
-    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten()).item()
+    kind, seq_len = (TokenData, 32) if stage.script == "train_pretrain.py" else (ChatData, 150)
+    tokens, targets, mask, docs = kind(str(stage.data), "train", seq_len, 8, seed=1337).batch(6)
+    logits = model(tokens, docs) @ model.head.T                # (8, T, V)
+    loss = torch.nn.functional.cross_entropy(logits[mask], targets[mask]).item()
     assert losses(stage.folder / "run")[6] == pytest.approx(loss, abs=1e-5)
 
 
-def test_tokens_per_second_are_tokens_over_wall_time(stage):
+def test_tokens_per_second_are_tokens_over_wall_time(one_stage):
     start = time.time()
-    stage("run", "--num_steps=150", "--micro_batch_size=2", "--eval_every=0", "--eval_seqs=0",
+    one_stage("run", "--num_steps=150", "--micro_batch_size=2", "--eval_every=0", "--eval_seqs=0",
           "--save_every=0")
     whole = time.time() - start
-    rows = [json.loads(line) for line in open(stage.folder / "run/metrics.jsonl")]
+    rows = [json.loads(line) for line in open(one_stage.folder / "run/metrics.jsonl")]
     seconds = sum(r["ms"] for r in rows) / 1000
     assert all(r["tokens"] == 8 * 32 for r in rows)
     assert all(r["tok_per_s"] == pytest.approx(r["tokens"] / (r["ms"] / 1000)) for r in rows)
-    created = (stage.folder / "run/config.json").stat().st_mtime  # training runs from here to the last record
-    wall = (stage.folder / "run/metrics.jsonl").stat().st_mtime - created
+    created = (one_stage.folder / "run/config.json").stat().st_mtime     # from here to the last record
+    wall = (one_stage.folder / "run/metrics.jsonl").stat().st_mtime - created
     assert seconds < whole and seconds == pytest.approx(wall, rel=0.05, abs=0.1)
 
 
-def test_the_learning_rate_is_a_function_of_the_step(stage):
-    stage("run", "--num_steps=20", "--save_every=10", "--initial_lr=1e-3", "--min_lr_frac=0.1")
-    lr = [r["lr"] for r in records(stage.folder / "run") if "lr" in r]
+def test_the_learning_rate_is_a_function_of_the_step(one_stage):
+    one_stage("run", "--num_steps=20", "--save_every=10", "--initial_lr=1e-3", "--min_lr_frac=0.1")
+    lr = [r["lr"] for r in records(one_stage.folder / "run") if "lr" in r]
     assert lr[0] == pytest.approx(1e-3 + 9e-3 / 5)
     assert lr[4] == pytest.approx(1e-2) and lr[19] == pytest.approx(1e-3)
 
 
-def test_epochs_end_with_a_partial_step(stage):
+def test_epochs_end_with_a_partial_step(one_stage):
     """31 windows and a batch of 8: two epochs are 7 whole steps and one of 6 sequences."""
     from common.data import TokenData
-    n = TokenData(str(stage.data), "train", 32, 8).num_samples
-    stage("run", "--num_steps=0", "--num_epochs=2", "--lr=0", "--weight_decay=0", "--eval_every=0",
+    n = TokenData(str(one_stage.data), "train", 32, 8).num_samples
+    one_stage("run", "--num_steps=0", "--num_epochs=2", "--lr=0", "--weight_decay=0", "--eval_every=0",
           "--batch_size=24")
-    curve = losses(stage.folder / "run")
+    curve = losses(one_stage.folder / "run")
     assert 2 * n % 24 and len(curve) == -(-2 * n // 24)
     # at lr 0 the weights stay, so the mean over both epochs weighs every window twice
     sizes = [24] * (len(curve) - 1) + [2 * n - 24 * (len(curve) - 1)]
-    stage("all", "--num_steps=1", "--lr=0", "--weight_decay=0", "--eval_every=0", f"--batch_size={n}")
+    one_stage("all", "--num_steps=1", "--lr=0", "--weight_decay=0", "--eval_every=0", f"--batch_size={n}")
     mean = sum(loss * size for loss, size in zip(curve, sizes, strict=True)) / (2 * n)
-    assert mean == pytest.approx(losses(stage.folder / "all")[0], abs=1e-5)
+    assert mean == pytest.approx(losses(one_stage.folder / "all")[0], abs=1e-5)
 
 
-def test_the_run_directory_can_run_again(stage):
-    stage("first", "--num_steps=3", "--lr=3e-3")
-    run(stage.script, stage.folder / "first/config.json", f"--out_dir={stage.folder / 'again'}")
-    result = run(stage.script, stage.folder / "first/config.json", "--resume=true", "--num_steps=4")
+def test_the_run_directory_can_run_again(one_stage):
+    one_stage("first", "--num_steps=3", "--lr=3e-3")
+    run(one_stage.script, one_stage.folder / "first/config.json", f"--out_dir={one_stage.folder / 'again'}")
+    result = run(one_stage.script, one_stage.folder / "first/config.json", "--resume=true", "--num_steps=4")
     assert "changed since the checkpoint: --num_steps=4 (was 3)" in result.stdout
-    assert [r for r in records(stage.folder / "first") if r["step"] < 3 and "loss" in r] == \
-        [r for r in records(stage.folder / "again") if "loss" in r]
-    assert (stage.folder / "first/code" / stage.script).read_text() == (ROOT / stage.script).read_text()
-    assert (stage.folder / "first/code/common/zero1.py").exists()
+    assert [r for r in records(one_stage.folder / "first") if r["step"] < 3 and "loss" in r] == \
+        [r for r in records(one_stage.folder / "again") if "loss" in r]
+    kept = one_stage.folder / "first/code" / one_stage.script
+    assert kept.read_text() == (ROOT / one_stage.script).read_text()
+    assert (one_stage.folder / "first/code/common/zero1.py").exists()
 
 
-def test_a_longer_context_is_one_flag(stage):
-    stage("short", "--num_steps=10")
-    stage("long", "--num_steps=2", f"--init_from={stage.folder / 'short'}", "--seq_len=128",
+def test_a_longer_context_is_one_flag(one_stage):
+    one_stage("short", "--num_steps=10")
+    one_stage("long", "--num_steps=2", f"--init_from={one_stage.folder / 'short'}", "--seq_len=128",
           "--model.rope_scaling=yarn", "--batch_size=2")
-    config = json.loads((stage.folder / "long/step_000002/checkpoint.json").read_text())["model"]
+    config = json.loads((one_stage.folder / "long/step_000002/checkpoint.json").read_text())["model"]
     assert (config["seq_len"], config["rope_original_len"], config["rope_factor"]) == (128, 32, 4.0)
-    result = stage("no", "--num_steps=2", f"--init_from={stage.folder / 'short'}", "--seq_len=128",
+    result = one_stage("no", "--num_steps=2", f"--init_from={one_stage.folder / 'short'}", "--seq_len=128",
                    check=False)
     assert_one_line(result, "--seq_len=128: the checkpoint was trained at 32; add --model.rope_scaling=yarn")
 
@@ -336,55 +363,55 @@ def assert_one_line(result, text):
     (["--learning_rate=1"], "unknown option --learning_rate"),
     (["--lr=fast"], "--lr=fast: expected float"),
     (["--out_dir=/proc/nothing/here"], "--out_dir=/proc/nothing/here: cannot write there")])
-def test_mistakes_are_answered_by_one_line(stage, options, message):
-    assert_one_line(stage("run", "--num_steps=2", *options, check=False), message)
-    assert not (stage.folder / "run").exists()
+def test_mistakes_are_answered_by_one_line(one_stage, options, message):
+    assert_one_line(one_stage("run", "--num_steps=2", *options, check=False), message)
+    assert not (one_stage.folder / "run").exists()
 
 
-def test_a_run_directory_in_use_is_left_alone(stage):
-    (stage.folder / "run").mkdir()
-    (stage.folder / "run/thesis.txt").write_text("mine")
-    result = stage("run", "--num_steps=2", check=False)
+def test_a_run_directory_in_use_is_left_alone(one_stage):
+    (one_stage.folder / "run").mkdir()
+    (one_stage.folder / "run/thesis.txt").write_text("mine")
+    result = one_stage("run", "--num_steps=2", check=False)
     assert_one_line(result, "not empty; choose another, or continue that run")
-    assert [p.name for p in (stage.folder / "run").iterdir()] == ["thesis.txt"]
+    assert [p.name for p in (one_stage.folder / "run").iterdir()] == ["thesis.txt"]
 
 
-def test_resuming_with_other_data_or_order_is_refused(stage):
-    stage("run", "--num_steps=2")
-    assert_one_line(stage("run", "--num_steps=4", "--resume=true", "--batch_size=4", check=False),
+def test_resuming_with_other_data_or_order_is_refused(one_stage):
+    one_stage("run", "--num_steps=2")
+    assert_one_line(one_stage("run", "--num_steps=4", "--resume=true", "--batch_size=4", check=False),
                     "'batch_size': 8")
-    assert_one_line(stage("run", "--num_steps=4", "--resume=true", "--model.n_layer=3", check=False),
+    assert_one_line(one_stage("run", "--num_steps=4", "--resume=true", "--model.n_layer=3", check=False),
                     "--model.n_layer=3: the checkpoint has 2, which cannot change")
-    assert_one_line(stage("run", "--num_steps=4", "--resume=true", "--optimizer=lion", check=False),
+    assert_one_line(one_stage("run", "--num_steps=4", "--resume=true", "--optimizer=lion", check=False),
                     "optimizer state")
 
 
-def test_a_set_of_another_tokenizer_is_refused(stage, corpus):
-    stage("run", "--num_steps=2")
+def test_a_set_of_another_tokenizer_is_refused(one_stage, corpus):
+    one_stage("run", "--num_steps=2")
     run("data/prepare.py", "tokenizer", f"--input={corpus}/corpus.jsonl", "--vocab_size=320",
-        f"--out={stage.folder}/t.model")
+        f"--out={one_stage.folder}/t.model")
     run("data/prepare.py", "text", f"--input={corpus}/corpus.jsonl", "--val_frac=0.2",
-        f"--out_dir={stage.folder}/other", f"--tokenizer={stage.folder}/t.model")
-    result = stage("no", "--num_steps=2", f"--init_from={stage.folder / 'run'}",
-                   f"--data_dir={stage.folder}/other", check=False)
+        f"--out_dir={one_stage.folder}/other", f"--tokenizer={one_stage.folder}/t.model")
+    result = one_stage("no", "--num_steps=2", f"--init_from={one_stage.folder / 'run'}",
+                   f"--data_dir={one_stage.folder}/other", check=False)
     assert_one_line(result, "was trained with another tokenizer")
 
 
-def test_an_exploding_run_stops_and_says_so(stage):
-    result = stage("run", "--num_steps=100", "--lr=1e30", "--warmup_steps=0", "--max_bad_steps=3",
+def test_an_exploding_run_stops_and_says_so(one_stage):
+    result = one_stage("run", "--num_steps=100", "--lr=1e30", "--warmup_steps=0", "--max_bad_steps=3",
                    "--save_every=1", check=False)
     assert result.returncode == 2 and "not finite in 3 steps in a row; lower --lr" in result.stderr
-    rows = [r for r in records(stage.folder / "run") if "loss" in r]
+    rows = [r for r in records(one_stage.folder / "run") if "loss" in r]
     assert [None in r.values() for r in rows[-4:]] == [False, True, True, True]
-    assert all(torch.isfinite(w).all() for w in final_weights(stage.folder / "run").values())
+    assert all(torch.isfinite(w).all() for w in final_weights(one_stage.folder / "run").values())
 
 
-def test_ranks_that_disagree_on_the_config_are_refused(stage):
+def test_ranks_that_disagree_on_the_config_are_refused(one_stage):
     code = ("import os, runpy, sys; lr = '1e-3' if os.environ['RANK'] == '0' else '1e-4'; "
             "sys.argv = ['train', *sys.argv[1:], f'--lr={lr}']; "
-            f"runpy.run_path({str(ROOT / stage.script)!r}, run_name='__main__')")
-    (stage.folder / "differ.py").write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n" + code)
-    result = run(stage.folder / "differ.py", *STAGES[stage.script], f"--data_dir={stage.data}",
-                 f"--out_dir={stage.folder / 'run'}", ranks=2, check=False)
+            f"runpy.run_path({str(ROOT / one_stage.script)!r}, run_name='__main__')")
+    (one_stage.folder / "differ.py").write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n" + code)
+    result = run(one_stage.folder / "differ.py", *one_stage.options, f"--data_dir={one_stage.data}",
+                 f"--out_dir={one_stage.folder / 'run'}", ranks=2, check=False)
     assert result.returncode != 0
     assert "error: config differs between ranks: lr is 0.001 on rank 0 and 0.0001 on rank 1" in result.stderr

@@ -595,7 +595,7 @@ def test_a_batch_of_chats_is_each_of_them(tokenizers):
     ([], "list of messages"), ({"role": "user"}, "list of messages"), (["hi"], 'a message is'),
     ([{"role": "user"}], "a message is"), ([{"role": "user", "content": 3}], "a message is"),
     ([{"role": "tool", "content": "x"}], "unknown role 'tool', expected system, user, assistant"),
-    ([{"content": "x"}], "unknown role None"), ([{**QUESTION, "think": "x"}], '"think" is text')])
+    ([{"content": "x"}], "unknown role 'None'"), ([{**QUESTION, "think": "x"}], '"think" is text')])
 def test_what_is_no_conversation_is_refused(messages, complaint):
     with pytest.raises(ValueError, match=complaint):
         encode_chat(load_tokenizer("bytes"), [messages])

@@ -6,6 +6,8 @@ Speed and memory as ratios against named references, both measured in the same r
     step_26m, step_384     FLOP/s of a training step as a fraction of a large matrix product's
     profile                where the time of those steps goes
     loss_128, loss_512     linear_cross_entropy against plain logits + F.cross_entropy, V = 50,304
+    packing                target tokens a second of packed conversations against padded ones; needs the set
+                           out/gsm8k (README, "Results", says how to make it)
     loader                 seconds of a batch against a step
     optimizer              one rank's ShardedOptimizer against clip_grad_norm_ + torch.optim.AdamW(fused=True)
     malloc                 a training step with and without the allocator setting of dist.tune_malloc
@@ -14,12 +16,15 @@ Speed and memory as ratios against named references, both measured in the same r
 
 The machine must be otherwise idle. Absolute times do not travel between machines; ratios nearly do.
 """
+import itertools
+import json
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +35,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from common import dist, losses, optim  # noqa: E402  (the root must be on the path first)
-from common.data import TokenData  # noqa: E402
+from common.data import ChatData, TokenData  # noqa: E402
 from common.model import GPT, ModelConfig  # noqa: E402
 from common.sampling import SamplingConfig, complete  # noqa: E402
 from common.zero1 import ShardedOptimizer  # noqa: E402
@@ -145,14 +150,49 @@ def child_memory(kind, C, N):
     print(int(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM"))) * 1024)
 
 
+def bench_packing(rows=8):
+    """The same model on the same conversations: packed, and one a row, padded to the batch's longest."""
+    if not Path("out/gsm8k").exists():
+        return print("packing: skipped, there is no set out/gsm8k")
+    longest = json.loads(Path("out/gsm8k/meta.json").read_text())["splits"]["train"]["longest"]
+    config = replace(MODEL_26M, seq_len=-(-longest // 64) * 64)
+    data = ChatData("out/gsm8k", "train", config.seq_len, rows)
+    torch.manual_seed(0)
+    model, numbers = GPT(config), itertools.count()
+    order = np.random.default_rng(0).permutation(len(data.lengths))
+    per_batch = round(rows * len(data.lengths) / data.num_samples)    # as many conversations as the rows hold
+    targets_seen = {"packed": 0, "padded": 0}
+
+    def train(name, tokens, targets, mask, docs):
+        hidden = model(tokens, docs)
+        (losses.linear_cross_entropy(hidden, model.head, targets, mask) / mask.sum()).backward()
+        targets_seen[name] += int(mask.sum())
+
+    def packed():
+        train("packed", *data.batch(next(numbers)))
+
+    def padded():
+        i = next(numbers) * per_batch % (len(order) - per_batch)
+        examples = [slice(*data.offsets[e:e + 2].astype(int)) for e in order[i:i + per_batch]]
+        tokens, learn = (torch.nn.utils.rnn.pad_sequence(
+            [torch.from_numpy(array[e].astype(np.int64)) for e in examples], batch_first=True)
+            for array in (data.tokens, data.learn))
+        train("padded", tokens[:, :-1], tokens[:, 1:], learn[:, 1:].bool(), None)
+    packed_s, padded_s = alternate(packed, padded)
+    speed = {name: targets_seen[name] / 8 / s for name, s in (("packed", packed_s), ("padded", padded_s))}
+    waste = 1 - data.num_tokens / data.num_samples / config.seq_len
+    print(f"packing: {speed['padded']:.0f} target tok/s padded, {speed['packed']:.0f} packed, "
+          f"{speed['packed'] / speed['padded']:.2f}x; {waste:.2%} of the packed positions are padding")
+
+
 def bench_loader():
     config, B = MODEL_26M, 8
     with tempfile.TemporaryDirectory() as folder:
         ids = np.random.default_rng(0).integers(0, 6400, 20_000_000, dtype=np.uint16)
         np.save(f"{folder}/train.npy", ids)
         np.save(f"{folder}/token_bytes.npy", np.ones(6400, dtype=np.uint16))
-        Path(folder, "meta.json").write_text('{"vocab_size": 6400, "end": 0, "fingerprint": "", '
-                                             '"splits": {"train": {"tokens": 20000000}}}')
+        Path(folder, "meta.json").write_text('{"kind": "text", "vocab_size": 6400, "end": 0, '
+                                             '"fingerprint": "", "splits": {"train": {"tokens": 20000000}}}')
         data = TokenData(folder, "train", config.seq_len, B)
         numbers = iter(range(10**6))
         step, _ = training_step(config, B)
@@ -264,8 +304,8 @@ BENCHES = {"step_26m": lambda: bench_step("step_26m", MODEL_26M, 8),
            "profile": bench_profile,
            "loss_128": lambda: bench_loss("loss_128", 128, 768),
            "loss_512": lambda: bench_loss("loss_512", 512, 2048),
-           "loader": bench_loader, "optimizer": bench_optimizer, "malloc": bench_malloc,
-           "generate": bench_generate, "overlap": bench_overlap}
+           "packing": bench_packing, "loader": bench_loader, "optimizer": bench_optimizer,
+           "malloc": bench_malloc, "generate": bench_generate, "overlap": bench_overlap}
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["child"]:
