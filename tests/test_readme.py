@@ -17,11 +17,11 @@ SMALL = {"train_pretrain.py": ["--num_steps=3", "--eval_seqs=4", "--batch_size=2
 def test_the_commands_run_in_their_order(tmp_path):
     for name in ("common", "configs", "data", *(path.name for path in ROOT.glob("*.py"))):
         (tmp_path / name).symlink_to(ROOT / name)             # so that out/ is made here
-    for line in "\n".join(BLOCKS).replace("\\\n", " ").strip().splitlines():
+    for line in "".join(BLOCKS).replace("\\\n", " ").strip().splitlines():
         program, script, *options = shlex.split(line)
-        if program == "python":
-            result = launch([script, *options, *SMALL.get(script, [])], cwd=tmp_path)
-            assert result.returncode == 0, f"{line}\n{result.stdout}\n{result.stderr}"
+        assert program == "python"
+        result = launch([script, *options, *SMALL.get(script, [])], cwd=tmp_path)
+        assert result.returncode == 0, f"{line}\n{result.stdout}\n{result.stderr}"
 
 
 def test_there_are_runnable_blocks():
