@@ -19,7 +19,9 @@ import os
 import re
 import shutil
 import sys
+import zipfile
 
+import numpy as np
 import torch
 
 from common import dist
@@ -218,6 +220,15 @@ def load_weights(folder, model):
     model.load_state_dict(weights)
 
 
+def fingerprint(model):
+    """-> sha256 of a model's weights, names and all, as hex"""
+    sha = hashlib.sha256()
+    for name, weight in model.state_dict().items():
+        sha.update(f"{name} {weight.dtype} {tuple(weight.shape)} ".encode())
+        sha.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return sha.hexdigest()
+
+
 def load_optimizer(folder, optimizer):
     """Give optimizer its part of the state in a checkpoint folder, however many ranks wrote it."""
     names = [name for name in read_manifest(folder)["files"] if name.startswith("optimizer_")]
@@ -232,3 +243,25 @@ def _load(path):
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # whatever a damaged or malicious file makes torch.load raise
         raise UserError(f"{path}: refused or damaged ({type(error).__name__})") from None
+
+
+# -----------------------------------------------------------------------------
+# arrays that belong to something: log-probs of a reference, ...
+
+def write_arrays(path, key, arrays):
+    """Write a dict of arrays to path (.npz), whole or not at all. key: str, what they were computed from"""
+    with open(path + ".partial", "wb") as file:
+        np.savez(file, key=np.array(key), **arrays)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(path + ".partial", path)
+
+
+def read_arrays(path, key):
+    """-> the dict of arrays, or None where path holds none, damaged ones, or those of another key"""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+        return arrays if arrays.pop("key") == key else None
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None

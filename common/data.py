@@ -7,8 +7,9 @@ A set is a folder that data/prepare.py makes:
     meta.json              kind of set, counts, vocab_size, end and pad id, tokenizer fingerprint
     tokenizer_info.json    and the vocabulary file, if any
     token_bytes.npy        text: (V,) bytes of text per token
-    train_mask.npy         chat: 1 where the token is to be learned, 0 elsewhere; uint8, as long as train.npy
+    train_mask.npy         chat, pairs: 1 where a token is to be learned, else 0; uint8, as long as train.npy
     train_offsets.npy      chat: where each conversation begins, and where the last one ends; uint64
+                           pairs: the same of the prompt, the chosen and the rejected answer of each pair
 
 `batch(i)` is a pure function: the rows of micro-batch i on this rank follow from (seed, i) alone, so a
 resumed run needs no replay. Step s of a run trains on samples [s, s + 1) * batch_size of the order, however
@@ -17,6 +18,7 @@ ranks and micro-batches divide them. An epoch visits every sample once, in an or
 import json
 import math
 import os
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -66,8 +68,9 @@ def read_split(data_dir, split, kind):
     if meta["kind"] != kind:
         raise UserError(f"--data_dir={data_dir}: a set of kind {meta['kind']}, expected {kind}; "
                         f"make one with data/prepare.py {kind}")
-    if kind == "chat" and not ("pad" in meta and all("conversations" in c for c in meta["splits"].values())):
-        raise UserError(f"{data_dir}/meta.json: lacks pad or conversations; prepare the set again")
+    unit = {"text": "tokens", "chat": "conversations", "pairs": "pairs"}[kind]
+    if "pad" not in meta and kind != "text" or any(unit not in counts for counts in meta["splits"].values()):
+        raise UserError(f"{data_dir}/meta.json: lacks pad or {unit}; prepare the set again")
     if split not in meta["splits"]:
         raise UserError(f"--data_dir={data_dir}: the set has no {split} split "
                         "(prepare it with --val_frac or --val_input)")
@@ -150,6 +153,17 @@ class TokenData:
         return tokens.contiguous(), targets.contiguous(), mask, docs
 
 
+def open_examples(data_dir, split, num_tokens, num_examples):
+    """-> path, tokens, which of them are to be learned, where each example begins and the last one ends"""
+    path = os.path.join(data_dir, f"{split}.npy")
+    tokens = open_array(path, num_tokens)
+    learn = open_array(os.path.join(data_dir, f"{split}_mask.npy"), num_tokens)
+    offsets = open_array(os.path.join(data_dir, f"{split}_offsets.npy"), num_examples + 1)
+    if np.diff(offsets.astype(np.int64)).min() < 1 or offsets[0] != 0 or offsets[-1] != len(tokens):
+        raise UserError(f"{path}: its offsets do not fit; prepare the set again")
+    return path, tokens, learn, offsets.astype(np.int64)
+
+
 class ChatData:
     """
     The conversations of data_dir/<split>.npy in rows of seq_len positions: whole, several to a row, with
@@ -165,13 +179,9 @@ class ChatData:
     def __init__(self, data_dir, split, seq_len, micro_batch_size, rank=0, world_size=1, device="cpu", seed=0,
                  mask_prompt=True, total=None):
         meta = read_split(data_dir, split, "chat")
-        counts, self.path = meta["splits"][split], os.path.join(data_dir, f"{split}.npy")
-        self.tokens = open_array(self.path, counts["tokens"])
-        self.learn = open_array(os.path.join(data_dir, f"{split}_mask.npy"), counts["tokens"])
-        self.offsets = open_array(os.path.join(data_dir, f"{split}_offsets.npy"), counts["conversations"] + 1)
-        self.lengths = np.diff(self.offsets.astype(np.int64)) - 1                 # (conversations,) positions
-        if self.lengths.min() < 1 or self.offsets[0] != 0 or self.offsets[-1] != len(self.tokens):
-            raise UserError(f"{self.path}: its offsets do not fit; prepare the set again")
+        self.path, self.tokens, self.learn, self.offsets = open_examples(
+            data_dir, split, meta["splits"][split]["tokens"], meta["splits"][split]["conversations"])
+        self.lengths = np.diff(self.offsets) - 1                                  # (conversations,) positions
         if too_long := int((self.lengths > seq_len).sum()):
             raise UserError(f"--seq_len={seq_len}: {too_long} of {len(self.lengths)} conversations have over "
                             f"{seq_len + 1} tokens (up to {self.lengths.max() + 1}); raise it, or prepare "
@@ -204,7 +214,7 @@ class ChatData:
         for row, (epoch, k) in enumerate(zip(*np.divmod(position, self.num_samples))):
             at = 0
             for number, example in enumerate(self._rows(epoch)[k]):
-                start, end = int(self.offsets[example]), int(self.offsets[example + 1])
+                start, end = self.offsets[example:example + 2].tolist()
                 here = slice(at, at + end - start - 1)
                 tokens[row, here] = self.tokens[start:end - 1]
                 targets[row, here] = self.tokens[start + 1:end]
@@ -239,3 +249,82 @@ def pack(lengths, capacity):
         by_space[space - length].append(row)
         open_spaces |= 1 << (space - length)
     return [np.array(row) for row in rows]
+
+
+class Pairs(NamedTuple):
+    """A micro-batch of P pairs in one row of T positions, as PairData makes it."""
+    tokens: torch.Tensor               # (1, T) int64
+    targets: torch.Tensor              # (1, T) int64
+    mask: torch.Tensor                 # (1, T) bool, True: the target is a learned token of an answer
+    docs: torch.Tensor                 # (1, T) int64, changes where a prompt or an answer starts
+    branch: torch.Tensor               # (1, T) bool, True: in an answer
+    answer: torch.Tensor               # (1, T) int64, 2 p in the chosen answer of pair p, else 2 p + 1
+    ids: torch.Tensor                  # (P,) int64, the pairs' numbers in the set
+    counts: torch.Tensor               # (P,) bool, False: past the run's last pair
+
+
+class PairData:
+    """
+    Pairs of answers to one prompt. micro_batch_size pairs make one row without padding:
+
+        prompt, chosen, rejected, prompt, chosen, rejected, ...
+
+    The prompt, but for its last token, is a trunk that is computed once; each answer is a branch that starts
+    with the prompt's last token, so that a position's target is the next token of its answer.
+
+    batch(i) -> Pairs of micro-batch i
+    num_samples, num_tokens, total, mean_context    as in TokenData, for pairs instead of rows
+    """
+
+    def __init__(self, data_dir, split, seq_len, micro_batch_size, rank=0, world_size=1, device="cpu", seed=0,
+                 total=None):
+        meta = read_split(data_dir, split, "pairs")
+        self.num_samples = meta["splits"][split]["pairs"]
+        self.path, self.tokens, self.learn, self.offsets = open_examples(
+            data_dir, split, meta["splits"][split]["tokens"], 3 * self.num_samples)
+        prompt, *answers = np.diff(self.offsets).reshape(-1, 3).T                 # (pairs,) each
+        length = prompt + np.maximum(*answers)
+        if too_long := int((length - 1 > seq_len).sum()):
+            raise UserError(f"--seq_len={seq_len}: a prompt and one answer have over {seq_len + 1} tokens in "
+                            f"{too_long} of {self.num_samples} pairs (up to {length.max()}); raise it, or "
+                            f"prepare the set with --max_len={seq_len + 1} and --long_rows=cut or skip")
+        trunk = prompt - 1
+        self.num_tokens = int((trunk + sum(answers)).sum())
+        attended = trunk**2 + sum(n * (n + 2 * trunk) for n in answers)           # twice the causal pairs
+        self.mean_context = float(attended.sum() / self.num_tokens)
+        self.vocab_size, self.doc_mask, self.micro_batch_size = meta["vocab_size"], True, micro_batch_size
+        self.rank, self.world_size = rank, world_size
+        self.device, self.seed = torch.device(device), seed
+        self.total = math.inf if total is None else total
+        self.epoch, self.order = None, None
+
+    def _order(self, epoch):
+        if epoch != self.epoch:  # a cache only: the order is a function of (seed, epoch)
+            generator = np.random.default_rng([self.seed, epoch])
+            self.epoch, self.order = epoch, generator.permutation(self.num_samples)
+        return self.order
+
+    def batch(self, i):
+        position = positions(i, self)
+        ids = [self._order(epoch)[k] for epoch, k in zip(*np.divmod(position, self.num_samples))]
+        return self.pairs(np.array(ids), position < self.total)
+
+    def pairs(self, ids, counts):
+        """ids (P,): numbers of pairs; counts (P,) bool -> Pairs"""
+        parts = []                                            # (tokens, targets, learned)
+        for i in ids:
+            start, chosen, rejected, end = self.offsets[3 * i:3 * i + 4].tolist()
+            trunk, last = self.tokens[start:chosen - 1], self.tokens[chosen - 1:chosen]
+            parts.append((trunk, np.zeros_like(trunk), np.zeros(len(trunk), dtype=bool)))
+            for answer in (slice(chosen, rejected), slice(rejected, end)):
+                tokens = self.tokens[answer]
+                parts.append((np.concatenate([last, tokens[:-1]]), tokens, self.learn[answer] != 0))
+        tokens, targets, mask = (np.concatenate(part) for part in zip(*parts))
+        if tokens.max() >= self.vocab_size or targets.max() >= self.vocab_size:
+            raise UserError(f"{self.path}: token id {max(tokens.max(), targets.max())} is there, "
+                            f"but the vocabulary has {self.vocab_size}; prepare the set again")
+        docs = np.repeat(np.arange(len(parts)), [len(part) for part, _, _ in parts])
+        place = docs % 3                                      # 0 prompt, 1 chosen, 2 rejected answer
+        rows = (tokens.astype(np.int64), targets.astype(np.int64), mask & counts[docs // 3], docs,
+                place > 0, docs // 3 * 2 + place // 2)
+        return Pairs(*to_device(self.device, *(row[None] for row in rows), ids, counts))

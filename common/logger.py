@@ -86,13 +86,14 @@ class Logger:
             with open(os.path.join(self.out_dir, name), "a", encoding="utf-8") as file:
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
-    def train_step(self, step, tokens, seconds, token_flops, peak_flops, **values):
+    def train_step(self, step, tokens, seconds, token_flops, peak_flops, also=None, **values):
         """
         Record a training step, and print a line every log_every steps. tokens: of this step over all ranks;
-        token_flops: FLOPs a token costs; peak_flops: of all ranks together; values: loss, lr, grad_norm, ...
+        token_flops: FLOPs a token costs; peak_flops: of all ranks together; also: dict of what is recorded
+        but not printed; values: loss, lr, grad_norm, ...
         """
-        self.metrics(step, **values, tokens=tokens, ms=1000 * seconds, tok_per_s=tokens / seconds,
-                     mfu=token_flops * tokens / seconds / peak_flops)
+        self.metrics(step, **values, **(also or {}), tokens=tokens, ms=1000 * seconds,
+                     tok_per_s=tokens / seconds, mfu=token_flops * tokens / seconds / peak_flops)
         self.interval_tokens += tokens
         self.interval_seconds += seconds
         if (step + 1) % self.log_every and step + 1 != self.num_steps:

@@ -152,3 +152,48 @@ def critical_weights(targets, critical_ids, alpha):
     """
     return torch.where(torch.isin(targets, critical_ids), float(alpha), 1.0)
 
+
+# -----------------------------------------------------------------------------
+# preferences: log-probs of answers, (B,) each, -> a loss per pair, (B,)
+
+def dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta=0.1, label_smoothing=0.0,
+             kind="sigmoid"):
+    """
+    DPO on log-probs summed over an answer's tokens; with d = (policy_chosen - policy_rejected) -
+    (ref_chosen - ref_rejected):
+
+    sigmoid   -(1 - e) log sigma(beta d) - e log sigma(-beta d), e = label_smoothing: the share of pairs
+              thought to be the wrong way round (DPO, 2305.18290 eq. 7; conservative DPO)
+    ipo       (d - 1 / (2 beta))^2 (2310.12036 eq. 17)
+    hinge     max(0, 1 - beta d) (SLiC, 2305.10425)
+    """
+    d = (policy_chosen - policy_rejected) - (ref_chosen - ref_rejected)
+    if kind == "sigmoid":
+        return -(1 - label_smoothing) * F.logsigmoid(beta * d) - label_smoothing * F.logsigmoid(-beta * d)
+    if kind == "ipo":
+        return (d - 1 / (2 * beta))**2
+    if kind == "hinge":
+        return (1 - beta * d).relu()
+    raise ValueError(f"kind {kind!r}: expected sigmoid, ipo or hinge")
+
+
+def simpo_loss(chosen, rejected, beta=2.0, gamma=0.5):
+    """-log sigma(beta (chosen - rejected) - gamma) on log-probs averaged over tokens (2405.14734 eq. 6)"""
+    return -F.logsigmoid(beta * (chosen - rejected) - gamma)
+
+
+def orpo_loss(chosen, rejected, beta=0.1):
+    """
+    -beta log sigma(log odds ratio) - chosen, on log-probs averaged over tokens (2403.07691 eq. 6-7), where
+    the log odds of p are p - log(1 - e^p).
+    """
+    chosen, rejected = chosen.clamp(max=-1e-7), rejected.clamp(max=-1e-7)      # certain answers have no odds
+    log_odds = (chosen - log1mexp(chosen)) - (rejected - log1mexp(rejected))
+    return -beta * F.logsigmoid(log_odds) - chosen
+
+
+def log1mexp(x):
+    """log(1 - e^x) for x < 0, exact near 0 and far from it (Maechler 2012)"""
+    near = x > -0.6931
+    return torch.where(near, (-torch.expm1(torch.where(near, x, -1.0))).log(),
+                       torch.log1p(-torch.where(near, -1.0, x).exp()))

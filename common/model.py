@@ -234,31 +234,68 @@ class Attention(nn.Module):
 class Segments:
     """
     Causal attention within each of the documents that lie next to each other in rows, without a T x T mask:
-    work and memory grow with the sum of the documents' squared lengths. One kernel for all of them where the
-    device has it, one call each elsewhere, to the same result.
+    work and memory grow with what is attended. A branch sees the trunk before it as well: the last document
+    that is none. One kernel for all documents where the device has it and there are no branches, one call
+    each elsewhere, to the same result.
     """
-    def __init__(self, first):
-        """first (B, T) bool: a document starts here"""
+    def __init__(self, first, branch=None):
+        """first (B, T) bool: a document starts here; branch (B, T) bool: it is a branch"""
         starts = first.flatten().nonzero()[:, 0]                                   # rows one after the other
         self.borders = F.pad(starts, (0, 1), value=first.numel()).int()            # (documents + 1,)
         self.lengths = self.borders.diff().tolist()
+        self.is_branch = None if branch is None else branch.flatten()[starts].tolist()
+        self.masks = {}                                                            # of branches, by shape
+
+    def mask(self, n, S, device):
+        """(n, S) bool, True = may look: the n last of S positions, each up to itself"""
+        if (n, S) not in self.masks:
+            self.masks[n, S] = torch.ones(n, S, dtype=torch.bool, device=device).tril(S - n)
+        return self.masks[n, S]
 
     def attend(self, qk, v, H, dropout):
         """qk (B, T, H + K, D), v (B, T, K, D) -> (B, T, H * D)"""
         B, T, K, D = v.shape
-        if not dropout and varlen_kernel(qk):
+        if not dropout and self.is_branch is None and varlen_kernel(qk):
             q, k = qk.flatten(0, 1).split([H, K], dim=1)                           # (B * T, H or K, D)
             longest = max(self.lengths)
             y = varlen_attn(q, k, v.flatten(0, 1), self.borders, self.borders, longest, longest,
                             window_size=(-1, 0), enable_gqa=H != K)                # causal
             return y.reshape(B, T, H * D)
-        out = []
-        for qk, v in zip(*(x.flatten(0, 1).split(self.lengths) for x in (qk, v))):
+        out, trunk = [], None
+        for i, (qk, v) in enumerate(zip(*(x.flatten(0, 1).split(self.lengths) for x in (qk, v)))):
             q, k = qk.transpose(0, 1)[None].split([H, K], dim=1)                   # (1, H or K, n, D)
-            y = F.scaled_dot_product_attention(q, k, v.transpose(0, 1)[None], None, dropout,
-                                               is_causal=True, enable_gqa=H != K)
+            v, mask = v.transpose(0, 1)[None], None
+            if self.is_branch and self.is_branch[i]:
+                k, v = (torch.cat(pair, dim=2) for pair in zip(trunk, (k, v)))     # (1, K, trunk + n, D)
+                mask = self.mask(q.shape[2], k.shape[2], q.device)
+            else:
+                trunk = k, v
+            y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None,
+                                               enable_gqa=H != K)
             out.append(y[0].transpose(0, 1))                                       # (n, H, D)
         return torch.cat(out).view(B, T, H * D)
+
+
+def documents(docs, branch=None):
+    """
+    docs (B, T): a number that changes where a document starts; branch (B, T) bool: it branches off the last
+    document before it that is none, its trunk -> first (B, T) bool, where one starts; positions (B, T), each
+    token's within its document, a branch's after its trunk; number (B, T) of the document, and of its trunk
+    """
+    index = torch.arange(docs.shape[1], device=docs.device)[None]                  # (1, T)
+
+    def last(event):
+        """Index of the latest event up to each place; events (B, T) bool, one at 0 -> (B, T)"""
+        return torch.where(event, index, 0).cummax(dim=1).values
+    first = docs.diff(dim=1, prepend=docs[:, :1] - 1) != 0
+    number = first.cumsum(dim=1)
+    positions = index - last(first)
+    if branch is None:
+        return first, positions, number, number
+    trunk_start = last(first & ~branch)
+    trunk_end = last(branch & ~F.pad(branch, (1, -1)))                             # its first branch starts
+    positions = torch.where(branch, positions + trunk_end - trunk_start, positions)
+    return first, positions, number, number.gather(1, trunk_start)
 
 
 def varlen_kernel(x):
@@ -327,7 +364,7 @@ class Block(nn.Module):
 
 class GPT(nn.Module):
     """
-    model(tokens, docs=None, cache=None) -> hidden states (B, T, C); `head` (V, C) turns them into logits.
+    model(tokens, docs=None, cache=None, branch=None) -> hidden states (B, T, C); `head` (V, C) makes logits.
 
     config (resolved ModelConfig) describes it completely. Set `activation_checkpointing = True` to recompute
     each block in backward instead of keeping its activations.
@@ -348,10 +385,10 @@ class GPT(nn.Module):
     def head(self):
         return self.embed.weight if self.untied_head is None else self.untied_head.weight
 
-    def forward(self, tokens, docs=None, cache=None):
+    def forward(self, tokens, docs=None, cache=None, branch=None):
         """
-        tokens (B, T) int64; docs (B, T): a number that changes where a new document starts - tokens see only
-        their own document, whose positions start at 0; cache: a KVCache that holds the past -> (B, T, C)
+        tokens (B, T) int64; docs, branch (B, T): see `documents` - tokens see only their own document, whose
+        positions start at 0, and in a branch its trunk; cache: a KVCache that holds the past -> (B, T, C)
         """
         B, T = tokens.shape
         positions = torch.arange(T, device=tokens.device)[None]                    # (1, T)
@@ -360,13 +397,12 @@ class GPT(nn.Module):
             raise ValueError("packed documents go neither with a cache nor with rope_scaling=dynamic, which "
                              "follows the length of the whole row")
         if docs is not None:
-            first = docs.diff(dim=1, prepend=docs[:, :1] - 1) != 0        # (B, T): a document starts here
-            positions = positions - torch.where(first, positions, 0).cummax(dim=1).values
+            first, positions, number, trunk = documents(docs, branch)
             if T <= DENSE_MASK_LEN or torch.compiler.is_compiling():
-                docs = first.cumsum(dim=1)                                # a number may come again in the row
-                mask = (docs[:, :, None] == docs[:, None, :]).tril()[:, None]      # (B, 1, T, T)
+                seen = number[:, None, :]                                          # (B, 1, T)
+                mask = ((seen == number[:, :, None]) | (seen == trunk[:, :, None])).tril()[:, None]
             else:
-                mask = Segments(first)
+                mask = Segments(first, branch)
         if cache is not None:
             positions, mask, length = cache.begin(T)
         inv, scale = rope_frequencies(self.config, length)

@@ -5,7 +5,8 @@ Lines to order: an instruction task whose answers a program can check, made of t
 
 The user asks for a verse line that starts with a given letter, has a given number of words and ends with a
 given mark; the assistant gives a real line that does. Writes train.jsonl, val.jsonl and test.jsonl for
-`data/prepare.py chat`. What val and test ask for never occurs in train: some triples are held out.
+`data/prepare.py chat`, and train_pairs.jsonl, ... for `data/prepare.py pairs`: a real line against a near
+miss. What val and test ask for never occurs in train: some triples are held out.
 """
 import gzip
 import json
@@ -20,8 +21,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from common.config import parse_config  # noqa: E402  (the repository's root must be on the path first)
 from common.dist import UserError  # noqa: E402
 
-MARKS = {".": "a full stop", ",": "a comma", "?": "a question mark", "!": "an exclamation mark",
-         ";": "a semicolon", ":": "a colon"}
+MARKS = ".,?!;:"
 REQUESTS = ("A line from {letter}, {words} words, ending in {mark}",
             "{words} words. First letter {letter}, last mark {mark}",
             "Begin with {letter}, end with {mark}, use {words} words",
@@ -36,7 +36,8 @@ class Config:
     out_dir: str = "out/lines"         # folder to write, must not exist
     held_out: int = 50                 # (letter, words, mark) triples for val, and as many for test
     most: int = 40                     # lines of one triple at most: frequent ones must not drown the others
-    seed: int = 1337                   # which triples, lines and phrasings
+    pairs: int = 4000                  # training pairs
+    seed: int = 1337                   # which triples, lines, phrasings and misses
 
 
 def triple_of(line):
@@ -101,6 +102,46 @@ def build(cfg):
     return splits
 
 
+def near_miss(line, rng, lines, words):
+    """
+    A line that nearly does what `line` does, by what models get wrong: mostly the number of words, seldom the
+    letter, the mark or a word's letters. lines: dict of triple to lines; words: some to put in
+    """
+    parts, (letter, count, mark) = line.split(), triple_of(line)
+    inside = rng.randrange(1, len(parts) - 1)
+    kind = rng.choice(("few", "many", "count", "count", "letter", "mark", "broken"))
+    if kind == "few":
+        return " ".join(parts[:inside] + parts[inside + 1:])
+    if kind == "many":
+        return " ".join([*parts[:inside], rng.choice(words), *parts[inside:]])
+    if kind == "count":                                       # a real line, of a word or two more or less
+        others = [other for n in (-2, -1, 1, 2) for other in lines.get((letter, count + n, mark), ())]
+        return rng.choice(others or [line])
+    if kind == "letter":
+        return rng.choice(sorted(set("ABCDEFGHILMNOPSTW") - {letter})) + line[1:]
+    if kind == "mark":
+        return line[:-1] + rng.choice(sorted(set(MARKS) - {mark}))
+    broken = list(parts[inside])
+    rng.shuffle(broken)
+    return " ".join([*parts[:inside], "".join(broken), *parts[inside + 1:]])
+
+
+def build_pairs(rows, train, number, seed):
+    """-> list of (request, real line, near miss) from the first rows; train: rows to take other lines from"""
+    rng, lines = random.Random(seed), {}
+    for _, line in train:
+        lines.setdefault(triple_of(line), []).append(line)
+    words = [word for _, line in train for word in re.findall(r"\b[a-z]+\b", line)]
+    pairs = [(text, line, near_miss(line, rng, lines, words)) for text, line in rows[:number]]
+    return [(text, line, miss) for text, line, miss in pairs if miss != line]
+
+
+def write(path, rows):
+    with open(path, "w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(row) + "\n")
+
+
 if __name__ == "__main__":
     cfg = parse_config(Config)
     if os.path.exists(cfg.out_dir):
@@ -108,9 +149,10 @@ if __name__ == "__main__":
     splits, aside = build(cfg), cfg.out_dir.rstrip("/") + ".partial"
     os.makedirs(aside, exist_ok=True)
     for split, rows in splits.items():
-        with open(os.path.join(aside, f"{split}.jsonl"), "w", encoding="utf-8") as file:
-            for text, line in rows:
-                file.write(json.dumps([{"role": "user", "content": text},
-                                       {"role": "assistant", "content": line}]) + "\n")
+        write(os.path.join(aside, f"{split}.jsonl"), [
+            [dict(role="user", content=text), dict(role="assistant", content=line)] for text, line in rows])
+        write(os.path.join(aside, f"{split}_pairs.jsonl"), [
+            dict(prompt=text, chosen=line, rejected=miss)
+            for text, line, miss in build_pairs(rows, splits["train"], cfg.pairs, cfg.seed)])
     os.rename(aside, cfg.out_dir)
     print(f"{cfg.out_dir}: " + ", ".join(f"{len(rows):,} {split}" for split, rows in splits.items()))

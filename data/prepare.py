@@ -4,6 +4,7 @@ Prepare data: text to memory-mapped token sets, and new tokenizers.
     python data/prepare.py tokenizer --input=books/*.txt --vocab_size=4096 --out=out/tok.model
     python data/prepare.py text --input=books/*.txt,more.jsonl --val_frac=0.05 --tokenizer=out/tok.model
     python data/prepare.py chat --input=chats.jsonl --val_frac=0.05 --tokenizer=out/tok.model
+    python data/prepare.py pairs --input=pairs.jsonl --val_frac=0.05 --tokenizer=out/tok.model
 
 --input takes files and globs, separated by commas, in any mix (all but .npy and .pkl also gzipped, .gz).
 text:
@@ -12,6 +13,9 @@ text:
 chat:
     .jsonl  a conversation a line, [{"role": "user", "content": "..."}, {"role": "assistant", ...}] or
             {"messages": [...]}; roles: system, user, assistant, the last with "think": "..." if it has any
+pairs:
+    .jsonl  a pair a line, {"chosen": [messages], "rejected": [messages]}, two conversations that start alike,
+            or {"prompt": ..., "chosen": ..., "rejected": ...}, each a text or a list of messages
 --tokenizer: bytes, x.model (SentencePiece), x.tiktoken, a folder with vocab.json and merges.txt, or gpt2.
 
 --out_dir appears whole or not at all; an existing one is never touched. Memory does not grow with the input.
@@ -75,6 +79,20 @@ class ChatConfig:
     bad_rows: Literal["error", "skip"] = "error"  # malformed lines: stop at the first, or count and skip them
     out_dir: str = "out/chat"          # the set, must not exist
     seed: int = 1337                   # which conversations are held out
+
+
+@dataclass(frozen=True)
+class PairsConfig:
+    input: tuple[str, ...] = ()        # files and globs of training pairs (.jsonl)
+    val_input: tuple[str, ...] = ()    # files and globs of validation pairs, when they are kept apart
+    val_frac: float = 0.0              # else: held-out fraction of pairs
+    tokenizer: str = "bytes"           # that of the model to be trained: its run, or as in `text --help`
+    answer_tags: bool = True           # put <answer> and </answer> around what an assistant says
+    max_len: int = 0                   # tokens of prompt and one answer at most, tags included; 0 = no limit
+    long_rows: Literal["error", "skip", "cut"] = "error"  # longer ones: stop, leave out, or cut the end off
+    bad_rows: Literal["error", "skip"] = "error"  # malformed lines: stop at the first, or count and skip them
+    out_dir: str = "out/pairs"         # the set, must not exist
+    seed: int = 1337                   # which pairs are held out
 
 
 @dataclass(frozen=True)
@@ -463,80 +481,115 @@ class ExampleWriter:
             ArrayWriter(os.path.join(folder, f"{split}{name}.npy"), kind)
             for name, kind in (("", dtype), ("_mask", np.uint8), ("_offsets", np.uint64)))
         self.offsets.write([0])
-        self.longest = self.targets = 0
+        self.longest = self.targets = self.count = 0
 
-    def add(self, ids, counts):
-        self.tokens.write(ids)
-        self.mask.write(counts)
-        self.offsets.write([self.tokens.count])
-        self.longest, self.targets = max(self.longest, len(ids)), self.targets + sum(counts)
+    def add(self, parts):
+        """parts: list of (ids, counts), each an example; the first and any one other make one sequence"""
+        for ids, counts in parts:
+            self.tokens.write(ids)
+            self.mask.write(counts)
+            self.offsets.write([self.tokens.count])
+            self.targets += sum(counts)
+        lengths = [len(ids) for ids, _ in parts]
+        self.longest = max(self.longest, lengths[0] + max(lengths[1:], default=0))
+        self.count += 1
 
-    def close(self):
-        """-> what meta.json says of them"""
+    def close(self, what):
+        """-> what meta.json says of them; what: their name"""
         for writer in (self.tokens, self.mask, self.offsets):
             writer.close()
         sums = "".join(w.sha.hexdigest() for w in (self.tokens, self.mask, self.offsets))
-        return dict(conversations=self.offsets.count - 1, tokens=self.tokens.count, targets=self.targets,
+        return dict({what: self.count}, tokens=self.tokens.count, targets=self.targets,
                     longest=self.longest, sha256=hashlib.sha256(sums.encode()).hexdigest())
 
 
-def prepare_chat(cfg):
-    """Tokenize conversations into cfg.out_dir; see data.py for what is in there."""
+def prepare_examples(cfg, kind, what, read, encode):
+    """
+    Conversations or pairs into cfg.out_dir; see data.py for what is in there. what: their name. read(path,
+    report) yields ("file:line", row); encode(tokenizer, rows) -> for each a list of (ids, counts), the parts
+    that are stored one after the other, of which the first and any one other follow each other in use.
+    """
     if cfg.max_len < 0:
         raise UserError(f"--max_len={cfg.max_len}: expected a number of tokens, or 0 = no limit")
-    if len(cfg.fields) not in (0, 2):
-        raise UserError(f"--fields={','.join(cfg.fields)}: two names, the user's text and the assistant's")
     with whole_or_nothing(cfg.out_dir) as folder:
         inputs = inputs_of(cfg, (".jsonl",))
         tokenizer, report = load_tokenizer(cfg.tokenizer), Report(cfg.bad_rows)
         dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
         progress, writers = Progress([path for _, path in inputs]), {}
-        for split, where, ids, counts in encode_chats(inputs, tokenizer, cfg, report, progress):
-            if cfg.max_len and len(ids) > cfg.max_len:
-                if not fits_when_cut(where, ids, counts, cfg, report):
-                    continue
-                ids, counts = ids[:cfg.max_len], counts[:cfg.max_len]
+        for split, where, parts in encode_rows(inputs, tokenizer, cfg, read, encode, report, progress):
+            parts = cut_to_fit(where, parts, cfg, report)
+            if not parts:
+                continue
             if split not in writers:
                 writers[split] = ExampleWriter(folder, split, dtype)
-            writers[split].add(ids, counts)
+            writers[split].add(parts)
             progress.show(sum(writer.tokens.count for writer in writers.values()))
-        splits = {split: writer.close() for split, writer in writers.items()}
-        check_splits(splits, cfg, "conversations", report)
-        describe(folder, "chat", tokenizer, splits, report, cfg)
+        splits = {split: writer.close(what) for split, writer in writers.items()}
+        check_splits(splits, cfg, what, report)
+        describe(folder, kind, tokenizer, splits, report, cfg)
     report.print()
     for split, count in splits.items():
-        print(f"{cfg.out_dir}/{split}.npy: {count['conversations']:,} conversations of up to "
+        print(f"{cfg.out_dir}/{split}.npy: {count[what]:,} {what} of up to "
               f"{count['longest']:,} tokens, {count['tokens']:,} in all, {count['targets']:,} to learn, "
               f"vocabulary of {tokenizer.vocab_size:,}")
 
 
-def fits_when_cut(where, ids, counts, cfg, report):
-    """What --long_rows asks for with a conversation of more than max_len tokens -> True: keep its start."""
+def prepare_chat(cfg):
+    if len(cfg.fields) not in (0, 2):
+        raise UserError(f"--fields={','.join(cfg.fields)}: two names, the user's text and the assistant's")
+    prepare_examples(cfg, "chat", "conversations",
+                     read=lambda path, report: read_chats(path, cfg.fields, report),
+                     encode=lambda tokenizer, rows: [[chat] for chat in encode_chat(
+                         tokenizer, rows, cfg.answer_tags)])
+
+
+def prepare_pairs(cfg):
+    def encode(tokenizer, rows):
+        """The prompt, up to <assistant>, and what follows it in the chosen and the rejected conversation."""
+        prompts = encode_chat(tokenizer, [prompt for prompt, _, _ in rows], cfg.answer_tags, reply=True)
+        chats = encode_chat(tokenizer, [prompt + answer for prompt, *answers in rows for answer in answers],
+                            cfg.answer_tags)
+        pairs = []
+        for (prompt, _), chosen, rejected in zip(prompts, chats[::2], chats[1::2]):
+            n = len(prompt)
+            answers = [(ids[n:], counts[n:]) for ids, counts in (chosen, rejected)]
+            pairs.append([(prompt, [False] * n), *answers])
+        return pairs
+    prepare_examples(cfg, "pairs", "pairs", read_pairs, encode)
+
+
+def cut_to_fit(where, parts, cfg, report):
+    """-> the parts, cut where --max_len and --long_rows ask for it; None when they are to be left out"""
+    (first, *rest), most = parts, cfg.max_len
+    length = len(first[0]) + max((len(ids) for ids, _ in rest), default=0)
+    if not most or length <= most:
+        return parts
     if cfg.long_rows == "error":
-        raise UserError(f"{where}: {len(ids)} tokens, more than --max_len={cfg.max_len}; raise it, "
+        raise UserError(f"{where}: {length} tokens, more than --max_len={most}; raise it, "
                         "or leave such rows out with --long_rows=skip, or --long_rows=cut")
-    if cfg.long_rows == "cut" and any(counts[:cfg.max_len]):
-        report.skip(f"cut to {cfg.max_len} tokens", where)
-        return True
-    report.skip(f"longer than {cfg.max_len} tokens" if cfg.long_rows == "skip" else
-                f"without a reply in the first {cfg.max_len} tokens", where)
-    return False
+    room = max(0, most - len(first[0])) if rest else most
+    kept = [(ids[:room], counts[:room]) for ids, counts in rest or [first]]
+    if cfg.long_rows == "cut" and all(any(counts) for _, counts in kept):
+        report.skip(f"cut to {most} tokens", where)
+        return [first, *kept] if rest else kept
+    report.skip(f"longer than {most} tokens" if cfg.long_rows == "skip" else
+                f"without a reply in the first {most} tokens", where)
+    return None
 
 
-def encode_chats(inputs, tokenizer, cfg, report, progress):
-    """Yield (split, "file:line", ids, counts) of every conversation, many of them tokenized in one call."""
+def encode_rows(inputs, tokenizer, cfg, read, encode, report, progress):
+    """Yield (split, "file:line", parts) of every row, many of them tokenized in one call."""
     draw = random.Random(cfg.seed)
 
     def flush():
-        encoded = encode_chat(tokenizer, [messages for _, _, messages in waiting], cfg.answer_tags)
-        for (split, where, _), (ids, counts) in zip(waiting, encoded):
-            yield split, where, ids, counts
+        for (split, where, _), parts in zip(waiting, encode(tokenizer, [row for _, _, row in waiting])):
+            yield split, where, parts
     for home, path in inputs:
         waiting, size = [], 0
-        for where, messages in damage_named(read_chats(path, cfg.fields, report), path):
+        for where, row in damage_named(read(path, report), path):
             split = "val" if cfg.val_frac and draw.random() < cfg.val_frac else home
-            waiting.append((split, where, messages))
-            size += sum(len(message["content"]) + len(message.get("think", "")) for message in messages)
+            waiting.append((split, where, row))
+            size += len(json.dumps(row))
             if size >= BLOCK:
                 yield from flush()
                 waiting, size = [], 0
@@ -563,6 +616,31 @@ def read_chats(path, fields, report):
             report.bad("without an assistant turn", where, f"no assistant turn in {shown(row)}")
             continue
         yield where, messages
+
+
+def read_pairs(path, report):
+    """Yield ("file:line", (prompt, chosen, rejected)), lists of messages; the answers start with a reply."""
+    for number, row in read_json_rows(path, report):
+        where = f"{path}:{number}"
+        try:
+            if not isinstance(row, dict) or not {"chosen", "rejected"} <= row.keys():
+                raise ValueError('expected {"chosen": ..., "rejected": ...}')
+            prompt, chosen, rejected = (
+                [{"role": role, "content": part}] if isinstance(part, str) else part for part, role in
+                ((row.get("prompt", []), "user"), (row["chosen"], "assistant"),
+                 (row["rejected"], "assistant")))
+            for messages in (chosen, rejected, *[prompt] * bool(prompt)):
+                check_conversation(messages)
+        except ValueError as error:
+            report.bad("malformed", where, f"{error}, got {shown(row)}")
+            continue
+        while chosen and rejected and chosen[0] == rejected[0]:   # what both begin with belongs to the prompt
+            prompt, chosen, rejected = [*prompt, chosen[0]], chosen[1:], rejected[1:]
+        if not (chosen and rejected and prompt and chosen[0]["role"] == rejected[0]["role"] == "assistant"):
+            report.bad("without two replies to one prompt", where,
+                       f"chosen and rejected must differ, first in an assistant's turn, in {shown(row)}")
+            continue
+        yield where, (prompt, chosen, rejected)
 
 
 def prepare_tokenizer(cfg):
@@ -602,6 +680,7 @@ def prepare_tokenizer(cfg):
 
 
 COMMANDS = {"text": (TextConfig, prepare_text), "chat": (ChatConfig, prepare_chat),
+            "pairs": (PairsConfig, prepare_pairs),
             "tokenizer": (TokenizerConfig, prepare_tokenizer)}
 
 if __name__ == "__main__":

@@ -1,0 +1,350 @@
+"""
+Direct preference optimization: raise the log-prob of chosen answers over rejected ones, and its family.
+
+    python train_dpo.py --data_dir=out/pairs --init_from=out/sft                          # one CPU or GPU
+    torchrun --standalone --nproc_per_node=8 train_dpo.py --data_dir=out/pairs --init_from=out/sft
+
+Reads   data_dir, made by `python data/prepare.py pairs ...`; init_from, a run or checkpoint to start from
+Writes  out_dir/{config.json, code/, metrics.jsonl, step_NNNNNN/}, ref_logps.npz: the reference's log-probs
+Expect  `make demo`: accuracy on held-out pairs, in README.md, "Results"
+
+The reference is the policy as training starts, after a resume too. A prompt is computed once for both.
+"""
+import copy
+import math
+import os
+from dataclasses import asdict, dataclass, replace
+from typing import Literal
+
+import numpy as np
+import torch
+
+from common import checkpoint, dist, losses, optim, sampling
+from common.config import as_dict, build, parse_config, read_overrides
+from common.data import PairData, read_meta
+from common.dist import UserError
+from common.logger import Logger, Timer
+from common.model import GPT, ModelConfig
+from common.schedule import learning_rate
+from common.tokenizer import encode_chat, load_tokenizer
+from common.zero1 import ShardedOptimizer
+
+# -----------------------------------------------------------------------------
+# config: every field is an option, the comment beside it its help (--help prints them)
+
+@dataclass(frozen=True)
+class Config:
+    # files
+    data_dir: str = "out/pairs"        # pairs of answers prepared by data/prepare.py pairs
+    out_dir: str = "out/dpo"           # run directory, must be new or empty unless resume
+    init_from: str = ""                # run or checkpoint to take the weights from; "" = random weights
+    resume: bool = False               # continue out_dir from its latest whole checkpoint, if it has one
+    # batch
+    batch_size: int = 32               # pairs per step, over all ranks and micro-batches
+    micro_batch_size: int = 0          # pairs per forward and rank; lower saves memory; 0 = all at once
+    seq_len: int = 512                 # tokens of a prompt and one answer at most
+    # preferences
+    loss: Literal["sigmoid", "ipo", "hinge", "simpo", "orpo"] = "sigmoid"  # common/losses.py has the formulas
+    beta: float = 0.1                  # how strongly the policy is held to the reference; orpo: odds' weight
+    label_smoothing: float = 0.0       # sigmoid: share of pairs that may be the wrong way round
+    gamma: float = 0.5                 # simpo: margin between the answers' rewards
+    nll_coef: float = 0.0              # adds this much of the chosen answers' cross-entropy
+    ref_online: bool = False           # keep a second model and ask it each time, instead of once before
+    # optimization
+    num_steps: int = 1000              # updates; 0 = as many as num_epochs takes
+    num_epochs: float = 0.0            # passes over the data; set num_steps=0 with it
+    optimizer: Literal["adamw", "lion", "muon"] = "adamw"  # muon: for blocks' matrices, adamw for the rest
+    lr: float = 1e-5                   # learning rate after the warm-up
+    schedule: Literal["cosine", "restarts", "constant", "wsd"] = "cosine"    # how lr falls after the warm-up
+    warmup_steps: int = 100            # updates until lr is reached
+    initial_lr: float = 0.0            # where the warm-up starts
+    min_lr_frac: float = 0.1           # lr of the last update / lr
+    restart_steps: int = 0             # restarts: length of the first period, in steps; 0 = one period
+    restart_mul: float = 1.0           # restarts: each period is this many times the one before
+    wsd_decay_frac: float = 0.2        # wsd: fraction of the steps, at the end, in which lr falls
+    weight_decay: float = 0.1          # on tensors of two or more dimensions
+    beta1: float = 0.9                 # decay of the running mean of gradients
+    beta2: float = 0.95                # decay of the running mean of squares (adamw), of the momentum (lion)
+    grad_clip: float = 1.0             # largest global gradient norm; 0 = off
+    zero1: bool = False                # each rank keeps and updates 1/N of the optimizer state
+    critical_ids: tuple[int, ...] = ()  # target ids with a weight of their own in the nll_coef term
+    critical_alpha: float = 1.0        # that weight
+    # evaluation, logging, checkpoints
+    eval_every: int = 250              # steps; 0 = only at the end
+    eval_seqs: int = 256               # validation pairs; 0 = no validation
+    eval_prompts: tuple[str, ...] = ()  # answered at every evaluation, into samples.jsonl
+    save_every: int = 500              # steps; 0 = only at the end
+    keep_last: int = 2                 # latest checkpoints to keep, next to the best by validation loss
+    log_every: int = 10                # steps between console lines (metrics.jsonl gets every step)
+    max_bad_steps: int = 20            # stop after so many skipped steps (loss or gradient nan/inf) in a row
+    # system
+    seed: int = 1337                   # of the weights, the order of the data and dropout
+    device: str = "auto"               # auto, cpu, cuda, mps
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # to compute in; auto: bfloat16 on GPUs
+    param_dtype: Literal["float32", "bfloat16"] = "float32"  # of weights; bfloat16: optimizer keeps fp32 copy
+    compile: bool = False              # torch.compile the training forward
+    activation_checkpointing: bool = False    # recompute blocks in backward: less memory, a third more time
+    # model
+    model: ModelConfig = ModelConfig()
+
+
+def answer_logps(model, pairs):
+    """-> log-probs of the answers' learned tokens (N,), and which answer each is in (N,): 2 p or 2 p + 1"""
+    hidden = model(pairs.tokens, pairs.docs, branch=pairs.branch)             # (1, T, C)
+    logps = losses.token_logps(hidden[pairs.mask], model.head, pairs.targets[pairs.mask])
+    return logps, pairs.answer[pairs.mask]
+
+
+def per_answer(values, answer, P):
+    """Sum values (N,) over the tokens of each answer -> (P, 2): chosen, rejected"""
+    return torch.zeros(2 * P, device=values.device).index_add(0, answer, values).view(P, 2)
+
+
+def preference(logps, answer, pairs, ref, cfg):
+    """logps, answer (N,) of the policy; ref (P, 2) summed log-probs -> loss (P,), dict of metrics (P,)"""
+    P = len(pairs.ids)
+    sums, lengths = per_answer(logps, answer, P), per_answer(torch.ones_like(logps), answer, P)
+    means = sums / lengths.clamp(min=1)                                       # (P, 2)
+    if cfg.loss == "simpo":
+        loss, rewards = losses.simpo_loss(*means.T, cfg.beta, cfg.gamma), cfg.beta * means
+    elif cfg.loss == "orpo":
+        loss, rewards = losses.orpo_loss(*means.T, cfg.beta), cfg.beta * means
+    else:
+        loss = losses.dpo_loss(*sums.T, *ref.T, cfg.beta, cfg.label_smoothing, cfg.loss)
+        rewards = cfg.beta * (sums - ref)
+    chosen, rejected = rewards.detach().T
+    metrics = dict(accuracy=(chosen > rejected).float(), margin=chosen - rejected, reward_chosen=chosen,
+                   reward_rejected=rejected, logps_chosen=sums[:, 0].detach(),
+                   logps_rejected=sums[:, 1].detach(), ranking=(sums[:, 0] > sums[:, 1]).float())
+    if ref is not None:  # as if the answers were the reference's samples: KL(reference || policy) per token
+        metrics["kl"] = ((ref - sums.detach()) / lengths.clamp(min=1)).mean(dim=1)
+    return loss, metrics
+
+
+def token_weights(pairs, critical_ids, cfg):
+    """What each learned token (N,) weighs in the cross-entropy of the chosen answers; 0 in rejected ones"""
+    weights = losses.critical_weights(pairs.targets, critical_ids, cfg.critical_alpha)
+    return (weights * (pairs.answer % 2 == 0))[pairs.mask]
+
+
+@torch.no_grad()
+def summed_logps(model, data, autocast):
+    """-> (pairs of the set, 2) float32: log-probs of all chosen and rejected answers, all ranks together"""
+    model.eval()
+    sums, size = torch.zeros(data.num_samples, 2, device=data.device), data.micro_batch_size
+    for start in range(data.rank * size, data.num_samples, data.world_size * size):
+        ids = np.arange(start, min(start + size, data.num_samples))
+        pairs = data.pairs(ids, np.ones(len(ids), dtype=bool))
+        with autocast:
+            sums[pairs.ids] = per_answer(*answer_logps(model, pairs), len(ids))
+    model.train()
+    return dist.all_sum(sums)
+
+
+@torch.no_grad()
+def evaluate(model, data, ref, cfg, autocast):
+    """-> dict of the validation loss and metrics, means over the data.total pairs, all ranks together"""
+    model.eval()
+    total = 0.0
+    for i in range(-(-data.total // (data.micro_batch_size * data.world_size))):
+        pairs = data.batch(i)
+        with autocast:
+            loss, metrics = preference(*answer_logps(model, pairs), pairs, ref("val", pairs), cfg)
+        total += (torch.stack([loss, *metrics.values()]) * pairs.counts).sum(dim=1)
+    model.train()
+    means = (dist.all_sum(total) / data.total).tolist()
+    return {f"val_{name}": mean for name, mean in zip(["loss", *metrics], means)}
+
+
+if __name__ == "__main__":
+    # -------------------------------------------------------------------------
+    # setup (identical in every stage)
+    cfg = parse_config(Config)
+    rank, world_size, device = dist.init(cfg.device)
+    dist.check_equal("config", {**as_dict(cfg), "ranks": world_size})
+    for name, least in dict(seq_len=1, batch_size=world_size, micro_batch_size=0, lr=0, eval_seqs=0, seed=0,
+                            keep_last=1, log_every=1, max_bad_steps=1).items():
+        if getattr(cfg, name) < least:
+            raise UserError(f"--{name}={getattr(cfg, name)}: must be at least {least}")
+    micro_batch_size = cfg.micro_batch_size or cfg.batch_size // world_size
+    if cfg.batch_size % (micro_batch_size * world_size):
+        raise UserError(f"--batch_size={cfg.batch_size}: must be a multiple of ranks x micro_batch_size = "
+                        f"{world_size} x {cfg.micro_batch_size or 1}")
+    num_micro = cfg.batch_size // (micro_batch_size * world_size)             # per step, on this rank
+    if (cfg.num_steps > 0) == (cfg.num_epochs > 0):
+        raise UserError(f"--num_steps={cfg.num_steps} --num_epochs={cfg.num_epochs}: set one of them, "
+                        "the other to 0")
+    autocast, dtype = dist.autocast(device, cfg.dtype)
+    meta, tokenizer = read_meta(cfg.data_dir), load_tokenizer(cfg.data_dir)
+    if tokenizer.fingerprint != meta["fingerprint"]:
+        raise UserError(f"--data_dir={cfg.data_dir}: was prepared with another tokenizer than lies beside it")
+    previous = checkpoint.latest(cfg.out_dir) if cfg.resume else None         # where this run left off
+    source = previous or (checkpoint.find(cfg.init_from) if cfg.init_from else None)
+    saved = checkpoint.read_manifest(source) if source else None
+    if saved and saved["fingerprint"] != tokenizer.fingerprint:
+        raise UserError(f"{source}: was trained with another tokenizer than --data_dir={cfg.data_dir}")
+
+    # -------------------------------------------------------------------------
+    # data
+    def load(split, seed):
+        return PairData(cfg.data_dir, split, cfg.seq_len, micro_batch_size, rank, world_size, device, seed)
+    train_data, val_data = load("train", cfg.seed), load("val", 0) if cfg.eval_seqs else None
+    critical_ids = torch.tensor(cfg.critical_ids, dtype=torch.int64, device=device)
+
+    # -------------------------------------------------------------------------
+    # model, optimizer, run directory (identical in every stage)
+    if cfg.num_epochs:                                                        # the last step may be partial
+        train_data.total = round(cfg.num_epochs * train_data.num_samples)
+        if train_data.total < 1:
+            raise UserError(f"--num_epochs={cfg.num_epochs}: not one of {train_data.num_samples} sequences")
+    num_steps = cfg.num_steps or -(-train_data.total // cfg.batch_size)
+    if val_data:
+        val_data.total = min(cfg.eval_seqs, val_data.num_samples)
+    if saved:
+        old = ModelConfig(**saved["model"])
+        model_config = old.continued(build(old, read_overrides().get("model", {}), "model."), cfg.seq_len)
+        if previous and model_config != old:
+            raise UserError(f"--resume: {previous} has another --model or a smaller --seq_len; "
+                            "use --init_from instead")
+    else:
+        model_config = replace(cfg.model, vocab_size=cfg.model.vocab_size or meta["vocab_size"],
+                               seq_len=cfg.model.seq_len or cfg.seq_len).resolved()
+    if model_config.vocab_size < meta["vocab_size"] or model_config.seq_len < cfg.seq_len:
+        raise UserError(f"--model.vocab_size={model_config.vocab_size} "
+                        f"--model.seq_len={model_config.seq_len}: smaller than the data's "
+                        f"{meta['vocab_size']} or --seq_len={cfg.seq_len}")
+    if train_data.doc_mask and model_config.rope_scaling == "dynamic":
+        raise UserError("--model.rope_scaling=dynamic: follows the length of the row, so it does not go with "
+                        "documents that share one; use yarn or linear")
+    torch.manual_seed(cfg.seed)                                               # the same weights on every rank
+    model = GPT(model_config).to(device, getattr(torch, cfg.param_dtype))
+    model.activation_checkpointing = cfg.activation_checkpointing
+    if source:
+        checkpoint.load_weights(source, model)
+    groups = optim.parameter_groups(model, cfg.optimizer, cfg.weight_decay, cfg.beta1, cfg.beta2)
+    optimizer = ShardedOptimizer(groups, cfg.zero1, loss_scaling=dtype == torch.float16)
+    # what the order of the data and the meaning of a step depend on: the same again after a resume
+    identity = dict(data=meta["data_fingerprint"], seed=cfg.seed, batch_size=cfg.batch_size,
+                    seq_len=cfg.seq_len)
+    start_step = 0
+    if previous:
+        if saved["identity"] != identity:
+            raise UserError(f"--resume: the run has {saved['identity']}, not {identity}; "
+                            "give it the same options and data")
+        checkpoint.load_optimizer(previous, optimizer)
+        start_step = saved["step"]
+        if start_step > num_steps:
+            raise UserError(f"--num_steps={num_steps}: the run is at step {start_step} already")
+    forward = torch.compile(model) if cfg.compile else model                  # forward() trains only
+    token_flops = model.flops_per_token(train_data.mean_context)
+    peak_flops = dist.peak_flops(device) * world_size
+    options = {**as_dict(cfg), "model": read_overrides().get("model", {})}    # the model as it was asked for
+    log = Logger(cfg.out_dir, options, __file__, cfg.resume, start_step, num_steps, cfg.log_every)
+    log.print(f"{model.num_parameters():,} parameters, {optimizer.state_bytes():,} bytes of optimizer state "
+              f"on each of {world_size} rank{'s'[:world_size > 1]}, {train_data.num_tokens:,} tokens "
+              f"to train on in {train_data.num_samples:,} rows, {num_steps} steps"
+              + (f" from step {start_step} of {previous}" if previous else ""))
+    for name, value in as_dict(cfg).items() if previous else ():
+        if value != saved["config"].get(name) and name != "resume":
+            log.print(f"changed since the checkpoint: --{name}={value} (was {saved['config'].get(name)})")
+
+    # -------------------------------------------------------------------------
+    # reference: the initial policy, by the log-probs it gave, or as a second model
+    reference = ref_arrays = None
+    initial_weights = saved["initial_weights"] if previous else checkpoint.fingerprint(model)
+    if cfg.loss not in ("simpo", "orpo"):
+        path = os.path.join(cfg.out_dir, "ref_logps.npz")
+        key = " ".join([initial_weights, str(dtype), *(split["sha256"] for split in meta["splits"].values())])
+        if not cfg.ref_online:
+            ref_arrays = dist.from_rank_zero(lambda: checkpoint.read_arrays(path, key))
+        if ref_arrays is None:
+            reference = copy.deepcopy(model).eval().requires_grad_(False)
+            if previous:                                                      # back to where the run began
+                torch.manual_seed(cfg.seed)
+                reference.load_state_dict(GPT(model_config).state_dict())
+                if cfg.init_from:
+                    checkpoint.load_weights(checkpoint.find(cfg.init_from), reference)
+            if checkpoint.fingerprint(reference) != initial_weights:
+                raise UserError(f"--init_from={cfg.init_from}: not the weights that this run started from, "
+                                "which are its reference; give it those again")
+            if not cfg.ref_online:
+                ref_arrays = {split: summed_logps(reference, data, autocast).cpu().numpy()
+                              for split, data in (("train", train_data), ("val", val_data)) if data}
+                dist.from_rank_zero(lambda: checkpoint.write_arrays(path, key, ref_arrays))
+                reference = None
+
+    def ref(split, pairs):
+        """-> (P, 2) summed log-probs of the reference, or None for a loss that has none"""
+        if reference is not None:
+            with torch.no_grad(), autocast:
+                return per_answer(*answer_logps(reference, pairs), len(pairs.ids))
+        return torch.from_numpy(ref_arrays[split]).to(device)[pairs.ids] if ref_arrays else None
+
+    # -------------------------------------------------------------------------
+    # train
+    dist.watch_signals()
+    bad_steps, val_loss = 0, None
+    for step in range(start_step, num_steps + 1):
+        last_step = step == num_steps                                         # no update: evaluate and save
+        stop = dist.stop_requested()
+        save_now = last_step or (cfg.save_every and step and step % cfg.save_every == 0)
+        eval_now = save_now or (cfg.eval_every and step % cfg.eval_every == 0)  # each save has a val_loss
+
+        if eval_now and val_data:
+            metrics = evaluate(model, val_data, ref, cfg, autocast)
+            val_loss = metrics["val_loss"]
+            log.metrics(step, **metrics)
+            log.print(f"step {step}/{num_steps} | val loss {val_loss:.4f} | accuracy {metrics['val_accuracy']:.3f}")
+        if eval_now:
+            for i, prompt in enumerate(cfg.eval_prompts):
+                (ids, _), = encode_chat(tokenizer, [[{"role": "user", "content": prompt}]], reply=True)
+                text = "".join(sampling.stream(model, tokenizer, ids, seed=step * 1000 + i))
+                log.sample(step, prompt + "\n", text)
+        if (save_now or stop) and step > start_step:
+            info = dict(model=asdict(model_config), config=as_dict(cfg), identity=identity,
+                        fingerprint=tokenizer.fingerprint, initial_weights=initial_weights)
+            saved_ok = checkpoint.save(cfg.out_dir, step, model, optimizer, info, tokenizer.files(),
+                                       cfg.keep_last, val_loss if save_now else None)
+            if not saved_ok and (last_step or stop):
+                raise UserError(f"--out_dir={cfg.out_dir}: the last checkpoint could not be saved; "
+                                "make room and continue with --resume=true")
+        if last_step or stop:
+            break
+
+        timer = Timer()
+        dist.seed(cfg.seed, step)                                             # dropout follows from the step
+        micro_batches = [train_data.batch(step * num_micro + i) for i in range(num_micro)]
+        n_pairs, n_chosen, n_tokens = dist.all_sum(sum(                       # of this whole step, all ranks
+            torch.stack([pairs.counts.sum(), token_weights(pairs, critical_ids, cfg).sum(),
+                         torch.tensor(pairs.tokens.numel(), device=device)]) for pairs in micro_batches))
+        step_loss, step_metrics = torch.zeros((), device=device), 0.0
+        for i, pairs in enumerate(micro_batches):
+            optimizer.sync = i == num_micro - 1                               # travel in the last backward
+            with autocast:
+                logps, answer = answer_logps(forward, pairs)                  # (N,) each
+                pair_loss, metrics = preference(logps, answer, pairs, ref("train", pairs), cfg)     # (P,)
+            loss = (pair_loss * pairs.counts).sum() / n_pairs                 # divide once, by the full count
+            if cfg.nll_coef:
+                nll_sum = -(logps * token_weights(pairs, critical_ids, cfg)).sum()
+                loss = loss + cfg.nll_coef * nll_sum / n_chosen
+            (loss * optimizer.loss_scale).backward()
+            step_loss += loss.detach()
+            step_metrics += (torch.stack([*metrics.values()]) * pairs.counts).sum(dim=1)
+
+        step_loss = dist.all_sum(step_loss).item()
+        optimizer.lr = learning_rate(cfg.schedule, step, num_steps, cfg.lr, cfg.lr * cfg.min_lr_frac,
+                                     cfg.warmup_steps, cfg.initial_lr, cfg.restart_steps, cfg.restart_mul,
+                                     cfg.wsd_decay_frac)
+        grad_norm = optimizer.step(cfg.grad_clip, apply=math.isfinite(step_loss))  # clip, update, gather
+        bad_steps = 0 if math.isfinite(grad_norm) and math.isfinite(step_loss) else bad_steps + 1
+        metrics = dict(zip(metrics, (dist.all_sum(step_metrics) / n_pairs).tolist()))
+        log.train_step(step, n_tokens.item(), timer.lap(), token_flops, peak_flops, also=metrics,
+                       loss=step_loss, lr=optimizer.lr, grad_norm=grad_norm,
+                       accuracy=metrics.pop("accuracy"), margin=metrics.pop("margin"))
+        if bad_steps:
+            log.print(f"step {step}: loss or gradient is not finite, skipped ({bad_steps} in a row)")
+        if bad_steps == cfg.max_bad_steps:
+            raise UserError(f"loss or gradient was not finite in {bad_steps} steps in a row; lower --lr, or "
+                            f"look at the data around step {step}; "
+                            f"checkpoints in {cfg.out_dir} are from before")
+    dist.finish()
