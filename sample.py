@@ -13,13 +13,13 @@ From your own code:
     for text in stream(model, tokenizer, "ROMEO:"): ...
 """
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from common import checkpoint, dist
 from common.config import parse_config
 from common.dist import UserError
 from common.model import GPT, ModelConfig
-from common.sampling import SamplingConfig, complete, stream, stream_tokens  # noqa: F401
+from common.sampling import SamplingConfig, complete, for_vocabulary, stream, stream_tokens  # noqa: F401
 from common.tokenizer import encode_chat, load_tokenizer
 
 
@@ -54,10 +54,8 @@ def answer(model, tokenizer, ids, cfg, seed):
         how = dict(show_special=cfg.show_tags, hide_think=not cfg.show_tags)
     completions = None
     if not cfg.stream:
-        # a head padded beyond the vocabulary has rows that stand for nothing
-        sampling = replace(cfg, suppress=cfg.suppress + tuple(range(tokenizer.vocab_size, len(model.head))))
-        completions, _ = complete(model, [ids or [tokenizer.end]], sampling, tokenizer.end, cfg.num_samples,
-                                  seed)
+        completions, _ = complete(model, [ids or [tokenizer.end]], for_vocabulary(cfg, model, tokenizer),
+                                  tokenizer.end, cfg.num_samples, seed)
     for i in range(cfg.num_samples):
         if cfg.num_samples > 1:
             print(f"{'' if i == 0 else chr(10)}--- sample {i + 1} of {cfg.num_samples}")
@@ -92,12 +90,13 @@ def reply(model, tokenizer, turns, text, cfg):
     context = model.config.seq_len
     ids = encode_chat(tokenizer, [[{"role": "system", "content": cfg.system}]])[0][0] if cfg.system else []
     (user, _), = encode_chat(tokenizer, [[{"role": "user", "content": text}]], reply=True)
+    room = context - min(cfg.max_new_tokens, context // 2)
+    if len(ids) + len(user) > room:
+        raise UserError(f"--prompt{' and --system' * bool(ids)}: {len(ids) + len(user)} tokens, which leave "
+                        f"too little of the model's context of {context}; shorten it")
     turns.append(user)
-    while len(ids) + sum(map(len, turns)) > context - min(cfg.max_new_tokens, context // 2):
+    while len(ids) + sum(map(len, turns)) > room:
         del turns[:2]
-        if not turns:
-            raise UserError(f"--prompt: {len(ids) + len(user)} tokens, which leave too little of the model's "
-                            f"context of {context}; shorten it")
     tokens = answer(model, tokenizer, sum(turns, ids), cfg, cfg.seed + len(turns))
     turns.append([*tokens, tokenizer.end])
 
@@ -108,11 +107,23 @@ def typed(ask):
         yield text
 
 
+def check_text(text):
+    """UserError when what came from a terminal, a pipe or a command line is not UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError("--prompt: not UTF-8 text; set the terminal to UTF-8, or convert it") from None
+
+
 if __name__ == "__main__":
     cfg = parse_config(Config)
     _, _, device = dist.init(cfg.device)
     if cfg.num_samples < 1:
         raise UserError(f"--num_samples={cfg.num_samples}: expected at least 1")
+    if not cfg.chat and (cfg.system or cfg.show_tags):
+        raise UserError("--system and --show_tags: only with --chat=true")
+    if cfg.interactive and cfg.prompt:
+        raise UserError("--interactive=true: asks for prompts itself; leave --prompt out")
     model, tokenizer = load(cfg.init_from, device)
     if any(not 0 <= i < model.config.vocab_size for i in cfg.suppress):
         raise UserError(f"--suppress={cfg.suppress}: ids must be below the vocabulary's "
@@ -123,6 +134,7 @@ if __name__ == "__main__":
     try:
         for text in texts:
             try:
+                check_text(cfg.system + text)
                 if cfg.chat:
                     reply(model, tokenizer, turns, text, cfg)
                 else:

@@ -1,5 +1,6 @@
 """
-Direct preference optimization: raise the log-prob of chosen answers over rejected ones, and its family.
+Direct preference optimization and its family: raise chosen answers' log-probs over rejected ones'. The
+reference is the policy as training started, after a resume too; a prompt is computed once for both answers.
 
     python train_dpo.py --data_dir=out/pairs --init_from=out/sft                          # one CPU or GPU
     torchrun --standalone --nproc_per_node=8 train_dpo.py --data_dir=out/pairs --init_from=out/sft
@@ -7,8 +8,6 @@ Direct preference optimization: raise the log-prob of chosen answers over reject
 Reads   data_dir, made by `python data/prepare.py pairs ...`; init_from, a run or checkpoint to start from
 Writes  out_dir/{config.json, code/, metrics.jsonl, step_NNNNNN/}, ref_logps.npz: the reference's log-probs
 Expect  `make demo`: accuracy on held-out pairs, in README.md, "Results"
-
-The reference is the policy as training starts, after a resume too. A prompt is computed once for both.
 """
 import copy
 import math
@@ -90,9 +89,8 @@ class Config:
 
 def answer_logps(model, pairs):
     """-> log-probs of the answers' learned tokens (N,), and which answer each is in (N,): 2 p or 2 p + 1"""
-    hidden = model(pairs.tokens, pairs.docs, branch=pairs.branch)             # (1, T, C)
-    logps = losses.token_logps(hidden[pairs.mask], model.head, pairs.targets[pairs.mask])
-    return logps, pairs.answer[pairs.mask]
+    hidden = model(pairs.tokens, pairs.docs, branch=pairs.branch)[pairs.mask]                     # (N, C)
+    return losses.token_logps(hidden, model.head, pairs.targets[pairs.mask]), pairs.answer[pairs.mask]
 
 
 def per_answer(values, answer, P):
@@ -103,8 +101,8 @@ def per_answer(values, answer, P):
 def preference(logps, answer, pairs, ref, cfg):
     """logps, answer (N,) of the policy; ref (P, 2) summed log-probs -> loss (P,), dict of metrics (P,)"""
     P = len(pairs.ids)
-    sums, lengths = per_answer(logps, answer, P), per_answer(torch.ones_like(logps), answer, P)
-    means = sums / lengths.clamp(min=1)                                       # (P, 2)
+    sums, lengths = per_answer(logps, answer, P), per_answer(torch.ones_like(logps), answer, P).clamp(min=1)
+    means = sums / lengths                                                    # (P, 2)
     if cfg.loss == "simpo":
         loss, rewards = losses.simpo_loss(*means.T, cfg.beta, cfg.gamma), cfg.beta * means
     elif cfg.loss == "orpo":
@@ -112,19 +110,20 @@ def preference(logps, answer, pairs, ref, cfg):
     else:
         loss = losses.dpo_loss(*sums.T, *ref.T, cfg.beta, cfg.label_smoothing, cfg.loss)
         rewards = cfg.beta * (sums - ref)
-    chosen, rejected = rewards.detach().T
-    metrics = dict(accuracy=(chosen > rejected).float(), margin=chosen - rejected, reward_chosen=chosen,
-                   reward_rejected=rejected, logps_chosen=sums[:, 0].detach(),
-                   logps_rejected=sums[:, 1].detach(), ranking=(sums[:, 0] > sums[:, 1]).float())
+    metrics = dict(zip(("reward_chosen", "reward_rejected", "logps_chosen", "logps_rejected"),
+                       torch.cat([rewards, sums], dim=1).detach().T))
+    metrics["margin"] = metrics["reward_chosen"] - metrics["reward_rejected"]
+    metrics["accuracy"] = (metrics["margin"].sign() + 1) / 2                  # undecided: half right
+    metrics["ranking"] = ((metrics["logps_chosen"] - metrics["logps_rejected"]).sign() + 1) / 2
     if ref is not None:  # as if the answers were the reference's samples: KL(reference || policy) per token
-        metrics["kl"] = ((ref - sums.detach()) / lengths.clamp(min=1)).mean(dim=1)
+        metrics["kl"] = ((ref - sums.detach()) / lengths).mean(dim=1)
     return loss, metrics
 
 
 def token_weights(pairs, critical_ids, cfg):
     """What each learned token (N,) weighs in the cross-entropy of the chosen answers; 0 in rejected ones"""
-    weights = losses.critical_weights(pairs.targets, critical_ids, cfg.critical_alpha)
-    return (weights * (pairs.answer % 2 == 0))[pairs.mask]
+    weights = losses.critical_weights(pairs.targets[pairs.mask], critical_ids, cfg.critical_alpha)
+    return weights * (pairs.answer[pairs.mask] % 2 == 0)
 
 
 @torch.no_grad()
@@ -189,6 +188,8 @@ if __name__ == "__main__":
     def load(split, seed):
         return PairData(cfg.data_dir, split, cfg.seq_len, micro_batch_size, rank, world_size, device, seed)
     train_data, val_data = load("train", cfg.seed), load("val", 0) if cfg.eval_seqs else None
+    eval_prompts = [ids for ids, _ in encode_chat(
+        tokenizer, [[{"role": "user", "content": prompt}] for prompt in cfg.eval_prompts], reply=True)]
     critical_ids = torch.tensor(cfg.critical_ids, dtype=torch.int64, device=device)
 
     # -------------------------------------------------------------------------
@@ -216,6 +217,8 @@ if __name__ == "__main__":
     if train_data.doc_mask and model_config.rope_scaling == "dynamic":
         raise UserError("--model.rope_scaling=dynamic: follows the length of the row, so it does not go with "
                         "documents that share one; use yarn or linear")
+    if (longest := max(map(len, eval_prompts), default=0)) > model_config.seq_len:
+        raise UserError(f"--eval_prompts: {longest} tokens, more than the model's {model_config.seq_len}")
     torch.manual_seed(cfg.seed)                                               # the same weights on every rank
     model = GPT(model_config).to(device, getattr(torch, cfg.param_dtype))
     model.activation_checkpointing = cfg.activation_checkpointing
@@ -223,9 +226,9 @@ if __name__ == "__main__":
         checkpoint.load_weights(source, model)
     groups = optim.parameter_groups(model, cfg.optimizer, cfg.weight_decay, cfg.beta1, cfg.beta2)
     optimizer = ShardedOptimizer(groups, cfg.zero1, loss_scaling=dtype == torch.float16)
-    # what the order of the data and the meaning of a step depend on: the same again after a resume
+    # what the order of the data and the meaning of a step depend on, not to be changed by a resume
     identity = dict(data=meta["data_fingerprint"], seed=cfg.seed, batch_size=cfg.batch_size,
-                    seq_len=cfg.seq_len)
+                    seq_len=cfg.seq_len, **train_data.view)
     start_step = 0
     if previous:
         if saved["identity"] != identity:
@@ -236,17 +239,16 @@ if __name__ == "__main__":
         if start_step > num_steps:
             raise UserError(f"--num_steps={num_steps}: the run is at step {start_step} already")
     forward = torch.compile(model) if cfg.compile else model                  # forward() trains only
-    token_flops = model.flops_per_token(train_data.mean_context)
+    token_flops = model.flops_per_token(train_data.mean_context, train_data.target_frac)
     peak_flops = dist.peak_flops(device) * world_size
     options = {**as_dict(cfg), "model": read_overrides().get("model", {})}    # the model as it was asked for
     log = Logger(cfg.out_dir, options, __file__, cfg.resume, start_step, num_steps, cfg.log_every)
+    log.print_changes(as_dict(cfg), saved["config"] if previous else {})
     log.print(f"{model.num_parameters():,} parameters, {optimizer.state_bytes():,} bytes of optimizer state "
               f"on each of {world_size} rank{'s'[:world_size > 1]}, {train_data.num_tokens:,} tokens "
-              f"to train on in {train_data.num_samples:,} rows, {num_steps} steps"
-              + (f" from step {start_step} of {previous}" if previous else ""))
-    for name, value in as_dict(cfg).items() if previous else ():
-        if value != saved["config"].get(name) and name != "resume":
-            log.print(f"changed since the checkpoint: --{name}={value} (was {saved['config'].get(name)})")
+              f"in {train_data.num_samples:,} samples, {num_steps} steps"
+              + (f" from step {start_step} of {previous}" if previous else
+                 f", weights of {source}" if source else ", random weights"))
 
     # -------------------------------------------------------------------------
     # reference: the initial policy, by the log-probs it gave, or as a second model
@@ -270,11 +272,10 @@ if __name__ == "__main__":
             if not cfg.ref_online:
                 ref_arrays = {split: summed_logps(reference, data, autocast).cpu().numpy()
                               for split, data in (("train", train_data), ("val", val_data)) if data}
-                dist.from_rank_zero(lambda: checkpoint.write_arrays(path, key, ref_arrays))
                 reference = None
+                dist.from_rank_zero(lambda: checkpoint.write_arrays(path, key, ref_arrays))
 
-    def ref(split, pairs):
-        """-> (P, 2) summed log-probs of the reference, or None for a loss that has none"""
+    def ref(split, pairs):                                                    # -> (P, 2), None without one
         if reference is not None:
             with torch.no_grad(), autocast:
                 return per_answer(*answer_logps(reference, pairs), len(pairs.ids))
@@ -291,15 +292,14 @@ if __name__ == "__main__":
         eval_now = save_now or (cfg.eval_every and step % cfg.eval_every == 0)  # each save has a val_loss
 
         if eval_now and val_data:
-            metrics = evaluate(model, val_data, ref, cfg, autocast)
+            log.metrics(step, **(metrics := evaluate(model, val_data, ref, cfg, autocast)))
             val_loss = metrics["val_loss"]
-            log.metrics(step, **metrics)
-            log.print(f"step {step}/{num_steps} | val loss {val_loss:.4f} | accuracy {metrics['val_accuracy']:.3f}")
+            log.print(f"step {step}/{num_steps} | val loss {val_loss:.4f} | "
+                      f"accuracy {metrics['val_accuracy']:.3f}")
         if eval_now:
-            for i, prompt in enumerate(cfg.eval_prompts):
-                (ids, _), = encode_chat(tokenizer, [[{"role": "user", "content": prompt}]], reply=True)
-                text = "".join(sampling.stream(model, tokenizer, ids, seed=step * 1000 + i))
-                log.sample(step, prompt + "\n", text)
+            for i, (prompt, ids) in enumerate(zip(cfg.eval_prompts, eval_prompts)):
+                reply = list(sampling.stream_tokens(model, tokenizer, ids, seed=step * 1000 + i))
+                log.sample(step, prompt, tokenizer.decode(reply, show_special=True), between="\n")
         if (save_now or stop) and step > start_step:
             info = dict(model=asdict(model_config), config=as_dict(cfg), identity=identity,
                         fingerprint=tokenizer.fingerprint, initial_weights=initial_weights)

@@ -126,6 +126,8 @@ if __name__ == "__main__":
         return ChatData(cfg.data_dir, split, cfg.seq_len, micro_batch_size, rank, world_size, device, seed,
                         cfg.mask_prompt)
     train_data, val_data = load("train", cfg.seed), load("val", 0) if cfg.eval_seqs else None
+    eval_prompts = [ids for ids, _ in encode_chat(
+        tokenizer, [[{"role": "user", "content": prompt}] for prompt in cfg.eval_prompts], reply=True)]
     critical_ids = torch.tensor(cfg.critical_ids, dtype=torch.int64, device=device)
 
     # -------------------------------------------------------------------------
@@ -153,6 +155,8 @@ if __name__ == "__main__":
     if train_data.doc_mask and model_config.rope_scaling == "dynamic":
         raise UserError("--model.rope_scaling=dynamic: follows the length of the row, so it does not go with "
                         "documents that share one; use yarn or linear")
+    if (longest := max(map(len, eval_prompts), default=0)) > model_config.seq_len:
+        raise UserError(f"--eval_prompts: {longest} tokens, more than the model's {model_config.seq_len}")
     torch.manual_seed(cfg.seed)                                               # the same weights on every rank
     model = GPT(model_config).to(device, getattr(torch, cfg.param_dtype))
     model.activation_checkpointing = cfg.activation_checkpointing
@@ -160,9 +164,9 @@ if __name__ == "__main__":
         checkpoint.load_weights(source, model)
     groups = optim.parameter_groups(model, cfg.optimizer, cfg.weight_decay, cfg.beta1, cfg.beta2)
     optimizer = ShardedOptimizer(groups, cfg.zero1, loss_scaling=dtype == torch.float16)
-    # what the order of the data and the meaning of a step depend on: the same again after a resume
+    # what the order of the data and the meaning of a step depend on, not to be changed by a resume
     identity = dict(data=meta["data_fingerprint"], seed=cfg.seed, batch_size=cfg.batch_size,
-                    seq_len=cfg.seq_len)
+                    seq_len=cfg.seq_len, **train_data.view)
     start_step = 0
     if previous:
         if saved["identity"] != identity:
@@ -173,17 +177,16 @@ if __name__ == "__main__":
         if start_step > num_steps:
             raise UserError(f"--num_steps={num_steps}: the run is at step {start_step} already")
     forward = torch.compile(model) if cfg.compile else model                  # forward() trains only
-    token_flops = model.flops_per_token(train_data.mean_context)
+    token_flops = model.flops_per_token(train_data.mean_context, train_data.target_frac)
     peak_flops = dist.peak_flops(device) * world_size
     options = {**as_dict(cfg), "model": read_overrides().get("model", {})}    # the model as it was asked for
     log = Logger(cfg.out_dir, options, __file__, cfg.resume, start_step, num_steps, cfg.log_every)
+    log.print_changes(as_dict(cfg), saved["config"] if previous else {})
     log.print(f"{model.num_parameters():,} parameters, {optimizer.state_bytes():,} bytes of optimizer state "
               f"on each of {world_size} rank{'s'[:world_size > 1]}, {train_data.num_tokens:,} tokens "
-              f"to train on in {train_data.num_samples:,} rows, {num_steps} steps"
-              + (f" from step {start_step} of {previous}" if previous else ""))
-    for name, value in as_dict(cfg).items() if previous else ():
-        if value != saved["config"].get(name) and name != "resume":
-            log.print(f"changed since the checkpoint: --{name}={value} (was {saved['config'].get(name)})")
+              f"in {train_data.num_samples:,} samples, {num_steps} steps"
+              + (f" from step {start_step} of {previous}" if previous else
+                 f", weights of {source}" if source else ", random weights"))
 
     # -------------------------------------------------------------------------
     # train
@@ -200,10 +203,9 @@ if __name__ == "__main__":
             log.metrics(step, val_loss=val_loss)
             log.print(f"step {step}/{num_steps} | val loss {val_loss:.4f}")
         if eval_now:
-            for i, prompt in enumerate(cfg.eval_prompts):
-                (ids, _), = encode_chat(tokenizer, [[{"role": "user", "content": prompt}]], reply=True)
-                text = "".join(sampling.stream(model, tokenizer, ids, seed=step * 1000 + i))
-                log.sample(step, prompt + "\n", text)
+            for i, (prompt, ids) in enumerate(zip(cfg.eval_prompts, eval_prompts)):
+                reply = list(sampling.stream_tokens(model, tokenizer, ids, seed=step * 1000 + i))
+                log.sample(step, prompt, tokenizer.decode(reply, show_special=True), between="\n")
         if (save_now or stop) and step > start_step:
             info = dict(model=asdict(model_config), config=as_dict(cfg), identity=identity,
                         fingerprint=tokenizer.fingerprint)

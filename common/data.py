@@ -37,7 +37,7 @@ def read_meta(data_dir):
         for counts in meta["splits"].values():
             counts["tokens"]
         return meta
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"--data_dir={data_dir}: no meta.json there; "
                         "make the set with data/prepare.py") from None
     except (OSError, ValueError) as error:
@@ -73,7 +73,7 @@ def read_split(data_dir, split, kind):
         raise UserError(f"{data_dir}/meta.json: lacks pad or {unit}; prepare the set again")
     if split not in meta["splits"]:
         raise UserError(f"--data_dir={data_dir}: the set has no {split} split "
-                        "(prepare it with --val_frac or --val_input)")
+                        "(prepare it with --val_frac or --val_input, or train with --eval_seqs=0)")
     return meta
 
 
@@ -100,7 +100,8 @@ class TokenData:
 
     num_samples     rows per epoch, of num_tokens tokens; total: rows that a run may use (later ones are
                     masked), None = no end
-    mean_context    positions that a token's attention spans, for its cost
+    mean_context    positions that a token's attention spans; target_frac: of tokens; both for their cost
+    view            what else decides on the meaning of a loss, by name
     tokens are checked against vocab_size as they are read.
     """
 
@@ -117,7 +118,8 @@ class TokenData:
             raise UserError(f"{self.path}: {len(self.tokens)} tokens, fewer than --seq_len={seq_len} + 1; "
                             "lower --seq_len or prepare more text")
         self.windows = np.lib.stride_tricks.sliding_window_view(self.tokens, seq_len + 1)
-        self.num_tokens, self.mean_context = self.num_samples * seq_len, seq_len
+        self.num_tokens, self.mean_context, self.target_frac = self.num_samples * seq_len, seq_len, 1.0
+        self.view = dict(doc_mask=doc_mask)
         self.seq_len, self.micro_batch_size = seq_len, micro_batch_size
         self.rank, self.world_size = rank, world_size
         self.device, self.seed, self.doc_mask = torch.device(device), seed, doc_mask
@@ -173,7 +175,8 @@ class ChatData:
         mask    True: the target counts. With mask_prompt an assistant's words and their end, else every token
         docs    the conversation's number in the row: tokens see only their own; padding has one of its own
 
-    num_samples, num_tokens, total, mean_context    as in TokenData; an epoch has every conversation once
+    num_samples, num_tokens, total, mean_context, target_frac, view    as in TokenData; an epoch has every
+                    conversation once
     """
 
     def __init__(self, data_dir, split, seq_len, micro_batch_size, rank=0, world_size=1, device="cpu", seed=0,
@@ -182,13 +185,16 @@ class ChatData:
         self.path, self.tokens, self.learn, self.offsets = open_examples(
             data_dir, split, meta["splits"][split]["tokens"], meta["splits"][split]["conversations"])
         self.lengths = np.diff(self.offsets) - 1                                  # (conversations,) positions
+        if self.lengths.min() < 1:
+            raise UserError(f"{self.path}: its offsets do not fit; prepare the set again")
         if too_long := int((self.lengths > seq_len).sum()):
             raise UserError(f"--seq_len={seq_len}: {too_long} of {len(self.lengths)} conversations have over "
                             f"{seq_len + 1} tokens (up to {self.lengths.max() + 1}); raise it, or prepare "
                             f"the set with --max_len={seq_len + 1} and --long_rows=cut or skip")
         self.num_tokens = int(self.lengths.sum())
         self.mean_context = float((self.lengths**2).sum() / self.num_tokens)
-        self.doc_mask = True
+        self.target_frac = int((np.asarray(self.learn) != 0).sum()) / self.num_tokens if mask_prompt else 1.0
+        self.doc_mask, self.view = True, dict(mask_prompt=mask_prompt)
         self.vocab_size, self.pad, self.mask_prompt = meta["vocab_size"], meta["pad"], mask_prompt
         self.seq_len, self.micro_batch_size = seq_len, micro_batch_size
         self.rank, self.world_size = rank, world_size
@@ -273,7 +279,7 @@ class PairData:
     with the prompt's last token, so that a position's target is the next token of its answer.
 
     batch(i) -> Pairs of micro-batch i
-    num_samples, num_tokens, total, mean_context    as in TokenData, for pairs instead of rows
+    num_samples, num_tokens, total, mean_context, target_frac, view    as in TokenData, of pairs, not rows
     """
 
     def __init__(self, data_dir, split, seq_len, micro_batch_size, rank=0, world_size=1, device="cpu", seed=0,
@@ -292,6 +298,7 @@ class PairData:
         self.num_tokens = int((trunk + sum(answers)).sum())
         attended = trunk**2 + sum(n * (n + 2 * trunk) for n in answers)           # twice the causal pairs
         self.mean_context = float(attended.sum() / self.num_tokens)
+        self.target_frac, self.view = int((np.asarray(self.learn) != 0).sum()) / self.num_tokens, {}
         self.vocab_size, self.doc_mask, self.micro_batch_size = meta["vocab_size"], True, micro_batch_size
         self.rank, self.world_size = rank, world_size
         self.device, self.seed = torch.device(device), seed

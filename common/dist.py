@@ -25,6 +25,8 @@ class UserError(Exception):
 
 def _show_user_error(kind, error, traceback):
     """A UserError that nobody caught ends the process with one line and exit code 2, not with a traceback."""
+    if issubclass(kind, BrokenPipeError):                    # the reader has gone, as in `... --help | head`
+        os._exit(1)
     if not issubclass(kind, (UserError, KeyboardInterrupt)):
         return sys.__excepthook__(kind, error, traceback)
     interrupted = issubclass(kind, KeyboardInterrupt)

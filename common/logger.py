@@ -70,13 +70,20 @@ class Logger:
         if self.is_main:
             print(*text, flush=True)
 
+    def print_changes(self, config, before):
+        """Tell which options a resumed run has changed."""
+        for name, value in config.items() if before else ():
+            if value != before.get(name) and name != "resume":
+                self.print(f"changed since the checkpoint: --{name}={value} (was {before.get(name)})")
+
     def metrics(self, step, **values):
         """Append one record to metrics.jsonl; nan and inf, which JSON lacks, become null."""
         self._append("metrics.jsonl", dict(step=step, **values))
 
-    def sample(self, step, prompt, text):
+    def sample(self, step, prompt, text, between=""):
+        """Record and print text that a prompt has given. between: what to print between the two"""
         self._append("samples.jsonl", dict(step=step, prompt=prompt, text=text))
-        self.print(f"sample at step {step}: {prompt}{text}")
+        self.print(f"sample at step {step}: {prompt}{between}{text}")
 
     def _append(self, name, record):
         if self.is_main:

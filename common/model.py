@@ -25,8 +25,9 @@ from torch.utils.checkpoint import checkpoint
 
 try:
     from torch.nn.attention.varlen import varlen_attn
+    VARLEN = "enable_gqa" in inspect.signature(varlen_attn).parameters    # torch 2.11 or newer
 except ImportError:
-    varlen_attn = None
+    VARLEN = False
 
 from common.dist import UserError
 
@@ -107,7 +108,7 @@ class ModelConfig:
         longest = max(wanted.seq_len, seq_len)
         if longest > self.seq_len and wanted.rope_scaling == "none":
             raise UserError(f"--seq_len={longest}: the checkpoint was trained at {self.seq_len}; "
-                            "add --model.rope_scaling=yarn (or linear, dynamic) to go further")
+                            "lower it, or add --model.rope_scaling=yarn (or linear) to go further")
         factor = wanted.rope_factor if wanted.rope_factor != self.rope_factor else 0.0
         if longest == self.seq_len and wanted.rope_original_len == self.rope_original_len:
             factor = wanted.rope_factor
@@ -299,9 +300,8 @@ def documents(docs, branch=None):
 
 
 def varlen_kernel(x):
-    """Whether torch (2.11 or newer) has FlashAttention for documents in a row of this tensor (..., D)"""
-    return (varlen_attn is not None and "enable_gqa" in inspect.signature(varlen_attn).parameters
-            and x.is_cuda and x.dtype in (torch.float16, torch.bfloat16) and x.shape[-1] % 8 == 0
+    """Whether torch has FlashAttention for documents in a row of this tensor (..., D)"""
+    return (VARLEN and x.is_cuda and x.dtype in (torch.float16, torch.bfloat16) and x.shape[-1] % 8 == 0
             and x.shape[-1] <= 256 and torch.cuda.get_device_capability(x.device) >= (8, 0))
 
 
@@ -429,16 +429,15 @@ class GPT(nn.Module):
     def num_parameters(self):
         return sum(p.numel() for p in self.parameters())
 
-    def flops_per_token(self, T):
+    def flops_per_token(self, T, head_frac=1.0):
         """
         FLOPs that one trained token of a causal sequence of T costs, forward and backward: 6 per weight of a
-        matrix product, and the half of attention's T x T products that a causal mask needs (PaLM, appendix B;
-        counting the other half too is common, and flatters).
+        matrix product (the head's for the fraction of tokens that have a target), and the half of attention's
+        T x T products that a causal mask needs (PaLM, appendix B; counting all is common, and flatters).
         """
         c = self.config
-        weights = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
-        if c.tie_embeddings:
-            weights += self.head.numel()
+        weights = sum(m.weight.numel() for m in self.blocks.modules() if isinstance(m, nn.Linear))
+        weights += head_frac * self.head.numel()
         return 6 * weights + 6 * c.n_layer * c.n_head * c.head_dim * T
 
 

@@ -131,6 +131,11 @@ def complete(model, prompts, cfg, end=None, num_samples=1, seed=0):
     return completions, all_logps
 
 
+def for_vocabulary(cfg, model, tokenizer):
+    """cfg, with what stands for nothing suppressed: rows of a head padded beyond the vocabulary"""
+    return replace(cfg, suppress=cfg.suppress + tuple(range(tokenizer.vocab_size, len(model.head))))
+
+
 def stream_tokens(model, tokenizer, ids, cfg=SamplingConfig(), seed=0):
     """
     Yield the tokens that continue ids (list of int), until the end token, which is left out, or
@@ -139,8 +144,7 @@ def stream_tokens(model, tokenizer, ids, cfg=SamplingConfig(), seed=0):
     """
     ids = list(ids) or [tokenizer.end]                        # no prompt: as after the end of a document
     limit, left, part = model.config.seq_len, cfg.max_new_tokens, 0
-    # a head padded beyond the vocabulary has rows that stand for nothing
-    cfg = replace(cfg, suppress=cfg.suppress + tuple(range(tokenizer.vocab_size, len(model.head))))
+    cfg = for_vocabulary(cfg, model, tokenizer)
     while left > 0:
         window = ids if len(ids) < limit else ids[-max(1, limit // 2):]
         config = replace(cfg, max_new_tokens=left)

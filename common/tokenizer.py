@@ -172,6 +172,8 @@ def check_conversation(messages):
             raise ValueError('a message is {"role": "...", "content": "..."}')
         if message.get("role") not in ROLES:
             raise ValueError(f"unknown role {str(message.get('role'))[:40]!r}, expected {', '.join(ROLES)}")
+        if unknown := message.keys() - {"role", "content", "think"}:
+            raise ValueError(f"a message has role, content and maybe think, not {', '.join(sorted(unknown))}")
         if "think" in message and (message["role"] != "assistant" or not isinstance(message["think"], str)):
             raise ValueError('"think" is text, and an assistant\'s')
 

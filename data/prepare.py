@@ -98,7 +98,7 @@ class PairsConfig:
 @dataclass(frozen=True)
 class TokenizerConfig:
     input: tuple[str, ...] = ()        # files and globs of text (.txt, .jsonl)
-    fields: tuple[str, ...] = ("text",)  # which texts of a .jsonl row to learn from
+    fields: tuple[str, ...] = ("text",)  # texts of a .jsonl row to learn from; of conversations: all
     vocab_size: int = 4096             # tokens, the special ones included
     out: str = "out/tokenizer.model"   # SentencePiece model to write, must not exist
 
@@ -114,8 +114,8 @@ def find_files(patterns, option="--input"):
         found = [pattern] if os.path.isfile(pattern) else sorted(glob.glob(pattern, recursive=True))
         found = [path for path in found if os.path.isfile(path)]
         if not found:
-            raise UserError(f"{option}={pattern}: " + (f"a folder; give {pattern}/*.txt or the like"
-                            if os.path.isdir(pattern) else "no such file"))
+            folder = f"a folder; give {pattern}/*.jsonl, {pattern}/*.txt or the like"
+            raise UserError(f"{option}={pattern}: {folder if os.path.isdir(pattern) else 'no such file'}")
         paths += [path for path in found if path not in paths]
     if not paths:
         raise UserError(f"{option}: give files to read, e.g. {option}=books/*.txt")
@@ -135,7 +135,8 @@ def inputs_of(cfg, kinds):
     for home, path in inputs:
         if kind_of(path) not in kinds or path.endswith((".npy.gz", ".pkl.gz")):
             expected = " or ".join(filter(None, [", ".join(kinds[:-1]), kinds[-1]]))
-            raise UserError(f"--input={path}: expected {expected} (.txt and .jsonl also gzipped, as .gz)")
+            raise UserError(f"--{'val_' * (home == 'val')}input={path}: expected {expected} (.txt and .jsonl "
+                            "also gzipped, as .gz)")
         if home == "val" and ("train", path) in inputs:
             raise UserError(f"--val_input: {path} is in --input too; give it to one of them")
     return inputs
@@ -172,18 +173,33 @@ def read_json_rows(path, report):
             yield number, row
 
 
-def read_jsonl(path, report, fields=("text",)):
-    """One document a line and field."""
+def read_jsonl(path, report):
+    """One document a line."""
     for number, row in read_json_rows(path, report):
-        if isinstance(row, dict) and all(isinstance(row.get(field), str) for field in fields):
-            yield from ((number, row[field]) for field in fields)
+        if isinstance(row, dict) and isinstance(row.get("text"), str):
+            yield number, row["text"]
         else:
-            expected = ", ".join(f'"{field}": "..."' for field in fields)
-            report.bad("malformed", f"{path}:{number}", f"expected {{{expected}}}, got {shown(row)}")
+            report.bad("malformed", f"{path}:{number}", f'expected {{"text": "..."}}, got {shown(row)}')
+
+
+def read_all_texts(path, fields):
+    """For a tokenizer: the fields of every line that has one of them, else what its messages say."""
+    for number, row in read_json_rows(path, Report("error")):
+        texts = [row[field] for field in fields if field in row] if isinstance(row, dict) else []
+        messages = row.get("messages", []) if isinstance(row, dict) else row
+        if not texts and isinstance(messages, list):
+            texts = [message[key] for message in messages if isinstance(message, dict)
+                     for key in ("content", "think") if key in message]
+        if not texts or not all(isinstance(text, str) for text in texts):
+            raise UserError(f"{path}:{number}: expected a conversation or {', '.join(fields)} (--fields), "
+                            f"got {shown(row)}")
+        yield from ((number, text) for text in texts)
 
 
 def shown(row):
-    """The start of a row, for a message."""
+    """The start of a row, for a message: its keys, which say most, when it is long."""
+    if isinstance(row, dict) and len(json.dumps(row)) > 60:
+        return f"a row with {', '.join(row)[:60]}"
     text = json.dumps(row, ensure_ascii=False)
     return text if len(text) <= 60 else text[:57] + "..."
 
@@ -395,7 +411,7 @@ def check_splits(splits, cfg, what, report):
     if "train" not in splits or (cfg.val_frac or cfg.val_input) and "val" not in splits:
         report.print()                                        # it may say why
     if "train" not in splits:
-        raise UserError("--input: no text left to train on" + (
+        raise UserError(f"--input: no {what} left to train on" + (
             ", everything went to validation; lower --val_frac" if "val" in splits else ""))
     if cfg.val_frac and "val" not in splits:
         raise UserError(f"--val_frac={cfg.val_frac}: none of the {splits['train'][what]} {what} "
@@ -509,8 +525,9 @@ def prepare_examples(cfg, kind, what, read, encode):
     report) yields ("file:line", row); encode(tokenizer, rows) -> for each a list of (ids, counts), the parts
     that are stored one after the other, of which the first and any one other follow each other in use.
     """
-    if cfg.max_len < 0:
-        raise UserError(f"--max_len={cfg.max_len}: expected a number of tokens, or 0 = no limit")
+    if cfg.max_len < 0 or cfg.long_rows != "error" and not cfg.max_len:
+        raise UserError(f"--max_len={cfg.max_len}: expected a number of tokens, or 0 = no limit "
+                        "and no --long_rows")
     with whole_or_nothing(cfg.out_dir) as folder:
         inputs = inputs_of(cfg, (".jsonl",))
         tokenizer, report = load_tokenizer(cfg.tokenizer), Report(cfg.bad_rows)
@@ -603,9 +620,12 @@ def read_chats(path, fields, report):
         where = f"{path}:{number}"
         try:
             messages = row["messages"] if isinstance(row, dict) and "messages" in row else row
+            if isinstance(messages, dict) and not fields:
+                raise ValueError(f'expected [messages] or {{"messages": [...]}}, or --fields for rows of two '
+                                 f"texts; the row has {', '.join(row)[:60]}")
             if fields:
                 if not isinstance(row, dict) or not all(isinstance(row.get(f), str) for f in fields):
-                    raise ValueError(f"expected texts {' and '.join(fields)}")
+                        raise ValueError(f"expected texts {' and '.join(fields)} as --fields says")
                 messages = [{"role": "user", "content": row[fields[0]]},
                             {"role": "assistant", "content": row[fields[1]]}]
             check_conversation(messages)
@@ -656,9 +676,7 @@ def prepare_tokenizer(cfg):
             for path in paths:
                 if kind_of(path) not in (".txt", ".jsonl"):
                     raise UserError(f"--input={path}: a tokenizer learns from text (.txt, .jsonl)")
-                report = Report("error")
-                pieces = read_txt(path, report) if kind_of(path) == ".txt" else \
-                    read_jsonl(path, report, cfg.fields)
+                pieces = read_txt(path, None) if kind_of(path) == ".txt" else read_all_texts(path, cfg.fields)
                 for _, piece in damage_named(pieces, path):
                     yield from (line for line in piece.splitlines() if line)
         except UserError as error:

@@ -60,3 +60,18 @@ def chat_set(tmp_path_factory):
     run("data/prepare.py", "chat", f"--input={folder}/chats.jsonl", "--val_frac=0.2",
         f"--out_dir={folder}/set")
     return folder / "set"
+
+
+@pytest.fixture(scope="session")
+def pair_set(tmp_path_factory):
+    """Prepared pairs of answers of many lengths, byte-level, with a train and a val split."""
+    import json
+    folder = tmp_path_factory.mktemp("pairs")
+    with open(folder / "pairs.jsonl", "w", encoding="utf-8") as file:
+        for i in range(160):
+            right, wrong = f"{i % 10}" * (1 + i * i % 7), "abc"[i % 3] * (1 + i % 5)
+            row = dict(prompt=f"{i % 10}" + "?" * (i % 4), chosen=right, rejected=wrong)
+            file.write(json.dumps(row) + "\n")
+    run("data/prepare.py", "pairs", f"--input={folder}/pairs.jsonl", "--val_frac=0.2",
+        f"--out_dir={folder}/set")
+    return folder / "set"

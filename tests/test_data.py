@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from common.data import ChatData, TokenData, open_array, pack, read_meta
+from common.data import ChatData, PairData, TokenData, open_array, pack, read_meta
 from common.dist import UserError
 from common.losses import linear_cross_entropy
 from common.model import GPT, ModelConfig
+from train_dpo import answer_logps, per_answer
 
 SEQ_LEN, VOCAB = 5, 300
 END = VOCAB - 1
@@ -271,7 +272,8 @@ def test_a_meta_json_that_is_not_one_of_ours_is_refused(tmp_path, content):
 def test_a_missing_split_is_refused_with_the_mend(tmp_path):
     folder = make_set(tmp_path / "set", range(50))
     assert refusal(TokenData, folder, "val", SEQ_LEN, 1) == \
-        f"--data_dir={folder}: the set has no val split (prepare it with --val_frac or --val_input)"
+        f"--data_dir={folder}: the set has no val split (prepare it with --val_frac or --val_input, " \
+        "or train with --eval_seqs=0)"
 
 
 def test_a_set_shorter_than_a_sequence_is_refused_with_the_mend(tmp_path):
@@ -444,7 +446,8 @@ def test_the_splits_of_conversations_are_read_apart(tmp_path):
     data = ChatData(folder, "val", CHAT_LEN, 1)
     assert {token for i in range(data.num_samples) for token in data.batch(i)[0][0].tolist()} == {7, PAD}
     assert refusal(ChatData, make_chat_set(tmp_path / "one"), "val", CHAT_LEN, 1) == \
-        f"--data_dir={tmp_path}/one: the set has no val split (prepare it with --val_frac or --val_input)"
+        f"--data_dir={tmp_path}/one: the set has no val split (prepare it with --val_frac or --val_input, " \
+        "or train with --eval_seqs=0)"
 
 
 def test_ids_above_65535_survive_in_conversations(tmp_path):
@@ -592,3 +595,252 @@ def test_an_id_outside_the_vocabulary_in_a_conversation_is_refused(tmp_path, at)
                                      "prepare the set again"
     tokens[at] = 19
     open_chats(make_chat_set(tmp_path / "good", [9], tokens, vocab_size=20)).batch(0)
+
+
+# -----------------------------------------------------------------------------
+# pairs of answers
+
+# 13 pairs: tokens of the prompt, the chosen and the rejected answer; ids are 0, 1, 2, ... as above
+PARTS = np.r_[[(2, 1, 1), (9, 1, 8), (3, 11, 2)], np.random.default_rng(0).integers(2, 9, (10, 3))]
+PAIR_STARTS, PAIR_N = np.cumsum(PARTS.sum(1)) - PARTS.sum(1), int(PARTS.sum())
+PAIR_LEARN = np.random.default_rng(1).integers(0, 2, PAIR_N)
+PAIR_LEN = 16                                          # the longest: 9 + 8 tokens, 3 + 11
+
+
+def make_pair_set(folder, parts=PARTS, tokens=None, learn=None, dtype=np.uint16, vocab_size=PAIR_N + 2,
+                  splits=("train",), **arrays):
+    """A set of pairs on disk, written by numpy alone; arrays: others than the right ones."""
+    n = int(np.sum(parts))
+    make_chat_set(folder, np.ravel(parts), np.arange(n) if tokens is None else tokens,
+                  PAIR_LEARN[:n] if learn is None else learn, dtype, vocab_size, splits, **arrays)
+    meta = json.loads((folder / "meta.json").read_text()) | dict(kind="pairs")
+    for counts in meta["splits"].values():
+        counts["pairs"] = counts.pop("conversations") // 3
+    (folder / "meta.json").write_text(json.dumps(meta))
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def numbered(tmp_path_factory):
+    return make_pair_set(tmp_path_factory.mktemp("sets") / "pairs")
+
+
+def open_pairs(folder, micro_batch_size=1, rank=0, world_size=1, seq_len=PAIR_LEN, **options):
+    return PairData(folder, "train", seq_len, micro_batch_size, rank, world_size, **options)
+
+
+def numbers(data, i):
+    """Numbers of the pairs in micro-batch i, read off the tokens that begin their prompts."""
+    return [int(np.searchsorted(PAIR_STARTS, token)) for token in data.batch(i).tokens[0].tolist()
+            if token in PAIR_STARTS]
+
+
+@each_layout
+def test_every_pair_comes_once_per_epoch_whatever_the_layout(numbered, micro_batch_size, world_size):
+    ranks = [open_pairs(numbered, micro_batch_size, rank, world_size) for rank in range(world_size)]
+    one, rounds = open_pairs(numbered), -(-13 * 3 // (micro_batch_size * world_size))
+    order = [pair for i in range(rounds) for data in ranks for pair in numbers(data, i)]
+    for epoch in range(3):
+        assert sorted(order[13 * epoch:13 * (epoch + 1)]) == list(range(13))
+    assert order == [numbers(one, i)[0] for i in range(len(order))]
+
+
+def test_each_epoch_and_each_seed_has_an_order_of_pairs_of_its_own(numbered):
+    orders = [tuple(numbers(open_pairs(numbered, 13, seed=seed), epoch))
+              for seed in (0, 1) for epoch in range(5)]
+    assert len(set(orders)) == 10 and tuple(range(13)) not in orders
+
+
+def test_a_batch_of_pairs_is_a_pure_function(numbered):
+    forward, backward = open_pairs(numbered, 5, total=30), open_pairs(numbered, 5, total=30)
+    first = {i: forward.batch(i) for i in range(8)}
+    for i in [*reversed(range(8)), 3, 3, 7, 0]:
+        for fresh in (backward, open_pairs(numbered, 5, total=30)):
+            assert all(torch.equal(a, b) for a, b in zip(fresh.batch(i), first[i], strict=True)), i
+
+
+def test_a_row_holds_prompts_and_answers_whose_targets_are_their_own_next_tokens(numbered):
+    data = open_pairs(numbered, 5)
+    for i in range(6):
+        pairs, expected = data.batch(i), []
+        assert [x.dtype for x in pairs] == [torch.int64, torch.int64, torch.bool, torch.int64, torch.bool,
+                                            torch.int64, torch.int64, torch.bool]
+        assert pairs.ids.tolist() == numbers(data, i) and pairs.counts.tolist() == [True] * 5
+        for p, number in enumerate(pairs.ids.tolist()):
+            prompt, chosen, rejected = PARTS[number]
+            start = PAIR_STARTS[number]
+            expected += [(x, None, False, 3 * p, False) for x in range(start, start + prompt - 1)]
+            last = start + prompt - 1                          # of the prompt: predicts both first tokens
+            for side, (first, n) in enumerate([(last + 1, chosen), (last + 1 + chosen, rejected)]):
+                for target in range(first, first + n):
+                    token = last if target == first else target - 1
+                    expected.append((token, target, bool(PAIR_LEARN[target]), 3 * p + 1 + side, 2 * p + side))
+        tokens, targets, mask, docs, branch, answer = (x[0].tolist() for x in pairs[:6])
+        assert tokens == [row[0] for row in expected] and mask == [row[2] for row in expected]
+        assert branch == [row[1] is not None for row in expected]
+        assert docs == [row[3] for row in expected]
+        assert [(t, a) for t, a, b in zip(targets, answer, branch) if b] == \
+            [(row[1], row[4]) for row in expected if row[1] is not None]
+        assert all(x.shape == (1, len(expected)) for x in pairs[:6])                # no padding
+
+
+@each_layout
+def test_pairs_past_total_do_not_count(numbered, micro_batch_size, world_size):
+    ranks = [open_pairs(numbered, micro_batch_size, rank, world_size, total=21) for rank in range(world_size)]
+    free, counted, learned = open_pairs(numbered), [], []
+    for i in range(-(-24 // (micro_batch_size * world_size))):
+        for data in ranks:
+            pairs = data.batch(i)
+            counted += pairs.counts.tolist()
+            learned += [int(pairs.mask[pairs.answer // 2 == p].sum()) for p in range(micro_batch_size)]
+    assert counted[:21] == [True] * 21 and not any(counted[21:])
+    assert learned[:21] == [int(free.batch(i).mask.sum()) for i in range(21)] and not any(learned[21:])
+
+
+def test_a_set_of_pairs_says_how_much_it_holds(tmp_path):
+    data = open_pairs(make_pair_set(tmp_path / "set", [(3, 2, 4), (2, 1, 5)]), 2)
+    # trunks of 2 and 1; a causal sequence of n looks at n^2 / 2, a branch at its trunk besides
+    assert data.num_tokens == (2 + 2 + 4) + (1 + 1 + 5) == data.batch(0).tokens.numel()
+    assert data.num_samples == 2
+    looks = (2**2 + (2**2 + 2 * 2 * 2) + (4**2 + 2 * 4 * 2)) + (1 + (1 + 2 * 1 * 1) + (5**2 + 2 * 5 * 1))
+    assert data.mean_context == pytest.approx(looks / 15)
+
+
+def test_the_splits_of_pairs_are_read_apart(tmp_path):
+    folder = make_pair_set(tmp_path / "both", splits=("train", "val"))
+    np.save(tmp_path / "both" / "val.npy", np.full(PAIR_N, 7, np.uint16))
+    assert set(PairData(folder, "val", PAIR_LEN, 13).batch(0).tokens[0].tolist()) == {7}
+    assert 7 < open_pairs(folder, 13).batch(0).tokens.max()
+
+
+def test_ids_above_65535_survive_in_pairs(tmp_path):
+    ids = [0, 65_535, 65_536, 131_071, 199_997]
+    folder = make_pair_set(tmp_path / "large", [(2, 1, 2)], ids, np.ones(5), np.uint32, vocab_size=200_000)
+    pairs = open_pairs(folder).batch(0)
+    assert pairs.tokens[0].tolist() == [0, 65_535, 65_535, 131_071]
+    assert pairs.targets[0, 1:].tolist() == [65_536, 131_071, 199_997]
+
+
+def some_pairs(folder, longest):
+    """A set of 6 random pairs, its model, and the parts: (ids, learned) of a prompt and both its answers"""
+    rng = np.random.default_rng(0)
+    lengths = np.r_[[(longest, longest, 3), (2, 1, longest)], rng.integers(2, longest, (4, 3))]
+    tokens, learn = rng.integers(0, 50, lengths.sum()), rng.integers(0, 2, lengths.sum())
+    starts = np.cumsum(lengths) - lengths.ravel()              # parts begin here
+    learn[starts] = 1
+    learn[1] = 1                                               # in a prompt, where it must not be read
+    turn = starts[1] + longest // 3                            # a user's turn in the first chosen answer
+    learn[turn:turn + longest // 3] = 0
+    torch.manual_seed(0)
+    model = GPT(ModelConfig(vocab_size=52, n_layer=2, n_head=4, n_kv_head=2, n_embd=16, seq_len=2 * longest))
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.5)
+    parts = zip(*(map(torch.from_numpy, np.split(x, np.cumsum(lengths)[:-1])) for x in (tokens, learn)))
+    return make_pair_set(folder, lengths, tokens, learn, vocab_size=52), model, list(parts)
+
+
+def logps_in_rows_of_their_own(model, parts):
+    """-> (pairs, 2): the sums of learned tokens' log-probs, from a plain row of prompt and answer for each"""
+    sums = []
+    for i in range(0, len(parts), 3):
+        prompt, _ = parts[i]
+        for answer, learned in parts[i + 1:i + 3]:
+            ids = torch.cat([prompt, answer])[None]
+            logits = model(ids[:, :-1]) @ model.head.T                             # (1, T, V)
+            logps = logits.log_softmax(-1).gather(2, ids[:, 1:, None])[0, :, 0]
+            sums.append(logps[-len(answer):][learned == 1].sum())
+    return torch.stack(sums).view(-1, 2)
+
+
+def gradients_of(model, sums, weights):
+    model.zero_grad()
+    (sums * weights).sum().backward()
+    return [p.grad.clone() for p in model.parameters()]
+
+
+rows_of_length = pytest.mark.parametrize("longest", [15, 80], ids=["short rows", "long rows"])
+
+
+@rows_of_length
+def test_a_shared_prompt_gives_the_logps_and_gradients_of_a_row_for_each_answer(tmp_path, longest):
+    folder, model, parts = some_pairs(tmp_path / "set", longest)
+    pairs = open_pairs(folder, 6, seq_len=2 * longest).batch(0)
+    sums, weights = per_answer(*answer_logps(model, pairs), 6), torch.randn(6, 2)
+    expected = logps_in_rows_of_their_own(model, parts)[pairs.ids]
+    torch.testing.assert_close(sums, expected, rtol=1e-5, atol=1e-5)
+    for grad, wanted in zip(gradients_of(model, sums, weights), gradients_of(model, expected, weights)):
+        torch.testing.assert_close(grad, wanted, rtol=0, atol=1e-5 * wanted.abs().max().item())
+    # a user's turn in an answer is read, not learned
+    learned = sum(int(counts.sum()) for i, (_, counts) in enumerate(parts) if i % 3)
+    assert pairs.mask.sum() == learned < sum(len(ids) for i, (ids, _) in enumerate(parts) if i % 3)
+
+
+@rows_of_length
+def test_the_logps_of_a_pair_do_not_depend_on_the_pairs_beside_it(tmp_path, longest):
+    folder, model, _ = some_pairs(tmp_path / "set", longest)
+    alone, found = {}, []
+    with torch.no_grad():
+        for size in (1, 2, 3, 6):
+            data = open_pairs(folder, size, seq_len=2 * longest, seed=size)
+            for i in range(-(-12 // size)):
+                pairs = data.batch(i)
+                sums = per_answer(*answer_logps(model, pairs), size)
+                for number, row in zip(pairs.ids.tolist(), sums):
+                    torch.testing.assert_close(row, alone.setdefault(number, row), rtol=1e-5, atol=1e-5)
+                    found.append(number)
+    assert sorted(found) == sorted([*range(6)] * 8) and torch.stack([*alone.values()]).std() > 1
+
+
+# -----------------------------------------------------------------------------
+# sets of pairs that are refused
+
+def test_pairs_longer_than_a_row_are_refused_with_their_count(numbered):
+    lengths = PARTS[:, 0] + PARTS[:, 1:].max(1)
+    assert refusal(open_pairs, numbered, seq_len=11) == \
+        f"--seq_len=11: a prompt and one answer have over 12 tokens in {(lengths > 12).sum()} of 13 pairs " \
+        "(up to 17); raise it, or prepare the set with --max_len=12 and --long_rows=cut or skip"
+    assert (lengths > 12).sum() >= 3
+    assert "over 16 tokens in 1 of 13 pairs (up to 17)" in refusal(open_pairs, numbered, seq_len=15)
+    data = open_pairs(numbered, 13, seq_len=16)                  # 17 tokens take 16 positions
+    assert data.batch(0).tokens.numel() == data.num_tokens
+
+
+def test_a_set_of_another_kind_holds_no_pairs(chats, counting, numbered):
+    for folder, kind in ((chats, "chat"), (counting, "text")):
+        assert refusal(open_pairs, folder) == f"--data_dir={folder}: a set of kind {kind}, expected pairs; " \
+                                              "make one with data/prepare.py pairs"
+    assert "a set of kind pairs, expected chat" in refusal(open_chats, numbered)
+    assert refusal(PairData, numbered, "val", PAIR_LEN, 1).startswith(
+        f"--data_dir={numbered}: the set has no val split")
+
+
+@pytest.mark.parametrize("name", CHAT_FILES)
+@pytest.mark.parametrize("damage", ["missing", "truncated", "too long"])
+def test_a_damaged_array_of_pairs_is_refused_by_name(tmp_path, name, damage):
+    folder, path = make_pair_set(tmp_path / "set"), tmp_path / "set" / name
+    if damage == "missing":
+        path.unlink()
+    elif damage == "truncated":
+        path.write_bytes(path.read_bytes()[:-1])
+    else:
+        np.save(path, np.r_[np.load(path), np.load(path)[-1:]])
+    message = refusal(open_pairs, folder)
+    assert message.startswith(f"{folder}/{name}: ") and message.endswith(
+        "make the set with data/prepare.py" if damage == "missing" else "prepare the set again")
+
+
+@pytest.mark.parametrize("offsets", [[1, 3, 6, 9], [0, 3, 6, 8], [0, 6, 3, 9], [0, 3, 3, 9]], ids=str)
+def test_offsets_that_do_not_divide_the_tokens_into_parts_are_refused(tmp_path, offsets):
+    folder = make_pair_set(tmp_path / "set", [(3, 3, 3)], train_offsets=np.array(offsets, np.uint64))
+    assert refusal(open_pairs, folder) == f"{folder}/train.npy: its offsets do not fit; prepare the set again"
+
+
+@pytest.mark.parametrize("at", [0, 1, 2, 4, 5, 8])
+def test_an_id_outside_the_vocabulary_in_a_pair_is_refused(tmp_path, at):
+    tokens = np.arange(9)
+    tokens[at] = 20
+    data = open_pairs(make_pair_set(tmp_path / "set", [(2, 3, 4)], tokens, vocab_size=20))
+    assert refusal(data.batch, 0) == f"{data.path}: token id 20 is there, but the vocabulary has 20; " \
+                                     "prepare the set again"
+    tokens[at] = 19
+    open_pairs(make_pair_set(tmp_path / "good", [(2, 3, 4)], tokens, vocab_size=20)).batch(0)

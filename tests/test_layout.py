@@ -13,6 +13,7 @@ STAGES = sorted(ROOT.glob("train_*.py"))
 SCRIPTS = [*STAGES, ROOT / "sample.py"]
 COMMON = sorted((ROOT / "common").glob("*.py"))
 PREPARE = ROOT / "data/prepare.py"
+DATA = [PREPARE, ROOT / "data/lines.py"]
 FIXED = {"torch", "numpy", "tiktoken", "sentencepiece"}
 
 
@@ -45,7 +46,7 @@ def test_a_common_file_imports_dist_at_most(path):
     assert ours <= {"common.dist"}
 
 
-@pytest.mark.parametrize("path", [*COMMON, *SCRIPTS, PREPARE], ids=by_name)
+@pytest.mark.parametrize("path", [*COMMON, *SCRIPTS, *DATA], ids=by_name)
 def test_only_the_fixed_packages_are_needed_at_the_top_of_a_module(path):
     import sys
     tree = parse(path)
@@ -54,7 +55,7 @@ def test_only_the_fixed_packages_are_needed_at_the_top_of_a_module(path):
 
 
 def test_tokenizer_packages_are_imported_in_one_place():
-    users = {p.name for p in [*COMMON, *SCRIPTS, PREPARE]
+    users = {p.name for p in [*COMMON, *SCRIPTS, *DATA]
              if imports(parse(p)) & {"tiktoken", "sentencepiece"}}
     assert users == {"tokenizer.py"}
 
@@ -112,7 +113,7 @@ def test_a_block_that_says_so_is_the_same_in_every_stage(name):
     assert len({re.search(block, path.read_text(), re.S)[1] for path in STAGES}) == 1
 
 
-@pytest.mark.parametrize("path", [*COMMON, *SCRIPTS, PREPARE, *ROOT.glob("configs/**/*.py")],
+@pytest.mark.parametrize("path", [*COMMON, *SCRIPTS, *DATA, *ROOT.glob("configs/**/*.py")],
                          ids=by_name)
 def test_lines_fit_110_columns_and_options_have_comments(path):
     for number, line in enumerate(path.read_text().splitlines(), 1):
@@ -125,7 +126,7 @@ def test_lines_fit_110_columns_and_options_have_comments(path):
 
 
 def test_no_silent_shortcuts():
-    for path in [*COMMON, *SCRIPTS, PREPARE]:
+    for path in [*COMMON, *SCRIPTS, *DATA]:
         text = path.read_text()
         shortcuts = r"strict=False|except:|warnings\.filter|NotImplementedError|TODO|FIXME"
         assert not re.search(shortcuts, text), path.name

@@ -1,6 +1,11 @@
-"""data/lines.py: requests can be read back, real lines meet them, what is held out stays out of training."""
+"""
+data/lines.py: requests can be read back, real lines meet them, near misses do not, what is held out stays out
+of training.
+"""
 import json
+import random
 import sys
+from collections import Counter
 
 import pytest
 from conftest import ROOT, run
@@ -8,13 +13,26 @@ from conftest import ROOT, run
 sys.path.insert(0, str(ROOT / "data"))
 import lines  # noqa: E402  (data/lines.py)
 
+SPLITS = ("train", "val", "test")
+
 
 @pytest.fixture(scope="module")
-def splits(tmp_path_factory):
+def made(tmp_path_factory):
+    """The rows of each file that the script writes, by the file's name."""
     folder = tmp_path_factory.mktemp("lines") / "out"
     run("data/lines.py", f"--out_dir={folder}")
-    return {split: [json.loads(line) for line in open(folder / f"{split}.jsonl")]
-            for split in ("train", "val", "test")}
+    return {path.name: [json.loads(line) for line in open(path)] for path in folder.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def splits(made):
+    return {split: made[f"{split}.jsonl"] for split in SPLITS}
+
+
+@pytest.fixture(scope="module")
+def pairs(made):
+    return {split: [(row["prompt"], row["chosen"], row["rejected"]) for row in made[f"{split}_pairs.jsonl"]]
+            for split in SPLITS}
 
 
 def asked(rows):
@@ -34,6 +52,68 @@ def test_what_is_held_out_is_never_asked_for_in_training(splits):
     assert len(splits["test"]) == len({row[0]["content"] for row in splits["test"]}) == 200
     texts = [row[1]["content"] for rows in splits.values() for row in rows]
     assert len(set(texts)) == len(texts) > 15_000
+
+
+def test_pairs_are_a_splits_own_lines_with_a_near_miss_each(splits, pairs):
+    for split in SPLITS:
+        rows = [(user["content"], assistant["content"]) for user, assistant in splits[split][:4000]]
+        chosen, later = [(request, line) for request, line, _ in pairs[split]], iter(rows)
+        assert all(row in later for row in chosen)                          # in order, each once
+        assert len(chosen) > 0.9 * len(rows)                                # some misses are the line again
+        assert all(line != miss for _, line, miss in pairs[split])
+    held_out = {split: {lines.parse_request(request) for request, _, _ in pairs[split]} for split in SPLITS}
+    assert not held_out["train"] & (held_out["val"] | held_out["test"])
+    assert not held_out["val"] & held_out["test"]
+    assert len(held_out["val"]) == len(held_out["test"]) == 50
+
+
+def test_no_line_that_is_held_out_is_shown_in_training_pairs(splits, pairs):
+    held_out = {row[1]["content"] for split in ("val", "test") for row in splits[split]}
+    assert not held_out & {line for _, *answers in pairs["train"] for line in answers}
+
+
+def test_a_near_miss_misses_one_part_of_its_request_or_breaks_a_word(pairs):
+    """What `met` says of the misses: only a broken word is not seen."""
+    for split in SPLITS:
+        missed = Counter()
+        for request, line, miss in pairs[split]:
+            assert all(lines.met(request, line).values())
+            wrong = [part for part, ok in lines.met(request, miss).items() if not ok]
+            assert len(wrong) <= 1
+            if not wrong:                                                # the same words, one shuffled inside
+                words = list(zip(line.split(), miss.split(), strict=True))
+                (place,) = [i for i, (a, b) in enumerate(words) if a != b] or [1]
+                assert 0 < place < len(words) - 1 and sorted(words[place][0]) == sorted(words[place][1])
+            missed[wrong[0] if wrong else "nothing"] += 1
+        share = {part: count / len(pairs[split]) for part, count in missed.items()}
+        assert 0.4 < share["words"] < 0.65 and share["nothing"] < 0.2
+        assert 0.1 < share["letter"] < 0.25 and 0.1 < share["mark"] < 0.3
+
+
+@pytest.mark.xfail(strict=True, reason="of lines with two spaces a miss may be the line with one")
+def test_a_near_miss_has_other_words_than_the_line(pairs):
+    assert all(line.split() != miss.split() for split in SPLITS for _, line, miss in pairs[split])
+
+
+def test_pairs_follow_from_their_rows_and_the_seed():
+    train = [("", f"A {'word ' * n}{end}.") for n in range(1, 7) for end in ("cat", "dog", "cow")]
+    rows = [(f"request {i}", line) for i, (_, line) in enumerate(train)]
+    first = lines.build_pairs(rows, train, 12, 3)
+    assert first == lines.build_pairs(rows, train, 12, 3) != lines.build_pairs(rows, train, 12, 4)
+    assert lines.build_pairs(rows[:12], train, 99, 3) == first and {text for text, _, _ in first} <= {
+        f"request {i}" for i in range(12)}
+
+
+def test_a_near_miss_of_the_number_of_words_is_a_real_line_of_a_word_or_two_more_or_less():
+    line, near, far = "All is well today.", ["All is well.", "All is well in here now."], "All a b c d e f."
+    by_triple = {lines.triple_of(other): [other] for other in (*near, line, far, "Be well in here now.")}
+    rng = random.Random(0)
+    misses = {lines.near_miss(line, rng, by_triple, ["new"]) for _ in range(500)}
+    real = {miss for miss in misses if miss in (*near, far)}
+    assert real == set(near)
+    assert {"All well today.", "All is today.", "All new is well today.", "All is new well today."} <= misses
+    alone = {lines.near_miss(line, rng, {}, ["new"]) for _ in range(500)}
+    assert line in alone and not alone & real                           # build_pairs leaves such out
 
 
 @pytest.mark.parametrize("phrasing", range(len(lines.REQUESTS)))

@@ -1,12 +1,24 @@
-"""losses.py against plain float64 logits, cross_entropy and log_softmax."""
+"""losses.py against plain float64 logits, cross_entropy and log_softmax, formulas by hand, and trl."""
 import copy
+import math
+from collections import defaultdict
+from decimal import Decimal, localcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from common.losses import critical_weights, linear_cross_entropy, token_logps
+from common.losses import (
+    critical_weights,
+    dpo_loss,
+    linear_cross_entropy,
+    log1mexp,
+    orpo_loss,
+    simpo_loss,
+    token_logps,
+)
 
 aten = torch.ops.aten
 B, T, C, V = 3, 7, 8, 13                             # 21 positions: chunks of 4 leave a rest
@@ -284,3 +296,234 @@ def test_gradients_of_a_ragged_batch_do_not_depend_on_how_it_is_cut():
         assert_close(ragged_gradients(model, tokens, targets, mask, num_micro), expected)
     wrong = ragged_gradients(model, tokens, targets, mask, 8, mean_of_means=True)
     assert (wrong[0] - expected[0]).norm() > 0.1 * expected[0].norm()   # the common mistake would show
+
+
+# -----------------------------------------------------------------------------
+# preferences
+
+def sigma(x):
+    return 1 / (1 + (-x).exp())
+
+
+def hand_dpo(pc, pr, rc, rr, beta, smoothing, kind):
+    """-> loss of a pair, its derivatives by the four log-probs"""
+    d = (pc - rc) - (pr - rr)
+    if kind == "sigmoid":
+        loss = -(1 - smoothing) * sigma(beta * d).ln() - smoothing * sigma(-beta * d).ln()
+        slope = beta * (sigma(beta * d) - 1 + smoothing)
+    elif kind == "ipo":
+        loss, slope = (d - 1 / (2 * beta)) ** 2, 2 * d - 1 / beta
+    else:
+        loss, slope = max(1 - beta * d, 0), -beta if beta * d < 1 else 0
+    return loss, slope, -slope, -slope, slope
+
+
+def hand_simpo(chosen, rejected, beta, gamma):
+    p = sigma(beta * (chosen - rejected) - gamma)
+    return -p.ln(), beta * (p - 1), beta * (1 - p)
+
+
+def hand_orpo(chosen, rejected, beta):
+    p, q = chosen.exp(), rejected.exp()
+    log_odds = (p / (1 - p)).ln() - (q / (1 - q)).ln()
+    slope = -beta * sigma(-log_odds)
+    return -beta * sigma(log_odds).ln() - chosen, slope / (1 - p) - 1, -slope / (1 - q)
+
+
+def by_hand(formula, rows, *options):
+    """rows of log-probs -> losses (B,), derivatives (B, ...), float64, of sums that 60 digits keep exact"""
+    with localcontext() as context:
+        context.prec = 60
+        options = [x if isinstance(x, str) else Decimal(x) for x in options]
+        rows = [[float(x) for x in formula(*map(Decimal, row), *options)] for row in rows]
+    losses, *slopes = torch.tensor(rows, dtype=torch.float64).T
+    return losses, torch.stack(slopes, dim=1)
+
+
+def with_slopes(loss, rows, dtype):
+    """-> losses (B,) and derivatives (B, ...) in float64, computed in dtype"""
+    x = torch.tensor(rows, dtype=dtype, requires_grad=True)
+    values = loss(*x.T)
+    assert values.shape == (len(rows),) and values.dtype == dtype
+    slopes, = torch.autograd.grad(values.sum(), x)
+    return values.detach().double(), slopes.double()
+
+
+def rounded(rows):
+    """What float32 makes of numbers, as float: the same for a formula by hand"""
+    return torch.tensor(rows, dtype=torch.float32).tolist()
+
+
+def assert_by_hand(loss, formula, rows, *options):
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 2e-5)):
+        torch.testing.assert_close(with_slopes(loss, rows, dtype), by_hand(formula, rows, *options),
+                                   rtol=tolerance, atol=tolerance * 1e-3)
+
+
+# chosen and rejected, of the policy and of the reference
+FOUR = rounded([(-3.25, -4.5, -3.5, -4.0), (-20.0, -1.0, -5.0, -6.0), (-1.5, -41.0, -7.0, -7.75),
+                (-2.0, -3.0, -2.5, -3.0), (-90.0, -30.0, -15.0, -70.0)])
+MEANS = rounded([(-0.3, -1.7), (-2.6, -0.05), (-1.0, -1.0), (-0.6931, -0.6932), (-9.5, -1e-3), (-1e-4, -6.0)])
+DPO = [("sigmoid", 0.0), ("sigmoid", 0.1), ("sigmoid", 0.5), ("ipo", 0.0), ("hinge", 0.0)]
+
+
+@pytest.mark.parametrize("beta", [0.1, 0.75])
+@pytest.mark.parametrize("kind, smoothing", DPO)
+def test_dpo_losses_and_gradients_equal_the_formulas_by_hand(kind, smoothing, beta):
+    options = beta, smoothing, kind
+    assert_by_hand(lambda *four: dpo_loss(*four, *options), hand_dpo, FOUR, *options)
+
+
+def test_simpo_and_orpo_losses_and_gradients_equal_the_formulas_by_hand():
+    for beta, gamma in ((2.0, 0.5), (10.0, 3.0)):
+        assert_by_hand(lambda *two: simpo_loss(*two, beta, gamma), hand_simpo, MEANS, beta, gamma)
+    for beta in (0.1, 1.0):
+        assert_by_hand(lambda *two: orpo_loss(*two, beta), hand_orpo, MEANS, beta)
+
+
+def test_preference_losses_have_the_slopes_that_finite_differences_show():
+    torch.manual_seed(0)
+    four = [-3 * torch.rand(6, dtype=torch.float64) - 0.1 for _ in range(4)]
+    four = [x.requires_grad_() for x in four]
+    for kind, smoothing in DPO:
+        assert torch.autograd.gradcheck(lambda *x: dpo_loss(*x, 0.3, smoothing, kind), four)
+    assert torch.autograd.gradcheck(simpo_loss, four[:2]) and torch.autograd.gradcheck(orpo_loss, four[:2])
+    assert torch.autograd.gradcheck(log1mexp, four[:1])
+
+
+@pytest.mark.parametrize("beta", [0.05, 0.1, 2.0])
+def test_where_policy_and_reference_agree_the_losses_are_constants(beta):
+    chosen, rejected = torch.tensor([-3.3, -700.1, -0.2]), torch.tensor([-41.7, -2.9, -0.2])
+    same = chosen, rejected, chosen, rejected
+    for kind, smoothing in DPO:
+        constant = {"sigmoid": math.log(2), "ipo": 1 / (4 * beta**2), "hinge": 1.0}[kind]
+        assert dpo_loss(*same, beta, smoothing, kind).tolist() == pytest.approx([constant] * 3, rel=1e-6)
+    assert simpo_loss(chosen, chosen, beta, 0.0).tolist() == pytest.approx([math.log(2)] * 3, rel=1e-6)
+    even = orpo_loss(chosen, chosen, beta) - beta * math.log(2)
+    assert even.tolist() == pytest.approx((-chosen).tolist(), rel=1e-6)
+
+
+@pytest.mark.parametrize("kind, smoothing", DPO)
+def test_differences_of_10_000_nats_give_the_right_dpo_loss_and_gradient(kind, smoothing):
+    far = [(0.0, -1e4, 0.0, 0.0), (-1e4, 0.0, 0.0, 0.0), (-1e4, -2e4, -2e4, -1e4), (-2e4, -1e4, -1e4, -2e4)]
+    options = 0.1, smoothing, kind
+    assert_by_hand(lambda *four: dpo_loss(*four, *options), hand_dpo, far, *options)
+
+
+def test_extreme_means_give_the_right_simpo_and_orpo_loss_and_gradient():
+    values = rounded([-1e-6, -1e-3, -0.6931, -20.0, -200.0, -1e4])
+    rows = [(chosen, rejected) for chosen in values for rejected in values]
+    assert_by_hand(lambda *two: simpo_loss(*two, 2.0, 0.5), hand_simpo, rows, 2.0, 0.5)
+    assert_by_hand(lambda *two: orpo_loss(*two, 0.1), hand_orpo, rows, 0.1)
+
+
+def test_orpo_of_an_answer_that_is_certain_is_finite():
+    """Its odds are infinite: such a mean counts as just below 0."""
+    for dtype in (torch.float32, torch.float64):
+        for sure in (-1e-9, 0.0):
+            rows = [(sure, -200.0), (-200.0, sure), (sure, sure), (sure, -1e-9), (sure, -0.5), (-0.5, sure)]
+            losses, slopes = with_slopes(orpo_loss, rows, dtype)
+            assert losses.isfinite().all() and slopes.isfinite().all()
+            assert losses[[0, 4]].tolist() == pytest.approx([0, 0], abs=1e-6)      # nothing left to learn
+            assert losses[2].item() == pytest.approx(0.1 * math.log(2), rel=1e-4)
+            # odds of e^-200 against 1e7 : 1
+            assert losses[1].item() == pytest.approx(200 + 0.1 * (200 + 7 * math.log(10)), rel=1e-4)
+
+
+def test_log1mexp_keeps_its_digits_near_0_and_far_from_it():
+    values = rounded([-1e-12, -1e-9, -1e-4, -0.1, -0.693, -0.6931, -0.6932, -0.7, -1.0, -5.0, -20.0, -80.0])
+
+    def exact(x):
+        return (1 - x.exp()).ln(), -x.exp() / (1 - x.exp())
+    assert_by_hand(log1mexp, exact, [[x] for x in values])
+    losses, slopes = with_slopes(log1mexp, [[-200.0], [-1e4]], torch.float32)
+    assert losses.tolist() == [0, 0] and slopes.abs().max() < 1e-30              # e^-200: below float32
+
+
+def test_an_unknown_kind_is_refused_by_name():
+    with pytest.raises(ValueError, match="'slic': expected sigmoid, ipo or hinge"):
+        dpo_loss(*torch.zeros(4, 1), kind="slic")
+
+
+# -----------------------------------------------------------------------------
+# preferences, against trl
+
+BETA, SMOOTHING, LENGTHS = 0.3, 0.1, torch.tensor([[3, 5], [1, 7], [6, 2], [4, 4]])
+
+
+@pytest.fixture
+def answers():
+    """Log-probs of each token (P, 2, T) of policy and reference, 0 past an answer's end; which are there"""
+    torch.manual_seed(0)
+    there = torch.arange(7) < LENGTHS[:, :, None]
+    return *(-3 * torch.rand(4, 2, 7) * there for _ in range(2)), there
+
+
+def trl(part=""):
+    return pytest.importorskip("trl" + part, reason="the authority on preference losses; a dev extra")
+
+
+def trl_dpo(policy, ref, there, loss_type):
+    """What DPOTrainer makes of the log-probs: mean loss over the pairs"""
+    def rows(x):                                                        # all chosen answers, then all others
+        return x.transpose(0, 1).flatten(0, 1)
+    outputs = SimpleNamespace(log_probs=rows(policy), **dict.fromkeys(
+        ("entropy", "mean_logits", "log_sum_sq_probs"), torch.zeros_like(rows(policy))),
+        is_top1=torch.zeros_like(rows(there)))
+    trainer = SimpleNamespace(
+        model=SimpleNamespace(training=False), beta=BETA, label_smoothing=SMOOTHING, loss_types=[loss_type],
+        loss_weights=[1.0], f_divergence_type="reverse_kl", ld_alpha=None, use_weighting=False,
+        precompute_ref_logps=True, aux_loss_enabled=False, _total_train_tokens=0,
+        _metrics=defaultdict(lambda: defaultdict(list)), accelerator=SimpleNamespace(
+            device="cpu", gather=lambda x: x, gather_for_metrics=lambda x: x))
+    prompt = torch.zeros(2 * len(policy), 1, dtype=torch.int64)          # one token, which is no target
+    mask = torch.cat([prompt, rows(there)], dim=1)
+    ref_chosen, ref_rejected = ref.sum(dim=2).T
+    inputs = dict(input_ids=torch.zeros_like(mask), attention_mask=torch.ones_like(mask),
+                  completion_mask=mask, ref_chosen_logps=ref_chosen, ref_rejected_logps=ref_rejected)
+    return trl().DPOTrainer._compute_loss(trainer, lambda **inputs: outputs, inputs, return_outputs=False)
+
+
+def assert_same_loss_and_gradients(ours, theirs, policy):
+    results = []
+    for loss in (ours, theirs):
+        x = leaf(policy)
+        value = loss(x)
+        results.append((value.detach(), *torch.autograd.grad(value, x)))
+    assert results[0][1].norm() > 0.01
+    assert_close(*results)
+
+
+@pytest.mark.parametrize("kind", ["sigmoid", "hinge", "ipo"])
+def test_dpo_losses_equal_those_of_trl(answers, kind):
+    """trl's ipo averages over an answer's tokens; ours takes what it is given, here the same means."""
+    policy, ref, there = answers
+    counts = LENGTHS if kind == "ipo" else 1
+
+    def ours(policy):
+        four = (*(policy.sum(dim=2) / counts).T, *(ref.sum(dim=2) / counts).T)
+        return dpo_loss(*four, BETA, kind=kind).mean()
+    assert_same_loss_and_gradients(ours, lambda policy: trl_dpo(policy, ref, there, kind), policy)
+
+
+def test_smoothed_dpo_is_trls_aot_of_one_pair(answers):
+    """trl's sigmoid has no smoothing and its "robust" is another formula; "aot" has ours on sorted pairs."""
+    policy, ref, there = answers
+    for pair in range(4):
+        p, r, t = (x[pair:pair + 1] for x in (policy, ref, there))
+        assert_same_loss_and_gradients(
+            lambda p: dpo_loss(*p.sum(dim=2).T, *r.sum(dim=2).T, BETA, SMOOTHING).mean(),
+            lambda p: trl_dpo(p, r, t, "aot"), p)
+
+
+def test_simpo_and_orpo_equal_those_of_trl(answers, monkeypatch):
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+    cpo, orpo = trl(".experimental.cpo").CPOTrainer, trl(".experimental.orpo").ORPOTrainer
+    means = answers[0].sum(dim=2) / LENGTHS
+    trainer = SimpleNamespace(alpha=0.0, loss_type="simpo", simpo_gamma=0.7, beta=BETA, label_smoothing=0.0,
+                              accelerator=SimpleNamespace(device="cpu"))
+    assert_same_loss_and_gradients(lambda x: simpo_loss(*x.T, BETA, 0.7).sum(),
+                                   lambda x: cpo.cpo_loss(trainer, *x.T)[0].sum(), means)
+    # theirs is the odds ratio's part, to be subtracted from a cross-entropy over all chosen tokens
+    assert_same_loss_and_gradients(lambda x: (orpo_loss(*x.T, BETA) + x[:, 0]).sum(),
+                                   lambda x: -orpo.odds_ratio_loss(trainer, *x.T)[0].sum(), means)

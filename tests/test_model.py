@@ -21,6 +21,7 @@ from common.model import (
     Rotate,
     Segments,
     SwiGLUInCache,
+    documents,
     rope_frequencies,
     swiglu,
 )
@@ -583,7 +584,7 @@ def long_rows(seed=1):
 
 
 def logits_and_gradients(model, batches):
-    """-> logits (N, V) of the (tokens, docs) one after the other, gradients of their summed cross-entropy"""
+    """-> logits (N, V) of the (tokens, docs, ...) in order, gradients of their summed cross-entropy"""
     model.zero_grad()
     logits = torch.cat([(model(*batch) @ model.head.T).flatten(0, 1) for batch in batches])
     targets = random_tokens(len(logits), seed=2)
@@ -695,7 +696,8 @@ def on_gpu(monkeypatch):
     def varlen_attn(*args, **kwargs):
         calls.append(kwargs)
         return varlen_reference(*args, **kwargs)
-    monkeypatch.setattr("common.model.varlen_attn", varlen_attn)
+    monkeypatch.setattr("common.model.varlen_attn", varlen_attn, raising=False)
+    monkeypatch.setattr("common.model.VARLEN", True)
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (8, 0))
     monkeypatch.setattr(Segments, "attend", lambda self, qk, *args: attend(self, OnGPU(qk), *args))
     return calls
@@ -711,7 +713,7 @@ def test_one_kernel_for_all_documents_gives_the_same_as_each_alone(on_gpu, heads
     assert_gradients_close(grads, expected[1], 1e-5)
 
 
-@pytest.mark.parametrize("lacking", ["dropout", "16 bits", "the function", "its options", "the GPU"])
+@pytest.mark.parametrize("lacking", ["dropout", "16 bits", "the function", "the GPU"])
 def test_where_the_kernel_cannot_be_used_each_document_has_a_call(on_gpu, monkeypatch, lacking):
     model = tiny_model(attn_dropout=0.3)
     if lacking == "dropout":
@@ -721,8 +723,7 @@ def test_where_the_kernel_cannot_be_used_each_document_has_a_call(on_gpu, monkey
     elif lacking == "the GPU":
         monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (7, 5))
     else:
-        older = None if lacking == "the function" else lambda query, key, value, is_causal: None
-        monkeypatch.setattr("common.model.varlen_attn", older)
+        monkeypatch.setattr("common.model.VARLEN", False)
     logits, _ = logits_and_gradients(model, [long_rows()])
     assert on_gpu == []
     distance = (logits - alone(model.eval())[0]).abs().max()
@@ -747,6 +748,125 @@ def test_the_kernel_of_torch_takes_and_gives_what_is_expected(monkeypatch):
         assert y.shape == (2, 5, 32) and y.dtype == torch.bfloat16
         y.sum().backward()
         assert qk.grad.shape == qk.shape and v.grad.shape == v.shape
+
+
+# -----------------------------------------------------------------------------
+# branches: several answers to one prompt
+
+# three rows of 100: lengths of each trunk and of its branches
+TREES = [[(20, 7, 1), (3, 5), (9,), (11, 30, 2, 12)], [(60, 40)], [(1, 1, 1, 1), (96,)]]
+
+
+def trees(seed=1):
+    """-> tokens, docs, branch (3, 100). A row's first trunk has the number of the row's end before it."""
+    docs, branch, number = [], [], 0
+    for row in TREES:
+        lengths = torch.tensor([n for tree in row for n in tree])
+        docs.append((number + torch.arange(len(lengths))).repeat_interleave(lengths))
+        is_branch = torch.tensor([i > 0 for tree in row for i in range(len(tree))])
+        branch.append(is_branch.repeat_interleave(lengths))
+        number += len(lengths) - 1
+    return random_tokens(3, 100, seed=seed), torch.stack(docs), torch.stack(branch)
+
+
+def in_trees(model):
+    """-> logits (300, V) and the gradients of their summed cross-entropy"""
+    tokens, docs, branch = trees()
+    return logits_and_gradients(model, [(tokens, docs, None, branch)])
+
+
+def each_branch_alone(model):
+    """The same of plain rows: each trunk, and each branch after a copy of its trunk."""
+    def hidden(trunk, branch):
+        return model(torch.cat([trunk, branch])[None])[0, len(trunk):]
+    model.zero_grad()
+    tokens, parts = trees()[0].flatten(), []
+    for tree in sum(TREES, []):
+        (trunk, *branches), tokens = tokens[:sum(tree)].split(tree), tokens[sum(tree):]
+        parts += [hidden(trunk[:0], trunk)] + [hidden(trunk, branch) for branch in branches]
+    logits = torch.cat(parts) @ model.head.T
+    F.cross_entropy(logits, random_tokens(300, seed=2), reduction="sum").backward()
+    return logits.detach(), gradients(model)
+
+
+def test_a_branch_continues_the_positions_of_its_trunk():
+    docs = torch.tensor([[5, 5, 5, 6, 6, 7, 8, 8, 9], [1, 2, 3, 3, 3, 4, 4, 4, 4]])
+    branch = torch.tensor([[0, 0, 0, 1, 1, 1, 0, 0, 1], [0, 1, 0, 0, 0, 0, 0, 0, 0]]).bool()
+    first, positions, number, trunk = documents(docs, branch)
+    assert first.int().tolist() == [[1, 0, 0, 1, 0, 1, 1, 0, 1], [1, 1, 1, 0, 0, 1, 0, 0, 0]]
+    assert positions.tolist() == [[0, 1, 2, 3, 4, 3, 0, 1, 2], [0, 1, 0, 1, 2, 0, 1, 2, 3]]
+    assert number.tolist() == [[1, 1, 1, 2, 2, 3, 4, 4, 5], [1, 2, 3, 3, 3, 4, 4, 4, 4]]
+    assert trunk.tolist() == [[1, 1, 1, 1, 1, 1, 4, 4, 4], [1, 1, 3, 3, 3, 4, 4, 4, 4]]
+
+
+@pytest.mark.parametrize("heads", HEADS)
+def test_branches_are_computed_as_each_alone_after_its_trunk(path, heads):
+    model = tiny_model(n_kv_head=HEADS[heads], qk_norm=True)
+    (logits, grads), expected = in_trees(model), each_branch_alone(model)
+    torch.testing.assert_close(logits, expected[0], atol=1e-5, rtol=1e-5)
+    assert_gradients_close(grads, expected[1], 1e-5)
+    assert expected[0].std() > 0.5
+
+
+def test_another_branch_changes_no_bit_and_another_trunk_only_its_own_branches(path):
+    """Each trunk and branch in turn, and the gradient of its logits: none reaches what it does not see."""
+    model, (tokens, docs, branch), start = tiny_model(), trees(), 0
+    other, embedded = (tokens + 1) % TINY.vocab_size, []
+    model.embed.register_forward_hook(lambda _, __, x: embedded.append(x))
+
+    def place(start, n):
+        here = torch.zeros(300, dtype=torch.bool)
+        here[start:start + n] = True
+        return here
+    before = model(tokens, docs, branch=branch).flatten(0, 1)
+    for tree in sum(TREES, []):
+        trunk, whole = place(start, tree[0]), place(start, sum(tree))
+        for i, n in enumerate(tree):
+            here = place(start, n)
+            with torch.no_grad():
+                changed = torch.where(here.view(3, 100), other, tokens)
+                after = model(changed, docs, branch=branch).flatten(0, 1)
+            affected, sees = here if i else whole, here | trunk
+            assert torch.equal(after[~affected], before[~affected])
+            assert (after[affected] != before[affected]).any(1).all()
+            grad, = torch.autograd.grad(before[here].pow(3).sum(), embedded[0], retain_graph=True)
+            grad = grad.flatten(0, 1)
+            assert not grad[~sees].any() and grad[sees].any(1).all()
+            start += n
+
+
+def test_rows_without_a_branch_are_plain_documents(path):
+    model, (tokens, docs) = tiny_model(), long_rows()
+    with torch.no_grad():
+        assert model(tokens, docs, branch=torch.zeros_like(docs).bool()).equal(model(tokens, docs))
+
+
+def test_activation_checkpointing_of_branches_changes_no_bit(path):
+    model, results = tiny_model(attn_dropout=0.3).train(), []
+    for model.activation_checkpointing in (False, True):
+        torch.manual_seed(7)
+        results.append(in_trees(model))
+    (logits, grads), (logits_on, grads_on) = results
+    assert logits.equal(logits_on) and all(grads[name].equal(grads_on[name]) for name in grads)
+    assert (logits - in_trees(model.eval())[0]).abs().max() > 0.1                # dropout was on
+
+
+def test_a_compiled_model_computes_branches_in_one_graph_to_the_same_result(monkeypatch):
+    monkeypatch.setattr("common.model.DENSE_MASK_LEN", 0)
+    model = tiny_model(n_layer=1)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    tokens, docs, branch = trees()
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(tokens, docs, branch=branch), model(tokens, docs, branch=branch),
+                                   atol=1e-5, rtol=1e-5)
+
+
+def test_where_documents_branch_each_has_a_call_to_the_same_result(on_gpu, monkeypatch):
+    monkeypatch.setattr("common.model.DENSE_MASK_LEN", 0)
+    model = tiny_model()
+    logits, _ = in_trees(model)
+    assert on_gpu == []
+    torch.testing.assert_close(logits, each_branch_alone(model)[0], atol=1e-5, rtol=1e-5)
 
 
 # -----------------------------------------------------------------------------

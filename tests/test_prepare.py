@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, run
 
-from common.data import ChatData, TokenData
+from common.data import ChatData, PairData, TokenData
 from common.dist import UserError
 from common.tokenizer import encode_chat, load_tokenizer
 
@@ -326,7 +326,7 @@ def test_empty_documents_are_counted_and_get_no_end_token(capsys):
                                            ("a.pkl", pickle.dumps([[]])), ("a.txt.gz", gzip.compress(b""))])
 def test_a_set_of_nothing_is_refused(name, content):
     Path(name).write_bytes(content)
-    assert "no text left to train on" in refusal(name)
+    assert "no documents left to train on" in refusal(name)
 
 
 # -----------------------------------------------------------------------------
@@ -429,7 +429,7 @@ def test_a_file_of_another_kind_is_refused(name):
     ((), "--input: give files to read, e.g. --input=books/*.txt"),
     (("no_such.txt",), "--input=no_such.txt: no such file"),
     (("a.txt", "no*.txt"), "--input=no*.txt: no such file"),
-    ((".",), "--input=.: a folder; give ./*.txt or the like"),
+    ((".",), "--input=.: a folder; give ./*.jsonl, ./*.txt or the like"),
 ])
 def test_input_that_is_not_there_is_named(patterns, message):
     Path("a.txt").write_text("x")
@@ -719,7 +719,7 @@ def test_fields_make_a_conversation_of_two_texts():
 def test_rows_without_the_fields_are_malformed(row):
     write_rows("a.jsonl", [{"question": "q", "answer": "a"}, row])
     message = refusal("a.jsonl", make=make_chat, fields=("question", "answer"))
-    assert message.startswith("a.jsonl:2: expected texts question and answer, got ")
+    assert message.startswith("a.jsonl:2: expected texts question and answer as --fields says, got ")
     meta = make_chat("a.jsonl", fields=("question", "answer"), bad_rows="skip")
     assert meta["left_out"] == {"malformed": 1} and chats() == encoded([[user("q"), assistant("a")]])
 
@@ -757,8 +757,9 @@ def test_val_input_of_conversations_is_kept_apart():
 
 
 @pytest.mark.parametrize("rows, val_frac, message", [
-    ([], 0.0, "--input: no text left to train on"),
-    (CHATS[:1], 0.999, "--input: no text left to train on, everything went to validation; lower --val_frac"),
+    ([], 0.0, "--input: no conversations left to train on"),
+    (CHATS[:1], 0.999, "--input: no conversations left to train on, everything went to validation; "
+                       "lower --val_frac"),
     (CHATS[:2], 0.001, "--val_frac=0.001: none of the 2 conversations was drawn for validation; raise it, or "
                        "name files with --val_input"),
 ])
@@ -970,6 +971,302 @@ def test_conversations_are_prepared_from_the_command_line(folder):
 
 
 # -----------------------------------------------------------------------------
+# pairs of answers
+
+def make_pairs(*inputs, out="set", **options):
+    """Prepare pairs in this process -> the set's meta.json"""
+    prepare.prepare_pairs(prepare.PairsConfig(input=inputs, out_dir=out, **options))
+    return json.loads(Path(out, "meta.json").read_text())
+
+
+def pairs(split="train", out="set"):
+    """The set's pairs: prompt, chosen and rejected answer, (ids, counts) each"""
+    parts = chats(split, out)
+    assert len(parts) % 3 == 0
+    return [parts[i:i + 3] for i in range(0, len(parts), 3)]
+
+
+def encoded_pair(prompt, chosen, rejected, tokenizer=BYTES, answer_tags=True):
+    """Lists of messages -> the prompt as encode_chat gives it, and what follows it in each conversation"""
+    (start, _), = encode_chat(tokenizer, [prompt], answer_tags, reply=True)
+    whole, n = encoded([prompt + answer for answer in (chosen, rejected)], tokenizer, answer_tags), len(start)
+    assert all(ids[:n] == start for ids, _ in whole)                   # an exact prefix
+    return [(start, [False] * n), *((ids[n:], counts[n:]) for ids, counts in whole)]
+
+
+SYSTEM = {"role": "system", "content": "Be brief."}
+TWO_TURNS = [user("c"), assistant("d", think="Hm\n"), user("e")]
+PAIRS = [                                              # a row, and the messages that it means
+    ({"prompt": "Hi", "chosen": "Ho \u4e2d", "rejected": "<end>", "score": 3},
+     ([user("Hi")], [assistant("Ho \u4e2d")], [assistant("<end>")])),
+    ({"prompt": [SYSTEM, user("a")], "chosen": [assistant("b", think="")], "rejected": [assistant("b")]},
+     ([SYSTEM, user("a")], [assistant("b", think="")], [assistant("b")])),
+    ({"prompt": "a", "chosen": [assistant("b"), *TWO_TURNS], "rejected": "a longer answer\U0001F642"},
+     ([user("a")], [assistant("b"), *TWO_TURNS], [assistant("a longer answer\U0001F642")])),
+    ({"chosen": [SYSTEM, *TWO_TURNS, assistant("f")],
+      "rejected": [SYSTEM, *TWO_TURNS, assistant("g"), *TWO_TURNS]},
+     ([SYSTEM, *TWO_TURNS], [assistant("f")], [assistant("g"), *TWO_TURNS])),
+    ({"prompt": [SYSTEM], "chosen": [user("a"), assistant("b")], "rejected": [user("a"), assistant("c")]},
+     ([SYSTEM, user("a")], [assistant("b")], [assistant("c")])),
+    ({"prompt": [], "chosen": [assistant("a"), assistant("b")], "rejected": [assistant("a"), assistant("c")]},
+     ([assistant("a")], [assistant("b")], [assistant("c")])),
+    ({"prompt": "", "chosen": "", "rejected": "x"}, ([user("")], [assistant("")], [assistant("x")])),
+]
+PAIR_ROWS, PAIR_MESSAGES = zip(*PAIRS)
+
+
+@pytest.mark.parametrize("block", [1, 30, 1 << 20])
+@pytest.mark.parametrize("tags", [True, False], ids=["tags", "no tags"])
+@pytest.mark.parametrize("kind", ["bytes", "sentencepiece"])
+def test_a_set_holds_each_pair_as_the_template_encodes_it(monkeypatch, trained, kind, tags, block):
+    monkeypatch.setattr(prepare, "BLOCK", block)
+    name = trained if kind == "sentencepiece" else "bytes"
+    tokenizer = load_tokenizer(name)
+    write_rows("a.jsonl", PAIR_ROWS)
+    meta = make_pairs("a.jsonl", tokenizer=name, answer_tags=tags)
+    expected = [encoded_pair(*messages, tokenizer, tags) for messages in PAIR_MESSAGES]
+    assert pairs() == expected and np.load("set/train.npy").dtype == np.uint16
+    sha = meta["splits"]["train"].pop("sha256")
+    assert meta["splits"] == {"train": dict(
+        pairs=len(PAIRS), tokens=sum(len(ids) for pair in expected for ids, _ in pair),
+        targets=sum(sum(counts) for pair in expected for _, counts in pair),
+        longest=max(len(prompt[0]) + len(answer[0]) for prompt, *answers in expected for answer in answers))}
+    assert (meta["kind"], meta["left_out"], meta["data_fingerprint"]) == ("pairs", {}, sha[:16])
+    assert meta["fingerprint"] == load_tokenizer("set").fingerprint == tokenizer.fingerprint
+    row = PairData("set", "train", meta["splits"]["train"]["longest"] - 1, len(PAIRS)).batch(0)
+    assert row.mask.sum() == meta["splits"]["train"]["targets"]
+    assert not np.load("set/train_mask.npy")[:len(expected[0][0][0])].any()
+
+
+def test_the_parts_of_a_pair_are_those_of_a_table_by_hand():
+    write_rows("a.jsonl", [PAIR_ROWS[2]])
+    make_pairs("a.jsonl")
+    special = BYTES.special
+
+    def ids(*tokens):
+        return [i for token in tokens for i in ([special[token]] if token in special else token.encode())]
+    (prompt, chosen, rejected), = pairs()
+    assert prompt == (ids("user", "a", "end", "assistant"), [False] * 4)
+    expected = [(i, learn) for learn, *tokens in [
+        (True, "answer", "b", "/answer", "end"), (False, "user", "c", "end", "assistant"),
+        (True, "think", "Hm\n", "/think", "answer", "d", "/answer", "end"), (False, "user", "e", "end")]
+        for i in ids(*tokens)]
+    assert [*zip(*chosen)] == expected
+    tokens = ids("answer", "a longer answer\U0001F642", "/answer", "end")
+    assert rejected == (tokens, [True] * len(tokens))
+
+
+def test_the_fingerprint_of_pairs_follows_which_answer_is_chosen():
+    rows = [{"prompt": "a", "chosen": "b", "rejected": "c"}, {"prompt": "a", "chosen": "c", "rejected": "b"}]
+    marks = []
+    for i, row in enumerate(rows):
+        write_rows(f"{i}.jsonl", [row])
+        marks.append(make_pairs(f"{i}.jsonl", out=f"set{i}")["data_fingerprint"])
+    assert marks[0] != marks[1] == make_pairs("1.jsonl", out="again")["data_fingerprint"]
+
+
+def test_val_frac_holds_out_whole_pairs_and_loses_none():
+    rows = [{"prompt": f"number {i}", "chosen": "x" * (i % 7), "rejected": "y"} for i in range(400)]
+    write_rows("a.jsonl", rows[:300])
+    write_rows("b.jsonl.gz", rows[300:])
+    meta = make_pairs("*.jsonl*", val_frac=0.25)
+    expected = [encoded_pair([user(row["prompt"])], [assistant(row["chosen"])], [assistant(row["rejected"])])
+                for row in rows]
+    train, val = pairs("train"), pairs("val")
+    assert train == [pair for pair in expected if pair not in val]             # each is in one of them, once,
+    assert val == [pair for pair in expected if pair not in train]             # in order
+    assert [len(train), len(val)] == [meta["splits"][split]["pairs"] for split in ("train", "val")]
+    assert abs(len(val) - 100) < 35                                            # four standard deviations
+    make_pairs("*.jsonl*", val_frac=0.25, out="again")
+    assert pairs("val", "again") == val
+    make_pairs("*.jsonl*", val_frac=0.25, seed=1, out="other")
+    assert pairs("val", "other") != val
+
+
+def test_val_input_of_pairs_is_kept_apart():
+    write_rows("a.jsonl", PAIR_ROWS[:4])
+    write_rows("v.jsonl", PAIR_ROWS[4:])
+    make_pairs("a.jsonl", val_input=("v.jsonl",))
+    assert pairs("train") + pairs("val") == [encoded_pair(*messages) for messages in PAIR_MESSAGES]
+    assert len(pairs("train")) == 4
+
+
+@pytest.mark.parametrize("rows, val_frac, message", [
+    ([], 0.0, "--input: no pairs left to train on"),
+    (PAIR_ROWS[:2], 0.001, "--val_frac=0.001: none of the 2 pairs was drawn for validation; raise it, or "
+                           "name files with --val_input")])
+def test_a_split_of_no_pairs_is_refused(rows, val_frac, message):
+    write_rows("a.jsonl", rows)
+    assert refusal("a.jsonl", make=make_pairs, val_frac=val_frac) == message
+
+
+# -----------------------------------------------------------------------------
+# pairs that are left out
+
+MALFORMED_PAIRS = {
+    "conversation": [user("a"), assistant("b")], "number": 3, "null": None,
+    "no rejected": {"prompt": "a", "chosen": "b"}, "no chosen": {"prompt": "a", "rejected": "b"},
+    "null answer": {"prompt": "a", "chosen": None, "rejected": "b"},
+    "a message as answer": {"prompt": "a", "chosen": assistant("b"), "rejected": "c"},
+    "empty answer": {"prompt": "a", "chosen": [], "rejected": [assistant("c")]},
+    "empty conversation": {"chosen": [user("a"), assistant("b")], "rejected": []},
+    "number as prompt": {"prompt": 3, "chosen": "b", "rejected": "c"},
+    "strings as prompt": {"prompt": ["a"], "chosen": "b", "rejected": "c"},
+    "unknown role": {"prompt": "a", "chosen": [{"role": "tool", "content": "b"}], "rejected": "c"},
+    "no content": {"prompt": "a", "chosen": [assistant("b")], "rejected": [{"role": "assistant"}]},
+    "user thinks": {"prompt": [{**user("a"), "think": "b"}], "chosen": "c", "rejected": "d"},
+}
+NO_CHOICE = {
+    "the same text": {"prompt": "a", "chosen": "b", "rejected": "b"},
+    "the same messages": {"prompt": "a", "chosen": [assistant("b")], "rejected": "b"},
+    "the same conversation": dict.fromkeys(("chosen", "rejected"), [user("a"), assistant("b")]),
+    "other questions": {"chosen": [user("a"), assistant("b")], "rejected": [user("c"), assistant("d")]},
+    "other instructions": {"chosen": [SYSTEM, user("a"), assistant("b")],
+                           "rejected": [user("a"), assistant("c")]},
+    "one goes on": {"chosen": [user("a"), assistant("b"), user("c"), assistant("d")],
+                    "rejected": [user("a"), assistant("b")]},
+    "answers to nothing": {"chosen": "b", "rejected": "c"},
+    "no prompt": {"prompt": None, "chosen": "b", "rejected": "c"},
+    "empty prompt": {"prompt": [], "chosen": [assistant("b")], "rejected": [assistant("c")]},
+    "no assistant": {"prompt": "a", "chosen": [user("b")], "rejected": [user("c")]},
+    "another question first": {"prompt": "a", "chosen": "b", "rejected": [user("c"), assistant("d")]},
+}
+NO_CHOICE_REASON = "without two replies to one prompt"
+LEFT_OUT_PAIRS = [
+    *(pytest.param(BAD_LINES[name], "malformed", id=name) for name in ("no json", "truncated", "not UTF-8")),
+    *(pytest.param(json.dumps(row).encode(), reason, id=name) for rows, reason in (
+        (MALFORMED_PAIRS, "malformed"), (NO_CHOICE, NO_CHOICE_REASON)) for name, row in rows.items())]
+
+
+@pytest.mark.parametrize("line, reason", LEFT_OUT_PAIRS)
+def test_a_bad_pair_is_refused_with_file_and_line_or_left_out(capsys, line, reason):
+    first, last = (json.dumps(row).encode() for row in PAIR_ROWS[:2])
+    Path("a.jsonl").write_bytes(first + b"\n\n" + line + b"\n" + last + b"\n")
+    message = refusal("a.jsonl", make=make_pairs)
+    assert message.startswith("a.jsonl:3: ") and "--bad_rows=skip" in message and len(message) < 250
+    meta = make_pairs("a.jsonl", bad_rows="skip")
+    assert meta["left_out"] == {reason: 1}
+    assert pairs() == [encoded_pair(*messages) for messages in PAIR_MESSAGES[:2]]
+    assert capsys.readouterr().out.startswith(f"left out 1 {reason}: a.jsonl:3\nset/train.npy: 2 pairs of ")
+
+
+@pytest.mark.xfail(strict=True, raises=TypeError, reason="a prompt of null ends in a traceback")
+def test_a_prompt_of_null_is_none():
+    row = {"prompt": None, "chosen": [user("a"), assistant("b")], "rejected": [user("a"), assistant("c")]}
+    write_rows("a.jsonl", [row])
+    make_pairs("a.jsonl")
+    assert pairs() == [encoded_pair([user("a")], [assistant("b")], [assistant("c")])]
+
+
+@pytest.mark.xfail(strict=True, reason="the question is there twice")
+def test_a_prompt_that_both_conversations_begin_with_too_is_taken_once():
+    """As in UltraFeedback: {"prompt": question, "chosen": [question, answer], "rejected": ...}."""
+    row = {"prompt": "a", "chosen": [user("a"), assistant("b")], "rejected": [user("a"), assistant("c")]}
+    write_rows("a.jsonl", [row])
+    make_pairs("a.jsonl")
+    assert pairs() == [encoded_pair([user("a")], [assistant("b")], [assistant("c")])]
+
+
+def text_pair(prompt, chosen, rejected):
+    """-> row, and its parts without tags: a prompt of n letters takes n + 3 tokens, an answer n + 1"""
+    return (dict(prompt=prompt, chosen=chosen, rejected=rejected),
+            encoded_pair([user(prompt)], [assistant(chosen)], [assistant(rejected)], answer_tags=False))
+
+
+# tokens of prompt, chosen, rejected: 4 + 6, 3; 4 + 7, 7; 4 + 3, 8; 10 + 2, 3; 9 + 3, 2; 30 + 2, 2
+LONG_PAIRS = [text_pair("a" * n, "x" * chosen, "y" * rejected) for n, chosen, rejected in (
+    (1, 5, 2), (1, 6, 6), (1, 2, 7), (7, 1, 2), (6, 2, 1), (27, 1, 1))]
+
+
+def test_a_longer_pair_is_refused_with_file_line_and_length_of_its_longer_answer():
+    write_rows("a.jsonl", [row for row, _ in LONG_PAIRS])
+    assert refusal("a.jsonl", make=make_pairs, max_len=11, answer_tags=False) == \
+        "a.jsonl:3: 12 tokens, more than --max_len=11; raise it, or leave such rows out with " \
+        "--long_rows=skip, or --long_rows=cut"
+    assert refusal("a.jsonl", make=make_pairs, max_len=-1).startswith("--max_len=-1: expected a number")
+
+
+def test_longer_pairs_can_be_left_out_and_are_counted(capsys):
+    write_rows("a.jsonl", [row for row, _ in LONG_PAIRS])
+    meta = make_pairs("a.jsonl", max_len=11, long_rows="skip", answer_tags=False)
+    assert pairs() == [pair for _, pair in LONG_PAIRS[:2]]
+    assert meta["left_out"] == {"longer than 11 tokens": 4}
+    assert capsys.readouterr().out.startswith(
+        "left out 4 longer than 11 tokens: a.jsonl:3, a.jsonl:4, a.jsonl:5, a.jsonl:6\n"
+        "set/train.npy: 2 pairs of up to 11 tokens, 31 in all, 23 to learn, ")
+
+
+def test_longer_answers_can_be_cut_and_pairs_go_where_no_token_is_left_of_one(capsys):
+    write_rows("a.jsonl", [row for row, _ in LONG_PAIRS])
+    meta = make_pairs("a.jsonl", max_len=10, long_rows="cut", answer_tags=False)
+    expected = [[prompt, *((ids[:room], counts[:room]) for ids, counts in answers)]
+                for (_, (prompt, *answers)), room in zip(LONG_PAIRS, (6, 6, 6, 0, 1))]
+    assert pairs() == [*expected[:3], expected[4]]                     # of the fourth only the prompt fits
+    assert expected[2][1] == LONG_PAIRS[2][1][1]                       # the shorter answer stays whole
+    assert all(sum(counts) for pair in pairs() for _, counts in pair[1:])
+    assert meta["left_out"] == {"without a reply in the first 10 tokens": 2}
+    assert meta["splits"]["train"]["longest"] == 10
+    assert capsys.readouterr().out.startswith(
+        "3 cut to 10 tokens: a.jsonl:2, a.jsonl:3, a.jsonl:5\n"
+        "left out 2 without a reply in the first 10 tokens: a.jsonl:4, a.jsonl:6\n")
+
+
+@pytest.mark.xfail(strict=True, reason="pairs that a cut has made the same are kept")
+@pytest.mark.parametrize("tags, max_len", [(False, 8), (True, 5)], ids=["start", "tag only"])
+def test_answers_that_are_the_same_once_they_are_cut_are_left_out(tags, max_len):
+    write_rows("a.jsonl", [text_pair("", "", "x")[0], text_pair("a", "same b", "same c")[0]])
+    meta = make_pairs("a.jsonl", max_len=max_len, long_rows="cut", answer_tags=tags)
+    assert len(pairs()) == 1 and sum(meta["left_out"].values()) == 1
+
+
+# -----------------------------------------------------------------------------
+# pairs: whole or not at all
+
+MANY_PAIRS = [{"prompt": "question " * 9, "chosen": f"answer {i} " * 9, "rejected": "?"} for i in range(300)]
+
+
+@pytest.mark.parametrize("moment", ["the middle", "ExampleWriter.close", "json.dump", "os.rename"])
+def test_a_killed_run_leaves_no_set_of_pairs_and_the_next_one_works(monkeypatch, moment):
+    write_rows("a.jsonl", MANY_PAIRS)
+    with monkeypatch.context() as patch:
+        if moment == "the middle":
+            patch.setattr(prepare.ExampleWriter, "add", at_call(200, die))
+        else:
+            patch.setattr(f"prepare.{moment}", die)
+        child = multiprocessing.get_context("fork").Process(target=make_pairs, args=("a.jsonl",))
+        child.start()
+        child.join()
+    assert child.exitcode == -signal.SIGKILL and sorted(os.listdir()) == ["a.jsonl", "set.partial"]
+    make_pairs("a.jsonl")
+    assert len(pairs()) == 300 and sorted(os.listdir()) == ["a.jsonl", "set"]
+    before = snapshot("set")
+    with pytest.raises(UserError, match="^--out_dir=set: already there; remove it or choose another$"):
+        make_pairs("a.jsonl")
+    assert snapshot("set") == before
+
+
+def test_pairs_that_fail_midway_leave_nothing(monkeypatch):
+    def full():
+        raise OSError(errno.ENOSPC, "No space left on device")
+    write_rows("a.jsonl", MANY_PAIRS)
+    monkeypatch.setattr(prepare.ExampleWriter, "add", at_call(200, full))
+    assert refusal("a.jsonl", make=make_pairs) == "set: No space left on device"
+    assert os.listdir() == ["a.jsonl"]
+
+
+def test_pairs_are_prepared_from_the_command_line(folder):
+    rows = [text_pair("q", "a" * n, "b") for n in (2, 99, 1)]
+    write_rows("a.jsonl", [row for row, _ in rows] + [{"prompt": "q"}])
+    out = run("data/prepare.py", "pairs", f"--input={folder}/a.jsonl", f"--out_dir={folder}/set",
+              "--answer_tags=false", "--bad_rows=skip", "--max_len=20", "--long_rows=skip").stdout
+    assert out == (f"left out 1 malformed: {folder}/a.jsonl:4\n"
+                   f"left out 1 longer than 20 tokens: {folder}/a.jsonl:2\n"
+                   f"{folder}/set/train.npy: 2 pairs of up to 7 tokens, 17 in all, 9 to learn, "
+                   "vocabulary of 266\n")
+    assert pairs() == [rows[0][1], rows[2][1]]
+
+
+# -----------------------------------------------------------------------------
 # the command line
 
 def test_without_arguments_it_says_how_it_is_used():
@@ -1016,3 +1313,19 @@ def test_thoughts_count_for_how_much_is_held_at_once(monkeypatch):
     write_rows("a.jsonl", [[user(""), {**assistant(""), "think": "x" * 500}]] * 20)
     make_chat("a.jsonl")
     assert max(sizes) == 2 and sum(sizes) == 20
+
+
+def test_a_tokenizer_learns_from_conversations_and_named_fields():
+    write_rows("a.jsonl", [*CHATS, {"messages": CHATS[0]}, {"question": "Wozu", "answer": "Dazu"}])
+    texts = [text for _, text in prepare.read_all_texts("a.jsonl", ("question", "answer"))]
+    said = [text for chat in [*CHATS, CHATS[0]] for message in chat for key, text in message.items()
+            if key in ("content", "think")]
+    assert texts == said + ["Wozu", "Dazu"]
+    write_rows("b.jsonl", [{"txt": "bad"}])
+    with pytest.raises(UserError, match=r"b.jsonl:1: expected a conversation or text \(--fields\)"):
+        list(prepare.read_all_texts("b.jsonl", ("text",)))
+
+
+def test_what_to_do_with_long_rows_needs_a_length():
+    write_rows("a.jsonl", CHATS)
+    assert "--max_len=0" in refusal("a.jsonl", make=make_chat, long_rows="cut")

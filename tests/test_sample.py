@@ -2,7 +2,7 @@
 import json
 
 import pytest
-from conftest import run
+from conftest import ROOT, run
 
 OPTIONS = ["--device=cpu", "--max_new_tokens=12", "--temperature=1"]
 
@@ -118,14 +118,43 @@ def test_thoughts_and_tags_are_shown_on_request(chat_run):
     assert shown == "<think>hm</think><answer>nobody</answer>\n"
 
 
-def test_a_long_conversation_forgets_its_oldest_turns(chat_run):
-    """A context of 64 bytes, half of it for the reply: the first turns are gone, the last question is not."""
-    said = chat(chat_run, input="Ann\n" + "who?\n" * 6).stdout
-    assert said.count("you> ") == 8 and "error" not in said
+def test_a_long_conversation_forgets_its_oldest_turns(chat_run, monkeypatch):
+    import sample as script
+    asked = []
+    monkeypatch.setattr(script, "answer", lambda model, tokenizer, ids, *rest: asked.append(ids) or [1, 2])
+    model, tokenizer = script.load(str(chat_run), "cpu")
+    cfg, turns = script.Config(chat=True, system="loud", max_new_tokens=30), []
+    for number in range(9):
+        script.reply(model, tokenizer, turns, f"who{number}?", cfg)
+    shown = [tokenizer.decode(ids, show_special=True) for ids in asked]
+    assert shown[0] == "<system>loud<end><user>who0?<end><assistant>"
+    assert shown[1] == shown[0] + "\x01\x02<end><user>who1?<end><assistant>"
+    assert all(len(ids) <= 64 - 30 for ids in asked) and len(asked[-1]) > 20
+    for number, text in enumerate(shown):
+        assert text.startswith("<system>loud<end><user>who")
+        assert text.endswith(f"<user>who{number}?<end><assistant>")
+    assert "who0?" not in shown[-1]
 
 
 def test_a_message_that_does_not_fit_is_an_error_and_the_conversation_goes_on(chat_run):
     result = chat(chat_run, "--prompt=" + "x" * 60, check=False)
     assert result.returncode == 2 and "leave too little of the model's context of 64" in result.stderr
-    result = chat(chat_run, input="x" * 60 + "\nwho?\n")
-    assert "leave too little" in result.stderr and "nobody" in result.stdout
+    result = chat(chat_run, "--max_new_tokens=12", input="Ann\n" + "x" * 60 + "\nwho?\n")
+    assert "leave too little" in result.stderr
+    assert [reply.strip() for reply in result.stdout.split("you> ")[1:]] == ["hello", "", "Ann", ""]
+
+
+@pytest.mark.parametrize("options, text", [(["--prompt=-"], b"K\xe4se\n"), (["--chat=true"], b"\xff\n")])
+def test_what_is_not_utf_8_is_refused_in_one_line(chat_run, options, text):
+    import os
+    import subprocess
+    import sys
+    result = subprocess.run([sys.executable, ROOT / "sample.py", f"--init_from={chat_run}", *options],
+                            input=text, capture_output=True, env={**os.environ, "PYTHONUTF8": "1"})
+    assert b"--prompt: not UTF-8 text" in result.stderr and b"Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("options", [["--system=x", "--prompt=a"], ["--show_tags=true"],
+                                     ["--interactive=true", "--prompt=a"]])
+def test_options_without_effect_are_refused(chat_run, options):
+    assert run("sample.py", f"--init_from={chat_run}", *options, check=False).returncode == 2

@@ -78,11 +78,6 @@ def prepare():
     if not (ROOT / data).exists():
         run("data/prepare.py", "text", f"--input={CORPUS}/train.jsonl.gz",
             f"--val_input={CORPUS}/val.jsonl.gz", f"--tokenizer={tokenizer}", f"--out_dir={data}")
-    if not (ROOT / OUT / "lines").exists():
-        run("data/lines.py", f"--corpus={CORPUS}", f"--out_dir={OUT}/lines")
-    if not (ROOT / OUT / "chat").exists():
-        run("data/prepare.py", "chat", f"--input={OUT}/lines/train.jsonl",
-            f"--val_input={OUT}/lines/val.jsonl", f"--tokenizer={tokenizer}", f"--out_dir={OUT}/chat")
     split = json.loads((ROOT / data / "meta.json").read_text())["splits"]["train"]
     return [measure("bytes per token", 1.0, split["bytes"] / split["tokens"])]
 
@@ -93,7 +88,19 @@ def pretrain():
     return [measure("validation bits per byte", bits[0], bits[-1])]
 
 
+def prepare_lines():
+    """The lines-to-order task, as conversations and as pairs."""
+    if not (ROOT / OUT / "lines").exists():
+        run("data/lines.py", f"--corpus={CORPUS}", f"--out_dir={OUT}/lines")
+    for kind, train, val in (("chat", "train", "val"), ("pairs", "train_pairs", "test_pairs")):
+        if not (ROOT / OUT / kind).exists():
+            run("data/prepare.py", kind, f"--input={OUT}/lines/{train}.jsonl",
+                f"--val_input={OUT}/lines/{val}.jsonl", f"--tokenizer={OUT}/pretrain",
+                f"--out_dir={OUT}/{kind}")
+
+
 def sft():
+    prepare_lines()
     run("train_sft.py", "configs/demo/sft.py", "--resume=true")
     before, n = lines_met("pretrain", 1.0, 4)
     after, _ = lines_met("sft", 1.0, 4)
@@ -103,7 +110,18 @@ def sft():
     return rows + [measure(f"{part} right, greedy, {n}", before[part], after[part]) for part in lines.PARTS]
 
 
-STAGES = {"prepare": prepare, "pretrain": pretrain, "sft": sft}
+def dpo():
+    run("train_dpo.py", "configs/demo/dpo.py", "--resume=true")
+    n = json.loads((ROOT / OUT / "pairs/meta.json").read_text())["splits"]["val"]["pairs"]
+    rows = [measure(f"{what}, {n} pairs", values[0], values[-1]) for what, values in (
+        ("pair accuracy by reward", metrics("dpo", "val_accuracy")),
+        ("better answer is likelier", metrics("dpo", "val_ranking")))]
+    before, n = lines_met("sft", 1.0, 4)
+    after, _ = lines_met("dpo", 1.0, 4)
+    return rows + [measure(f"whole request met, T = 1, {n} x 4", before["all"], after["all"])]
+
+
+STAGES = {"prepare": prepare, "pretrain": pretrain, "sft": sft, "dpo": dpo}
 
 if __name__ == "__main__":
     dist.tune_malloc()
@@ -118,7 +136,7 @@ if __name__ == "__main__":
     for name, row in summary.items():
         print(f"{name:<12}{row['measure']:<40}{row['before']:>10.3f}{row['after']:>10.3f}"
               f"{row['seconds']:>10.1f}")
-        for more in row["also"]:
+        for more in row.get("also", []):
             print(f"{'':<12}{more['measure']:<40}{more['before']:>10.3f}{more['after']:>10.3f}")
     (ROOT / OUT / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     print(f"\nThe same in {OUT}/summary.json")

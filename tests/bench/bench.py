@@ -8,6 +8,7 @@ Speed and memory as ratios against named references, both measured in the same r
     loss_128, loss_512     linear_cross_entropy against plain logits + F.cross_entropy, V = 50,304
     packing                target tokens a second of packed conversations against padded ones; needs the set
                            out/gsm8k (README, "Results", says how to make it)
+    pairs                  a DPO step on prompt | chosen | rejected against two rows a pair, and its memory
     loader                 seconds of a batch against a step
     optimizer              one rank's ShardedOptimizer against clip_grad_norm_ + torch.optim.AdamW(fused=True)
     malloc                 a training step with and without the allocator setting of dist.tune_malloc
@@ -146,12 +147,16 @@ def child_memory(kind, C, N):
     loss = {"ours": losses.linear_cross_entropy, "plain": plain_cross_entropy}.get(kind)
     if loss:
         loss(hidden, weight, targets).backward()
-    # not getrusage: its maximum goes on from the process that started this one
-    print(int(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM"))) * 1024)
+    print(peak_memory())
+
+
+def peak_memory():
+    """Peak RSS of this process, bytes. (getrusage's goes on from the process that started it.)"""
+    return int(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM"))) * 1024
 
 
 def bench_packing(rows=8):
-    """The same model on the same conversations: packed, and one a row, padded to the batch's longest."""
+    """The same model and conversations: packed, and one a row, padded to the batch's longest."""
     if not Path("out/gsm8k").exists():
         return print("packing: skipped, there is no set out/gsm8k")
     longest = json.loads(Path("out/gsm8k/meta.json").read_text())["splits"]["train"]["longest"]
@@ -183,6 +188,51 @@ def bench_packing(rows=8):
     waste = 1 - data.num_tokens / data.num_samples / config.seq_len
     print(f"packing: {speed['padded']:.0f} target tok/s padded, {speed['packed']:.0f} packed, "
           f"{speed['packed'] / speed['padded']:.2f}x; {waste:.2%} of the packed positions are padding")
+
+
+def pair_step(form, prompt, answer, P=8):
+    """
+    -> function that makes one DPO update of the 26 M model on P pairs, in the form "shared" (the prompt once,
+    as train_dpo.py has it) or "two rows" (prompt and answer, for each answer)
+    """
+    torch.manual_seed(0)
+    model = GPT(replace(MODEL_26M, seq_len=prompt + answer))
+    optimizer = ShardedOptimizer(optim.parameter_groups(model))
+    optimizer.lr = 1e-4
+    prompts, answers = torch.randint(0, 6400, (P, prompt)), torch.randint(0, 6400, (P, 2, answer))
+    ref = torch.full((P,), -8.7 * answer)
+    rows = torch.cat([prompts[:, None].expand(-1, 2, -1), answers], dim=2).flatten(0, 1)       # (2P, T + 1)
+    branches = torch.cat([prompts[:, None, -1:].expand(-1, 2, -1), answers[:, :, :-1]], dim=2)  # (P, 2, n)
+    shared = torch.cat([prompts[:, :-1], branches.flatten(1)], dim=1).view(1, -1)
+    place = torch.tensor([0] * (prompt - 1) + [1] * answer + [2] * answer).repeat(P)[None]
+    docs = place + 3 * torch.arange(P).repeat_interleave(prompt - 1 + 2 * answer)
+
+    def step():
+        if form == "shared":
+            hidden = model(shared, docs, branch=place > 0)[place > 0]
+        else:
+            hidden = model(rows[:, :-1])[:, -answer:].flatten(0, 1)
+        sums = losses.token_logps(hidden, model.head, answers.flatten()).view(P, 2, answer).sum(dim=2)
+        (losses.dpo_loss(*sums.T, ref, ref).sum() / P).backward()
+        optimizer.step(1.0)
+    return step
+
+
+def bench_pairs():
+    for prompt, answer in ((256, 64), (512, 64)):
+        forms = ("shared", "two rows")
+        shared_s, two_s = alternate(*(pair_step(form, prompt, answer) for form in forms), repeats=5)
+        memory = [int(child("pairs", form, prompt, answer)) / 2**20 for form in forms]
+        print(f"pairs: 8 of {prompt} + 2 x {answer} tokens: two rows {two_s:.2f} s a step, "
+              f"shared prompt {shared_s:.2f} s, {two_s / shared_s:.2f}x; peak memory {memory[1]:.0f} -> "
+              f"{memory[0]:.0f} MiB")
+
+
+def child_pairs(form, prompt, answer):
+    step = pair_step(form, int(prompt), int(answer))
+    step()
+    step()
+    print(peak_memory())
 
 
 def bench_loader():
@@ -304,16 +354,17 @@ BENCHES = {"step_26m": lambda: bench_step("step_26m", MODEL_26M, 8),
            "profile": bench_profile,
            "loss_128": lambda: bench_loss("loss_128", 128, 768),
            "loss_512": lambda: bench_loss("loss_512", 512, 2048),
-           "packing": bench_packing, "loader": bench_loader, "optimizer": bench_optimizer,
-           "malloc": bench_malloc, "generate": bench_generate, "overlap": bench_overlap}
+           "packing": bench_packing, "pairs": bench_pairs, "loader": bench_loader,
+           "optimizer": bench_optimizer, "malloc": bench_malloc, "generate": bench_generate,
+           "overlap": bench_overlap}
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["child"]:
         name = sys.argv[2]
         if name != "overlap":
             dist.init("cpu")
-        {"memory": child_memory, "loss": child_loss, "malloc": child_malloc,
-         "overlap": child_overlap}[name](*sys.argv[3:])
+        {"memory": child_memory, "pairs": child_pairs, "loss": child_loss,
+         "malloc": child_malloc, "overlap": child_overlap}[name](*sys.argv[3:])
     else:
         dist.init("cpu")
         for name in sys.argv[1:] or BENCHES:
