@@ -6,7 +6,7 @@ reference is the policy as training started, after a resume too; a prompt is com
     torchrun --standalone --nproc_per_node=8 train_dpo.py --data_dir=out/pairs --init_from=out/sft
 
 Reads   data_dir, made by `python data/prepare.py pairs ...`; init_from, a run or checkpoint to start from
-Writes  out_dir/{config.json, code/, metrics.jsonl, step_NNNNNN/}, ref_logps.npz: the reference's log-probs
+Writes  out_dir/{config.json, code/, metrics.jsonl, step_NNNNNN/}, ref_logps.bin: the reference's log-probs
 Expect  `make demo`: accuracy on held-out pairs, in README.md, "Results"
 """
 import copy
@@ -88,20 +88,14 @@ class Config:
 
 
 def answer_logps(model, pairs):
-    """-> log-probs of the answers' learned tokens (N,), and which answer each is in (N,): 2 p or 2 p + 1"""
+    """-> log-probs (N,) of the answers' learned tokens"""
     hidden = model(pairs.tokens, pairs.docs, branch=pairs.branch)[pairs.mask]                     # (N, C)
-    return losses.token_logps(hidden, model.head, pairs.targets[pairs.mask]), pairs.answer[pairs.mask]
+    return losses.token_logps(hidden, model.head, pairs.targets[pairs.mask])
 
 
-def per_answer(values, answer, P):
-    """Sum values (N,) over the tokens of each answer -> (P, 2): chosen, rejected"""
-    return torch.zeros(2 * P, device=values.device).index_add(0, answer, values).view(P, 2)
-
-
-def preference(logps, answer, pairs, ref, cfg):
-    """logps, answer (N,) of the policy; ref (P, 2) summed log-probs -> loss (P,), dict of metrics (P,)"""
-    P = len(pairs.ids)
-    sums, lengths = per_answer(logps, answer, P), per_answer(torch.ones_like(logps), answer, P).clamp(min=1)
+def preference(logps, pairs, ref, cfg):
+    """logps (N,) of the policy; ref (P, 2) summed log-probs -> loss (P,), dict of metrics (P,)"""
+    sums, lengths = pairs.per_answer(logps), pairs.per_answer(torch.ones_like(logps)).clamp(min=1)
     means = sums / lengths                                                    # (P, 2)
     if cfg.loss == "simpo":
         loss, rewards = losses.simpo_loss(*means.T, cfg.beta, cfg.gamma), cfg.beta * means
@@ -135,7 +129,7 @@ def summed_logps(model, data, autocast):
         ids = np.arange(start, min(start + size, data.num_samples))
         pairs = data.pairs(ids, np.ones(len(ids), dtype=bool))
         with autocast:
-            sums[pairs.ids] = per_answer(*answer_logps(model, pairs), len(ids))
+            sums[pairs.ids] = pairs.per_answer(answer_logps(model, pairs))
     model.train()
     return dist.all_sum(sums)
 
@@ -148,7 +142,7 @@ def evaluate(model, data, ref, cfg, autocast):
     for i in range(-(-data.total // (data.micro_batch_size * data.world_size))):
         pairs = data.batch(i)
         with autocast:
-            loss, metrics = preference(*answer_logps(model, pairs), pairs, ref("val", pairs), cfg)
+            loss, metrics = preference(answer_logps(model, pairs), pairs, ref("val", pairs), cfg)
         total += (torch.stack([loss, *metrics.values()]) * pairs.counts).sum(dim=1)
     model.train()
     means = (dist.all_sum(total) / data.total).tolist()
@@ -185,6 +179,11 @@ if __name__ == "__main__":
 
     # -------------------------------------------------------------------------
     # data
+    if cfg.beta <= 0 or not 0 <= cfg.label_smoothing < 0.5:
+        raise UserError(f"--beta={cfg.beta} --label_smoothing={cfg.label_smoothing}: expected > 0 and < 0.5")
+    if cfg.label_smoothing and cfg.loss != "sigmoid":
+        raise UserError(f"--label_smoothing: only with --loss=sigmoid, not {cfg.loss}")
+
     def load(split, seed):
         return PairData(cfg.data_dir, split, cfg.seq_len, micro_batch_size, rank, world_size, device, seed)
     train_data, val_data = load("train", cfg.seed), load("val", 0) if cfg.eval_seqs else None
@@ -255,7 +254,7 @@ if __name__ == "__main__":
     reference = ref_arrays = None
     initial_weights = saved["initial_weights"] if previous else checkpoint.fingerprint(model)
     if cfg.loss not in ("simpo", "orpo"):
-        path = os.path.join(cfg.out_dir, "ref_logps.npz")
+        path = os.path.join(cfg.out_dir, "ref_logps.bin")
         key = " ".join([initial_weights, str(dtype), *(split["sha256"] for split in meta["splits"].values())])
         if not cfg.ref_online:
             ref_arrays = dist.from_rank_zero(lambda: checkpoint.read_arrays(path, key))
@@ -278,7 +277,7 @@ if __name__ == "__main__":
     def ref(split, pairs):                                                    # -> (P, 2), None without one
         if reference is not None:
             with torch.no_grad(), autocast:
-                return per_answer(*answer_logps(reference, pairs), len(pairs.ids))
+                return pairs.per_answer(answer_logps(reference, pairs))
         return torch.from_numpy(ref_arrays[split]).to(device)[pairs.ids] if ref_arrays else None
 
     # -------------------------------------------------------------------------
@@ -321,8 +320,8 @@ if __name__ == "__main__":
         for i, pairs in enumerate(micro_batches):
             optimizer.sync = i == num_micro - 1                               # travel in the last backward
             with autocast:
-                logps, answer = answer_logps(forward, pairs)                  # (N,) each
-                pair_loss, metrics = preference(logps, answer, pairs, ref("train", pairs), cfg)     # (P,)
+                logps = answer_logps(forward, pairs)                          # (N,)
+                pair_loss, metrics = preference(logps, pairs, ref("train", pairs), cfg)             # (P,)
             loss = (pair_loss * pairs.counts).sum() / n_pairs                 # divide once, by the full count
             if cfg.nll_coef:
                 nll_sum = -(logps * token_weights(pairs, critical_ids, cfg)).sum()

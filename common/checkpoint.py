@@ -13,13 +13,13 @@ something is damaged. Files are read with weights_only=True: they can hold tenso
 code.
 """
 import hashlib
+import io
 import json
 import math
 import os
 import re
 import shutil
 import sys
-import zipfile
 
 import numpy as np
 import torch
@@ -249,19 +249,30 @@ def _load(path):
 # arrays that belong to something: log-probs of a reference, ...
 
 def write_arrays(path, key, arrays):
-    """Write a dict of arrays to path (.npz), whole or not at all. key: str, what they were computed from"""
-    with open(path + ".partial", "wb") as file:
-        np.savez(file, key=np.array(key), **arrays)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(path + ".partial", path)
+    """
+    Write a dict of arrays to path, whole or not at all: 32 bytes of SHA-256 over the rest, which is a .npz.
+    key: str, what they were computed from
+    """
+    content = io.BytesIO()
+    np.savez(content, key=np.array(key), **arrays)
+    content = content.getvalue()
+    try:
+        _write(os.path.dirname(path), os.path.basename(path) + ".partial",
+               lambda file: file.write(hashlib.sha256(content).digest() + content))
+        os.replace(path + ".partial", path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
 
 
 def read_arrays(path, key):
     """-> the dict of arrays, or None where path holds none, damaged ones, or those of another key"""
     try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-        return arrays if arrays.pop("key") == key else None
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        with open(path, "rb") as file:
+            checksum, content = file.read(32), file.read()
+    except OSError:
         return None
+    if hashlib.sha256(content).digest() != checksum:
+        return None
+    with np.load(io.BytesIO(content), allow_pickle=False) as file:
+        arrays = dict(file)
+    return arrays if arrays.pop("key") == key else None

@@ -268,6 +268,11 @@ class Pairs(NamedTuple):
     ids: torch.Tensor                  # (P,) int64, the pairs' numbers in the set
     counts: torch.Tensor               # (P,) bool, False: past the run's last pair
 
+    def per_answer(self, values):
+        """Sum values (N,) of the N tokens in mask over each answer -> (P, 2): chosen, rejected"""
+        sums = torch.zeros(2 * len(self.ids), device=values.device)
+        return sums.index_add(0, self.answer[self.mask], values).view(-1, 2)
+
 
 class PairData:
     """
@@ -289,6 +294,8 @@ class PairData:
         self.path, self.tokens, self.learn, self.offsets = open_examples(
             data_dir, split, meta["splits"][split]["tokens"], 3 * self.num_samples)
         prompt, *answers = np.diff(self.offsets).reshape(-1, 3).T                 # (pairs,) each
+        if prompt.min() < 2:
+            raise UserError(f"{self.path}: its offsets do not fit; prepare the set again")
         length = prompt + np.maximum(*answers)
         if too_long := int((length - 1 > seq_len).sum()):
             raise UserError(f"--seq_len={seq_len}: a prompt and one answer have over {seq_len + 1} tokens in "

@@ -393,6 +393,8 @@ class GPT(nn.Module):
         B, T = tokens.shape
         positions = torch.arange(T, device=tokens.device)[None]                    # (1, T)
         mask, length = None, T
+        if branch is not None and docs is None:
+            raise ValueError("branch says nothing without docs")
         if docs is not None and (cache is not None or self.config.rope_scaling == "dynamic"):
             raise ValueError("packed documents go neither with a cache nor with rope_scaling=dynamic, which "
                              "follows the length of the whole row")

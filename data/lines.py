@@ -78,7 +78,7 @@ def verse_lines(corpus):
             works = [json.loads(line)["text"] for line in file]
     except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"--corpus={corpus}: cannot read {path} ({error or 'damaged'})") from None
-    lines = dict.fromkeys(line.strip() for work in works for line in work.split("\n"))
+    lines = dict.fromkeys(" ".join(line.split()) for work in works for line in work.split("\n"))
     return [line for line in lines if LINE.fullmatch(line) and 3 <= len(line.split()) <= 10
             and not re.search(r"\b[A-Z]{2,}\b", line)]        # no speakers and headings
 

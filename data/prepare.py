@@ -586,11 +586,15 @@ def cut_to_fit(where, parts, cfg, report):
                         "or leave such rows out with --long_rows=skip, or --long_rows=cut")
     room = max(0, most - len(first[0])) if rest else most
     kept = [(ids[:room], counts[:room]) for ids, counts in rest or [first]]
-    if cfg.long_rows == "cut" and all(any(counts) for _, counts in kept):
+    if cfg.long_rows == "skip":
+        report.skip(f"longer than {most} tokens", where)
+    elif not all(any(counts) for _, counts in kept):
+        report.skip(f"without a reply in the first {most} tokens", where)
+    elif rest and kept[0] == kept[1]:
+        report.skip(f"with two replies alike in the first {most} tokens", where)
+    else:
         report.skip(f"cut to {most} tokens", where)
         return [first, *kept] if rest else kept
-    report.skip(f"longer than {most} tokens" if cfg.long_rows == "skip" else
-                f"without a reply in the first {most} tokens", where)
     return None
 
 
@@ -647,10 +651,12 @@ def read_pairs(path, report):
                 raise ValueError('expected {"chosen": ..., "rejected": ...}')
             prompt, chosen, rejected = (
                 [{"role": role, "content": part}] if isinstance(part, str) else part for part, role in
-                ((row.get("prompt", []), "user"), (row["chosen"], "assistant"),
-                 (row["rejected"], "assistant")))
-            for messages in (chosen, rejected, *[prompt] * bool(prompt)):
+                ((row.get("prompt"), "user"), (row["chosen"], "assistant"), (row["rejected"], "assistant")))
+            prompt = [] if prompt is None else prompt
+            for messages in (chosen, rejected, *[prompt] * (prompt != [])):
                 check_conversation(messages)
+            if chosen[:len(prompt)] == prompt == rejected[:len(prompt)]:
+                prompt = []                                   # they hold it themselves
         except ValueError as error:
             report.bad("malformed", where, f"{error}, got {shown(row)}")
             continue

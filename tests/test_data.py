@@ -10,7 +10,7 @@ from common.data import ChatData, PairData, TokenData, open_array, pack, read_me
 from common.dist import UserError
 from common.losses import linear_cross_entropy
 from common.model import GPT, ModelConfig
-from train_dpo import answer_logps, per_answer
+from train_dpo import answer_logps
 
 SEQ_LEN, VOCAB = 5, 300
 END = VOCAB - 1
@@ -765,7 +765,7 @@ rows_of_length = pytest.mark.parametrize("longest", [15, 80], ids=["short rows",
 def test_a_shared_prompt_gives_the_logps_and_gradients_of_a_row_for_each_answer(tmp_path, longest):
     folder, model, parts = some_pairs(tmp_path / "set", longest)
     pairs = open_pairs(folder, 6, seq_len=2 * longest).batch(0)
-    sums, weights = per_answer(*answer_logps(model, pairs), 6), torch.randn(6, 2)
+    sums, weights = pairs.per_answer(answer_logps(model, pairs)), torch.randn(6, 2)
     expected = logps_in_rows_of_their_own(model, parts)[pairs.ids]
     torch.testing.assert_close(sums, expected, rtol=1e-5, atol=1e-5)
     for grad, wanted in zip(gradients_of(model, sums, weights), gradients_of(model, expected, weights)):
@@ -784,7 +784,7 @@ def test_the_logps_of_a_pair_do_not_depend_on_the_pairs_beside_it(tmp_path, long
             data = open_pairs(folder, size, seq_len=2 * longest, seed=size)
             for i in range(-(-12 // size)):
                 pairs = data.batch(i)
-                sums = per_answer(*answer_logps(model, pairs), size)
+                sums = pairs.per_answer(answer_logps(model, pairs))
                 for number, row in zip(pairs.ids.tolist(), sums):
                     torch.testing.assert_close(row, alone.setdefault(number, row), rtol=1e-5, atol=1e-5)
                     found.append(number)

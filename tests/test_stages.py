@@ -377,21 +377,21 @@ def test_the_reference_is_the_first_policy_however_it_is_kept(dpo):
     options = ["--save_every=6", "--schedule=constant", f"--init_from={dpo.folder / 'start'}"]
     dpo("cached", "--num_steps=12", *options)
     dpo("lost", "--num_steps=6", *options)
-    (dpo.folder / "lost/ref_logps.npz").unlink()
+    (dpo.folder / "lost/ref_logps.bin").unlink()
     dpo("lost", "--num_steps=12", "--resume=true", *options)
     dpo("online", "--num_steps=6", "--ref_online=true", *options)
     dpo("online", "--num_steps=12", "--ref_online=true", "--resume=true", *options)
     assert records(dpo.folder / "cached") == records(dpo.folder / "lost")
     assert_same_curve(dpo.folder / "cached", dpo.folder / "online")
-    assert not (dpo.folder / "online/ref_logps.npz").exists()
+    assert not (dpo.folder / "online/ref_logps.bin").exists()
 
 
 def test_a_wrong_reference_is_never_used(dpo):
     dpo("start", "--num_steps=3", "--seed=5")
     dpo("run", "--num_steps=2", f"--init_from={dpo.folder / 'start'}")
-    cache = dpo.folder / "run/ref_logps.npz"
+    cache = dpo.folder / "run/ref_logps.bin"
     dpo("other", "--num_steps=2")                             # of random weights
-    cache.write_bytes((dpo.folder / "other/ref_logps.npz").read_bytes())
+    cache.write_bytes((dpo.folder / "other/ref_logps.bin").read_bytes())
     result = dpo("run", "--num_steps=4", "--resume=true", check=False)
     assert_one_line(result, "not the weights that this run started from, which are its reference")
     dpo("run", "--num_steps=4", "--resume=true", f"--init_from={dpo.folder / 'start'}")
