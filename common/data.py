@@ -10,6 +10,8 @@ A set is a folder that data/prepare.py makes:
     train_mask.npy         chat, pairs: 1 where a token is to be learned, else 0; uint8, as long as train.npy
     train_offsets.npy      chat: where each conversation begins, and where the last one ends; uint64
                            pairs: the same of the prompt, the chosen and the rejected answer of each pair
+    train_rows.npy         prompts: {"prompt": messages, "answer": text} of each as JSON, one after the other,
+                           with train_row_offsets.npy
 
 `batch(i)` is a pure function: the rows of micro-batch i on this rank follow from (seed, i) alone, so a
 resumed run needs no replay. Step s of a run trains on samples [s, s + 1) * batch_size of the order, however
@@ -18,7 +20,7 @@ ranks and micro-batches divide them. An epoch visits every sample once, in an or
 import json
 import math
 import os
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -68,7 +70,7 @@ def read_split(data_dir, split, kind):
     if meta["kind"] != kind:
         raise UserError(f"--data_dir={data_dir}: a set of kind {meta['kind']}, expected {kind}; "
                         f"make one with data/prepare.py {kind}")
-    unit = {"text": "tokens", "chat": "conversations", "pairs": "pairs"}[kind]
+    unit = {"text": "tokens", "chat": "conversations"}.get(kind, kind)
     if "pad" not in meta and kind != "text" or any(unit not in counts for counts in meta["splits"].values()):
         raise UserError(f"{data_dir}/meta.json: lacks pad or {unit}; prepare the set again")
     if split not in meta["splits"]:
@@ -257,31 +259,64 @@ def pack(lengths, capacity):
     return [np.array(row) for row in rows]
 
 
-class Pairs(NamedTuple):
-    """A micro-batch of P pairs in one row of T positions, as PairData makes it."""
+@dataclass
+class Branches:
+    """
+    Answers to prompts in one row without padding, T positions: prompt, answer, ..., prompt, answer, ...
+
+    A prompt, but for its last token, is a trunk that is computed once; each answer is a branch that starts
+    with the prompt's last token, so that a position's target is the next token of its answer.
+    """
     tokens: torch.Tensor               # (1, T) int64
     targets: torch.Tensor              # (1, T) int64
     mask: torch.Tensor                 # (1, T) bool, True: the target is a learned token of an answer
     docs: torch.Tensor                 # (1, T) int64, changes where a prompt or an answer starts
     branch: torch.Tensor               # (1, T) bool, True: in an answer
-    answer: torch.Tensor               # (1, T) int64, 2 p in the chosen answer of pair p, else 2 p + 1
+    answer: torch.Tensor               # (1, T) int64, number of the answer
+    place: torch.Tensor                # (1, T) int64, of the target in its answer
+    num_answers: int
+
+    def padded(self, values):
+        """values (N,) of the N tokens in mask -> (answers, longest), 0 where there is none"""
+        answer, place = self.answer[self.mask], self.place[self.mask]
+        longest = int(place.max()) + 1 if len(place) else 1
+        out = torch.zeros(self.num_answers, longest, dtype=values.dtype, device=values.device)
+        return out.index_put((answer, place), values)
+
+
+def branches(groups, device):
+    """groups: list of (prompt ids, [(answer ids, which are learned), ...]), arrays -> fields of Branches"""
+    parts, num_answers = [], 0                           # tokens, targets, learned, branch, answer, place
+    for prompt, answers in groups:
+        n = len(prompt) - 1
+        nothing = np.zeros(n, dtype=np.int64)
+        parts.append((prompt[:-1], nothing, nothing > 0, False, num_answers, nothing))
+        for ids, learn in answers:
+            tokens = np.concatenate([prompt[-1:], ids[:-1]])
+            parts.append((tokens, ids, learn, True, num_answers, np.arange(len(ids))))
+            num_answers += 1
+    lengths = [len(part[0]) for part in parts]
+    tokens, targets, mask, place = (np.concatenate([part[k] for part in parts]) for k in (0, 1, 2, 5))
+    branch, answer = (np.repeat([part[k] for part in parts], lengths) for k in (3, 4))
+    docs = np.repeat(np.arange(len(parts)), lengths)
+    rows = (tokens.astype(np.int64), targets.astype(np.int64), mask, docs, branch, answer, place)
+    return *to_device(device, *(row[None] for row in rows)), num_answers
+
+
+@dataclass
+class Pairs(Branches):
+    """A micro-batch of P pairs: answer 2 p is the chosen one of pair p, 2 p + 1 the rejected one."""
     ids: torch.Tensor                  # (P,) int64, the pairs' numbers in the set
     counts: torch.Tensor               # (P,) bool, False: past the run's last pair
 
     def per_answer(self, values):
         """Sum values (N,) of the N tokens in mask over each answer -> (P, 2): chosen, rejected"""
-        sums = torch.zeros(2 * len(self.ids), device=values.device)
-        return sums.index_add(0, self.answer[self.mask], values).view(-1, 2)
+        return self.padded(values).sum(dim=1).view(-1, 2)
 
 
 class PairData:
     """
-    Pairs of answers to one prompt. micro_batch_size pairs make one row without padding:
-
-        prompt, chosen, rejected, prompt, chosen, rejected, ...
-
-    The prompt, but for its last token, is a trunk that is computed once; each answer is a branch that starts
-    with the prompt's last token, so that a position's target is the next token of its answer.
+    Pairs of answers to one prompt, micro_batch_size of them in one row; see Branches.
 
     batch(i) -> Pairs of micro-batch i
     num_samples, num_tokens, total, mean_context, target_frac, view    as in TokenData, of pairs, not rows
@@ -325,20 +360,64 @@ class PairData:
 
     def pairs(self, ids, counts):
         """ids (P,): numbers of pairs; counts (P,) bool -> Pairs"""
-        parts = []                                            # (tokens, targets, learned)
-        for i in ids:
+        groups = []
+        for i, counted in zip(ids, counts):
             start, chosen, rejected, end = self.offsets[3 * i:3 * i + 4].tolist()
-            trunk, last = self.tokens[start:chosen - 1], self.tokens[chosen - 1:chosen]
-            parts.append((trunk, np.zeros_like(trunk), np.zeros(len(trunk), dtype=bool)))
-            for answer in (slice(chosen, rejected), slice(rejected, end)):
-                tokens = self.tokens[answer]
-                parts.append((np.concatenate([last, tokens[:-1]]), tokens, self.learn[answer] != 0))
-        tokens, targets, mask = (np.concatenate(part) for part in zip(*parts))
-        if tokens.max() >= self.vocab_size or targets.max() >= self.vocab_size:
-            raise UserError(f"{self.path}: token id {max(tokens.max(), targets.max())} is there, "
-                            f"but the vocabulary has {self.vocab_size}; prepare the set again")
-        docs = np.repeat(np.arange(len(parts)), [len(part) for part, _, _ in parts])
-        place = docs % 3                                      # 0 prompt, 1 chosen, 2 rejected answer
-        rows = (tokens.astype(np.int64), targets.astype(np.int64), mask & counts[docs // 3], docs,
-                place > 0, docs // 3 * 2 + place // 2)
-        return Pairs(*to_device(self.device, *(row[None] for row in rows), ids, counts))
+            groups.append((self.tokens[start:chosen], [
+                (self.tokens[answer], (self.learn[answer] != 0) & counted)
+                for answer in (slice(chosen, rejected), slice(rejected, end))]))
+            largest = self.tokens[start:end].max()
+            if largest >= self.vocab_size:
+                raise UserError(f"{self.path}: token id {largest} is there, but the vocabulary has "
+                                f"{self.vocab_size}; prepare the set again")
+        return Pairs(*branches(groups, self.device), *to_device(self.device, ids, counts))
+
+
+class PromptData:
+    """
+    Prompts for a model to answer.
+
+    batch(i) -> ids (B,) of the prompts of micro-batch i, places (B,) in the run's order of samples, and which
+    of them count; prompt(id) -> array of tokens, row(id) -> {"prompt": messages, "answer": text}
+    num_samples, num_tokens, total, mean_context, target_frac, view    as in TokenData, of prompts
+    """
+
+    def __init__(self, data_dir, split, seq_len, micro_batch_size, rank=0, world_size=1, device="cpu", seed=0,
+                 total=None):
+        meta = read_split(data_dir, split, "prompts")
+        self.num_samples, self.num_tokens = (meta["splits"][split][name] for name in ("prompts", "tokens"))
+        self.path, self.tokens, _, self.offsets = open_examples(data_dir, split, self.num_tokens,
+                                                                self.num_samples)
+        self.rows = open_array(os.path.join(data_dir, f"{split}_rows.npy"))
+        self.row_offsets = open_array(os.path.join(data_dir, f"{split}_row_offsets.npy"),
+                                      self.num_samples + 1)
+        longest = int(np.diff(self.offsets).max())
+        if longest > seq_len:
+            raise UserError(f"--seq_len={seq_len}: there are prompts of up to {longest} tokens; raise it, or "
+                            f"prepare the set with --max_len={seq_len} --long_rows=skip")
+        if self.tokens.max() >= meta["vocab_size"]:
+            raise UserError(f"{self.path}: token id {self.tokens.max()} is there, but the vocabulary has "
+                            f"{meta['vocab_size']}; prepare the set again")
+        self.mean_context, self.target_frac = self.num_tokens / self.num_samples, 1.0
+        self.doc_mask, self.view, self.micro_batch_size = True, {}, micro_batch_size
+        self.rank, self.world_size = rank, world_size
+        self.device, self.seed = torch.device(device), seed
+        self.total = math.inf if total is None else total
+        self.epoch, self.order = None, None
+
+    def _order(self, epoch):
+        if epoch != self.epoch:  # a cache only: the order is a function of (seed, epoch)
+            generator = np.random.default_rng([self.seed, epoch])
+            self.epoch, self.order = epoch, generator.permutation(self.num_samples)
+        return self.order
+
+    def batch(self, i):
+        places = positions(i, self)
+        ids = np.array([self._order(epoch)[k] for epoch, k in zip(*np.divmod(places, self.num_samples))])
+        return ids, places, places < self.total
+
+    def prompt(self, i):
+        return np.asarray(self.tokens[self.offsets[i]:self.offsets[i + 1]])
+
+    def row(self, i):
+        return json.loads(bytes(self.rows[int(self.row_offsets[i]):int(self.row_offsets[i + 1])]))

@@ -96,36 +96,39 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return d_hidden, d_weight, None, None, None, None, None
 
 
-def token_logps(hidden, weight, targets, temperature=1.0, chunk_size=0):
+def token_logps(hidden, weight, targets, temperature=1.0, chunk_size=0, suppress=()):
     """
     log softmax(hidden @ weight.T / temperature)[target] of every position.
 
-    hidden (B, T, C), weight (V, C), targets (B, T) int64 -> (B, T) float32, differentiable in hidden and
-    weight; the logits of a chunk are computed again in backward.
+    hidden (B, T, C), weight (V, C), targets (B, T) int64; suppress: ids without probability, as in sampling
+    -> (B, T) float32, differentiable in hidden and weight; the logits of a chunk are computed again in
+    backward.
     """
     chunk = chunk_rows(hidden.device, targets.numel(), chunk_size)
+    suppress = torch.tensor(suppress, dtype=torch.int64, device=hidden.device)
     logps = _TokenLogps.apply(hidden.reshape(-1, hidden.shape[-1]), weight, targets.reshape(-1), temperature,
-                              chunk, compute_dtype(hidden))
+                              chunk, compute_dtype(hidden), suppress)
     return logps.view(targets.shape)
 
 
 class _TokenLogps(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, targets, temperature, chunk, dtype):
+    def forward(ctx, hidden, weight, targets, temperature, chunk, dtype, suppress):
         h_all, w = hidden.to(dtype), weight.to(dtype)
         logps, lse = torch.empty(2, len(h_all), device=w.device)
         for i in range(0, len(h_all), chunk):
             logits = (h_all[i:i + chunk] @ w.T).float().div_(temperature)                  # (N, V)
+            logits.index_fill_(1, suppress, -torch.inf)
             lse[i:i + chunk] = logits.logsumexp(-1)
             logps[i:i + chunk] = logits.gather(1, targets[i:i + chunk, None])[:, 0] - lse[i:i + chunk]
-        ctx.save_for_backward(hidden, weight, targets, lse)
+        ctx.save_for_backward(hidden, weight, targets, lse, suppress)
         ctx.temperature, ctx.chunk, ctx.dtype = temperature, chunk, dtype
         return logps
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        hidden, weight, targets, lse = ctx.saved_tensors
+        hidden, weight, targets, lse, suppress = ctx.saved_tensors
         dtype, chunk = ctx.dtype, ctx.chunk
         h_all, w = hidden.to(dtype), weight.to(dtype)
         need_hidden, need_weight = ctx.needs_input_grad[:2]
@@ -135,13 +138,14 @@ class _TokenLogps(torch.autograd.Function):
             h, target = h_all[i:i + chunk], targets[i:i + chunk, None]
             g = grad[i:i + chunk, None] / ctx.temperature
             p = (h @ w.T).float().div_(ctx.temperature).sub_(lse[i:i + chunk, None]).exp_()
+            p.index_fill_(1, suppress, 0.0)
             d_logits = p.mul_(-g).scatter_add_(1, target, g).to(dtype)       # (onehot - p) g / temperature
             if need_hidden:
                 torch.mm(d_logits, w, out=d_hidden[i:i + chunk])
             if need_weight:
                 d_weight += d_logits.T @ h
         return (d_hidden.to(hidden.dtype) if need_hidden else None,
-                d_weight.to(weight.dtype) if need_weight else None, None, None, None, None)
+                d_weight.to(weight.dtype) if need_weight else None, None, None, None, None, None)
 
 
 def critical_weights(targets, critical_ids, alpha):
@@ -197,3 +201,53 @@ def log1mexp(x):
     near = x > -0.6931
     return torch.where(near, (-torch.expm1(torch.where(near, x, -1.0))).log(),
                        torch.log1p(-torch.where(near, -1.0, x).exp()))
+
+
+# -----------------------------------------------------------------------------
+# policy gradients
+
+def group_advantages(rewards, scale="group"):
+    """
+    (r - mean of the group) / (std + 1e-4) (DeepSeekMath, 2402.03300, section 4.1.2). rewards (P, G): of G
+    samples for each of P prompts -> (P, G). scale: std of the group, of the batch, or none (2503.20783)
+    """
+    centred = rewards - rewards.mean(dim=1, keepdim=True)
+    if scale == "none" or rewards.shape[1] == 1:              # a sample alone has no deviation
+        return centred
+    if scale not in ("group", "batch"):
+        raise ValueError(f"scale {scale!r}: expected group, batch or none")
+    return centred / ((rewards.std(dim=1, keepdim=True) if scale == "group" else rewards.std()) + 1e-4)
+
+
+def grpo_token_loss(logps, old_logps, ref_logps, advantages, mask, clip_low=0.2, clip_high=0.2, delta=None,
+                    beta=0.0, level="token", kind="clip"):
+    """
+    The loss of every completion token, unreduced: what is averaged over what is the caller's choice.
+
+    logps, old_logps (B, T): of the policy now, and when it sampled; ref_logps (B, T) of the reference, None
+    with beta = 0; advantages (B,); mask (B, T) bool, False at padding -> (B, T), 0 where mask is False.
+
+    clip    -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A), r = exp(logps - old_logps) (2402.03300 eq. 3),
+            with delta: r <= delta in the first term (two-sided clipping, 2505.07291)
+    cispo   -sg(min(r, 1 + clip_high)) A logps (2506.13585 eq. 4-5)
+    level   "token": r of each token; "sequence": exp of its mean log-ratio (GSPO, 2507.18071)
+    beta    adds beta k3, k3 = e^(ref - logps) - (ref - logps) - 1, which estimates KL(policy || reference)
+    """
+    A, log_ratio = advantages[:, None], logps - old_logps
+    if level == "sequence":
+        log_ratio = (log_ratio * mask).sum(dim=1, keepdim=True) / mask.sum(dim=1, keepdim=True).clamp(min=1)
+    ratio = log_ratio.exp()                                                       # (B, T) or (B, 1)
+    if kind == "cispo":
+        loss = -ratio.clamp(max=1 + clip_high).detach() * A * logps
+    else:
+        bounded = ratio if delta is None else ratio.clamp(max=delta)
+        loss = -torch.min(bounded * A, ratio.clamp(1 - clip_low, 1 + clip_high) * A)
+    if beta:
+        loss = loss + beta * k3(logps, ref_logps)
+    return torch.where(mask, loss, 0.0)
+
+
+def k3(logps, ref_logps):
+    """Estimate of KL(policy || reference) at tokens that the policy has sampled, >= 0 (Schulman 2020)"""
+    gap = ref_logps - logps
+    return torch.expm1(gap) - gap

@@ -72,11 +72,12 @@ def uniforms(seed, row, n):
 
 
 @torch.inference_mode()
-def generate(model, prompts, cfg, end=None, num_samples=1, seed=0):
+def generate(model, prompts, cfg, end=None, num_samples=1, seed=0, numbers=None):
     """
     Continue prompts (list of non-empty lists of ids, any lengths), num_samples of each; row p * num_samples +
     g is sample g of prompt p. A row stops after `end`, after max_new_tokens, or when the model's context is
-    full, and then leaves the batch. Each prompt is prefilled once.
+    full, and then leaves the batch. Each prompt is prefilled once. numbers: of the prompts, from which the
+    rows' random streams follow (default 0, 1, ...), so that other batches give a prompt the same samples.
 
     -> iterator of (rows, tokens, logps), lists of the rows still going and what each got in this step
     """
@@ -95,7 +96,9 @@ def generate(model, prompts, cfg, end=None, num_samples=1, seed=0):
         cache.select(torch.arange(len(prompts), device=device).repeat_interleave(num_samples))
         rows = list(range(len(prompts) * num_samples))
         room = [min(cfg.max_new_tokens, limit - len(prompts[row // num_samples]) + 1) for row in rows]
-        u = torch.stack([uniforms(seed, row, cfg.max_new_tokens) for row in rows]).to(device)
+        streams = [(n if numbers is None else int(numbers[n])) * num_samples + g
+                   for n in range(len(prompts)) for g in range(num_samples)]
+        u = torch.stack([uniforms(seed, stream, cfg.max_new_tokens) for stream in streams]).to(device)
         seen = None
         if cfg.repetition_penalty != 1:
             seen = torch.zeros(len(rows), len(model.head), dtype=torch.bool, device=device)
@@ -120,11 +123,11 @@ def generate(model, prompts, cfg, end=None, num_samples=1, seed=0):
         model.train(was_training)
 
 
-def complete(model, prompts, cfg, end=None, num_samples=1, seed=0):
+def complete(model, prompts, cfg, end=None, num_samples=1, seed=0, numbers=None):
     """Collect `generate` -> list of token lists, list of log-prob lists, one per row (end token included)."""
     completions = [[] for _ in range(len(prompts) * num_samples)]
     all_logps = [[] for _ in completions]
-    for rows, tokens, logps in generate(model, prompts, cfg, end, num_samples, seed):
+    for rows, tokens, logps in generate(model, prompts, cfg, end, num_samples, seed, numbers):
         for row, token, logp in zip(rows, tokens, logps):
             completions[row].append(token)
             all_logps[row].append(logp)

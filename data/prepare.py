@@ -5,6 +5,7 @@ Prepare data: text to memory-mapped token sets, and new tokenizers.
     python data/prepare.py text --input=books/*.txt,more.jsonl --val_frac=0.05 --tokenizer=out/tok.model
     python data/prepare.py chat --input=chats.jsonl --val_frac=0.05 --tokenizer=out/tok.model
     python data/prepare.py pairs --input=pairs.jsonl --val_frac=0.05 --tokenizer=out/tok.model
+    python data/prepare.py prompts --input=prompts.jsonl --val_frac=0.05 --tokenizer=out/tok.model
 
 --input takes files and globs, separated by commas, in any mix (all but .npy and .pkl also gzipped, .gz).
 text:
@@ -16,6 +17,9 @@ chat:
 pairs:
     .jsonl  a pair a line, {"chosen": [messages], "rejected": [messages]}, two conversations that start alike,
             or {"prompt": ..., "chosen": ..., "rejected": ...}, each a text or a list of messages
+prompts:
+    .jsonl  a prompt a line, {"prompt": ..., "answer": "..."}: a text or a list of messages, and what a reward
+            function is given with the completion ("" if it needs nothing)
 --tokenizer: bytes, x.model (SentencePiece), x.tiktoken, a folder with vocab.json and merges.txt, or gpt2.
 
 --out_dir appears whole or not at all; an existing one is never touched. Memory does not grow with the input.
@@ -93,6 +97,21 @@ class PairsConfig:
     bad_rows: Literal["error", "skip"] = "error"  # malformed lines: stop at the first, or count and skip them
     out_dir: str = "out/pairs"         # the set, must not exist
     seed: int = 1337                   # which pairs are held out
+
+
+@dataclass(frozen=True)
+class PromptsConfig:
+    input: tuple[str, ...] = ()        # files and globs of training prompts (.jsonl)
+    val_input: tuple[str, ...] = ()    # files and globs of validation prompts, when they are kept apart
+    val_frac: float = 0.0              # else: held-out fraction of prompts
+    fields: tuple[str, ...] = ("prompt", "answer")  # names of the prompt's text and the answer's in a row
+    tokenizer: str = "bytes"           # that of the model to be trained: its run, or as in `text --help`
+    answer_tags: bool = True           # <answer> and </answer> around what an assistant has said in prompts
+    max_len: int = 0                   # tokens in a prompt at most, tags included; 0 = no limit
+    long_rows: Literal["error", "skip"] = "error"  # longer ones: stop, or leave out
+    bad_rows: Literal["error", "skip"] = "error"  # malformed lines: stop at the first, or count and skip them
+    out_dir: str = "out/prompts"       # the set, must not exist
+    seed: int = 1337                   # which prompts are held out
 
 
 @dataclass(frozen=True)
@@ -492,15 +511,21 @@ def encode_all(waiting, tokenizer):
 class ExampleWriter:
     """Examples of any length, one after the other: tokens, which of them are learned, where each begins."""
 
-    def __init__(self, folder, split, dtype):
-        self.tokens, self.mask, self.offsets = (
-            ArrayWriter(os.path.join(folder, f"{split}{name}.npy"), kind)
-            for name, kind in (("", dtype), ("_mask", np.uint8), ("_offsets", np.uint64)))
-        self.offsets.write([0])
+    def __init__(self, folder, split, dtype, keep_rows=False):
+        self.keep_rows, kinds = keep_rows, [("", dtype), ("_mask", np.uint8), ("_offsets", np.uint64)]
+        kinds += [("_rows", np.uint8), ("_row_offsets", np.uint64)] * keep_rows
+        self.writers = [ArrayWriter(os.path.join(folder, f"{split}{name}.npy"), kind) for name, kind in kinds]
+        self.tokens, self.mask, self.offsets, *_ = self.writers
+        for writer in self.writers[2::2]:                     # where the first one begins
+            writer.write([0])
         self.longest = self.targets = self.count = 0
 
-    def add(self, parts):
+    def add(self, parts, row):
         """parts: list of (ids, counts), each an example; the first and any one other make one sequence"""
+        if self.keep_rows:
+            _, _, _, rows, row_offsets = self.writers
+            rows.write(np.frombuffer(json.dumps(row).encode(), np.uint8))
+            row_offsets.write([rows.count])
         for ids, counts in parts:
             self.tokens.write(ids)
             self.mask.write(counts)
@@ -512,18 +537,19 @@ class ExampleWriter:
 
     def close(self, what):
         """-> what meta.json says of them; what: their name"""
-        for writer in (self.tokens, self.mask, self.offsets):
+        for writer in self.writers:
             writer.close()
-        sums = "".join(w.sha.hexdigest() for w in (self.tokens, self.mask, self.offsets))
+        sums = "".join(writer.sha.hexdigest() for writer in self.writers)
         return dict({what: self.count}, tokens=self.tokens.count, targets=self.targets,
                     longest=self.longest, sha256=hashlib.sha256(sums.encode()).hexdigest())
 
 
-def prepare_examples(cfg, kind, what, read, encode):
+def prepare_examples(cfg, kind, what, read, encode, keep_rows=False):
     """
-    Conversations or pairs into cfg.out_dir; see data.py for what is in there. what: their name. read(path,
-    report) yields ("file:line", row); encode(tokenizer, rows) -> for each a list of (ids, counts), the parts
-    that are stored one after the other, of which the first and any one other follow each other in use.
+    Conversations, pairs or prompts into cfg.out_dir; see data.py for what is in there. what: their name.
+    read(path, report) yields ("file:line", row); encode(tokenizer, rows) -> for each a list of (ids, counts),
+    the parts that are stored one after the other, of which the first and any one other follow each other in
+    use. keep_rows: store the rows themselves too.
     """
     if cfg.max_len < 0 or cfg.long_rows != "error" and not cfg.max_len:
         raise UserError(f"--max_len={cfg.max_len}: expected a number of tokens, or 0 = no limit "
@@ -533,13 +559,13 @@ def prepare_examples(cfg, kind, what, read, encode):
         tokenizer, report = load_tokenizer(cfg.tokenizer), Report(cfg.bad_rows)
         dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
         progress, writers = Progress([path for _, path in inputs]), {}
-        for split, where, parts in encode_rows(inputs, tokenizer, cfg, read, encode, report, progress):
+        for split, where, row, parts in encode_rows(inputs, tokenizer, cfg, read, encode, report, progress):
             parts = cut_to_fit(where, parts, cfg, report)
             if not parts:
                 continue
             if split not in writers:
-                writers[split] = ExampleWriter(folder, split, dtype)
-            writers[split].add(parts)
+                writers[split] = ExampleWriter(folder, split, dtype, keep_rows)
+            writers[split].add(parts, row)
             progress.show(sum(writer.tokens.count for writer in writers.values()))
         splits = {split: writer.close(what) for split, writer in writers.items()}
         check_splits(splits, cfg, what, report)
@@ -575,6 +601,15 @@ def prepare_pairs(cfg):
     prepare_examples(cfg, "pairs", "pairs", read_pairs, encode)
 
 
+def prepare_prompts(cfg):
+    if len(cfg.fields) != 2:
+        raise UserError(f"--fields={','.join(cfg.fields)}: two names, the prompt's and the answer's")
+    prepare_examples(cfg, "prompts", "prompts", keep_rows=True,
+                     read=lambda path, report: read_prompts(path, cfg.fields, report),
+                     encode=lambda tokenizer, rows: [[(ids, [False] * len(ids))] for ids, _ in encode_chat(
+                         tokenizer, [row["prompt"] for row in rows], cfg.answer_tags, reply=True)])
+
+
 def cut_to_fit(where, parts, cfg, report):
     """-> the parts, cut where --max_len and --long_rows ask for it; None when they are to be left out"""
     (first, *rest), most = parts, cfg.max_len
@@ -599,12 +634,12 @@ def cut_to_fit(where, parts, cfg, report):
 
 
 def encode_rows(inputs, tokenizer, cfg, read, encode, report, progress):
-    """Yield (split, "file:line", parts) of every row, many of them tokenized in one call."""
+    """Yield (split, "file:line", row, parts) of every row, many of them tokenized in one call."""
     draw = random.Random(cfg.seed)
 
     def flush():
-        for (split, where, _), parts in zip(waiting, encode(tokenizer, [row for _, _, row in waiting])):
-            yield split, where, parts
+        for (split, where, row), parts in zip(waiting, encode(tokenizer, [row for _, _, row in waiting])):
+            yield split, where, row, parts
     for home, path in inputs:
         waiting, size = [], 0
         for where, row in damage_named(read(path, report), path):
@@ -640,6 +675,22 @@ def read_chats(path, fields, report):
             report.bad("without an assistant turn", where, f"no assistant turn in {shown(row)}")
             continue
         yield where, messages
+
+
+def read_prompts(path, fields, report):
+    """Yield ("file:line", {"prompt": messages, "answer": text}) of every line."""
+    for number, row in read_json_rows(path, report):
+        where = f"{path}:{number}"
+        try:
+            if not isinstance(row, dict) or not isinstance(row.get(fields[1]), str):
+                raise ValueError(f"expected {fields[0]} and {fields[1]} (--fields), the second a text")
+            prompt = row.get(fields[0])
+            prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+            check_conversation(prompt)
+        except ValueError as error:
+            report.bad("malformed", where, f"{error}, got {shown(row)}")
+            continue
+        yield where, {"prompt": prompt, "answer": row[fields[1]]}
 
 
 def read_pairs(path, report):
@@ -704,7 +755,7 @@ def prepare_tokenizer(cfg):
 
 
 COMMANDS = {"text": (TextConfig, prepare_text), "chat": (ChatConfig, prepare_chat),
-            "pairs": (PairsConfig, prepare_pairs),
+            "pairs": (PairsConfig, prepare_pairs), "prompts": (PromptsConfig, prepare_prompts),
             "tokenizer": (TokenizerConfig, prepare_tokenizer)}
 
 if __name__ == "__main__":

@@ -370,11 +370,11 @@ def test_pickled_arrays_are_refused_and_do_not_run(path, tmp_path):
     assert (tmp_path / "owned").exists()                                # an ordinary unpickler runs it
 
 
-@pytest.mark.parametrize("name", ["savez", "fsync", "replace"])
+@pytest.mark.parametrize("name", ["fsync", "replace"])
 def test_a_disk_that_fills_leaves_the_arrays_before_as_they_were(path, monkeypatch, name):
     checkpoint.write_arrays(path, "old", ARRAYS)
     with monkeypatch.context() as patch, pytest.raises(UserError, match="No space left"):
-        patch.setattr(np if name == "savez" else os, name, lambda *args, **kwargs: disk_full())
+        patch.setattr(os, name, lambda *args, **kwargs: disk_full())
         checkpoint.write_arrays(path, "new", ARRAYS)
     assert same_arrays(checkpoint.read_arrays(path, "old"))
     checkpoint.write_arrays(path, "new", ARRAYS)

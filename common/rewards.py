@@ -1,0 +1,71 @@
+"""
+Reward functions. Each takes lists of the same length and returns a number for each completion:
+
+    prompts        messages, [{"role": ..., "content": ...}, ...]
+    completions    what the model wrote, with <think>, <answer> and other tags, without the end token
+    answers        the "answer" of the prompt's row, text
+
+Write your own in any file and name it with --reward=path/to/file.py:function.
+"""
+import importlib.util
+import math
+import os
+import re
+
+from common.dist import UserError
+
+
+def answer_of(completion):
+    """What stands between <answer> and </answer>, or all but the thoughts where there are no such tags."""
+    found = re.search(r"<answer>(.*?)</answer>", completion, re.DOTALL)
+    text = found[1] if found else re.sub(r"<think>.*?</think>", "", completion, flags=re.DOTALL)
+    return text.strip()
+
+
+def exact_match(prompts, completions, answers):
+    """1 where the answer is the one that was asked for"""
+    return [float(answer_of(text) == answer.strip()) for text, answer in zip(completions, answers)]
+
+
+def answer_format(prompts, completions, answers):
+    """1 where the whole completion is <answer>...</answer>, with <think>...</think> before it or not"""
+    form = re.compile(r"(<think>((?!</?think>).)*</think>)?<answer>((?!</?answer>).)*</answer>", re.DOTALL)
+    return [float(form.fullmatch(text) is not None) for text in completions]
+
+
+def load_reward(name):
+    """name: path/to/file.py:function -> the function; UserError where there is none"""
+    path, _, function = name.rpartition(":")
+    if not os.path.isfile(path):
+        raise UserError(f"--reward={name}: no file {path or name}; expected path/to/file.py:function")
+    spec = importlib.util.spec_from_file_location(os.path.basename(path).removesuffix(".py"), path)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # whatever the user's file raises
+        raise UserError(f"--reward={name}: importing it raised {type(error).__name__}: {error}") from error
+    if not callable(getattr(module, function, None)):
+        raise UserError(f"--reward={name}: {path} has no function {function}")
+    return getattr(module, function)
+
+
+def score(rewards, weights, prompts, completions, answers):
+    """
+    Weighted sum of reward functions. rewards: dict of name to function; weights: one each -> list of float.
+    UserError shows the prompt and the completion where a function raises or returns what is no number.
+    """
+    total = [0.0] * len(completions)
+    for (name, function), weight in zip(rewards.items(), weights):
+        try:
+            values = function(prompts, completions, answers)
+        except Exception as error:
+            raise UserError(f"--reward={name}: raised {type(error).__name__}: {error}; the first prompt was "
+                            f"{prompts[0]!r}, its completion {completions[0]!r}") from error
+        if not hasattr(values, "__len__") or len(values) != len(completions):
+            raise UserError(f"--reward={name}: returned {values!r:.80}, expected {len(completions)} numbers")
+        for i, value in enumerate(values):
+            if not isinstance(value, (int, float)) or not math.isfinite(value):
+                raise UserError(f"--reward={name}: returned {value!r} for the prompt {prompts[i]!r} and the "
+                                f"completion {completions[i]!r}, expected a finite number")
+            total[i] += weight * value
+    return total
