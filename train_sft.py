@@ -191,7 +191,7 @@ if __name__ == "__main__":
     # -------------------------------------------------------------------------
     # train
     dist.watch_signals()
-    bad_steps, val_loss = 0, None
+    skipped, val_loss = 0, None
     for step in range(start_step, num_steps + 1):
         last_step = step == num_steps                                         # no update: evaluate and save
         stop = dist.stop_requested()
@@ -209,11 +209,8 @@ if __name__ == "__main__":
         if (save_now or stop) and step > start_step:
             info = dict(model=asdict(model_config), config=as_dict(cfg), identity=identity,
                         fingerprint=tokenizer.fingerprint)
-            saved_ok = checkpoint.save(cfg.out_dir, step, model, optimizer, info, tokenizer.files(),
-                                       cfg.keep_last, val_loss if save_now else None)
-            if not saved_ok and (last_step or stop):
-                raise UserError(f"--out_dir={cfg.out_dir}: the last checkpoint could not be saved; "
-                                "make room and continue with --resume=true")
+            checkpoint.save(cfg.out_dir, step, model, optimizer, info, tokenizer.files(), cfg.keep_last,
+                            val_loss if save_now else None, last=last_step or stop)
         if last_step or stop:
             break
 
@@ -240,13 +237,8 @@ if __name__ == "__main__":
                                      cfg.warmup_steps, cfg.initial_lr, cfg.restart_steps, cfg.restart_mul,
                                      cfg.wsd_decay_frac)
         grad_norm = optimizer.step(cfg.grad_clip, apply=math.isfinite(step_loss))  # clip, update, gather
-        bad_steps = 0 if math.isfinite(grad_norm) and math.isfinite(step_loss) else bad_steps + 1
         log.train_step(step, n_tokens.item(), timer.lap(), token_flops, peak_flops,
                        loss=step_loss, lr=optimizer.lr, grad_norm=grad_norm)
-        if bad_steps:
-            log.print(f"step {step}: loss or gradient is not finite, skipped ({bad_steps} in a row)")
-        if bad_steps == cfg.max_bad_steps:
-            raise UserError(f"loss or gradient was not finite in {bad_steps} steps in a row; lower --lr, or "
-                            f"look at the data around step {step}; "
-                            f"checkpoints in {cfg.out_dir} are from before")
+        skipped = log.count_skipped(step, math.isfinite(grad_norm) and math.isfinite(step_loss), skipped,
+                                    cfg.max_bad_steps)
     dist.finish()

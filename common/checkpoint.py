@@ -33,12 +33,12 @@ MANIFEST = "checkpoint.json"
 # -----------------------------------------------------------------------------
 # writing
 
-def save(out_dir, step, model, optimizer, info, files, keep_last=2, val_loss=None):
+def save(out_dir, step, model, optimizer, info, files, keep_last=2, val_loss=None, last=False):
     """
     Write out_dir/step_NNNNNN on all ranks together. info: plain values that a resume compares or needs (model
     config, config, data). files: dict of name to bytes, such as tokenizer.files(). keep_last: how many of the
     latest to keep, next to the best by val_loss. -> True, or False when it could not be written (disk full):
-    the run may go on, nothing is lost.
+    the run may go on, nothing is lost. last: the run ends here, so that a failure is a UserError.
     """
     name = f"step_{step:06d}"
     target, aside = os.path.join(out_dir, name), os.path.join(out_dir, f".{name}.partial")
@@ -82,6 +82,9 @@ def save(out_dir, step, model, optimizer, info, files, keep_last=2, val_loss=Non
         print(f"warning: {target} was not saved ({error}); earlier checkpoints are untouched",
               file=sys.stderr, flush=True)
         shutil.rmtree(aside, ignore_errors=True)
+    if error and last:
+        raise UserError(f"--out_dir={out_dir}: the last checkpoint could not be saved; "
+                        "make room and continue with --resume=true")
     return error is None
 
 
@@ -208,9 +211,9 @@ def find(path):
     return folder
 
 
-def load_weights(folder, model):
+def load_weights(folder, model, name="model.pt"):
     """Fill model with the weights of a checkpoint folder; UserError when it is of another architecture."""
-    weights = _load(os.path.join(folder, "model.pt"))
+    weights = _load(os.path.join(folder, name))
     ours = model.state_dict()
     for name in [*ours, *weights]:
         if name not in weights or name not in ours or weights[name].shape != ours[name].shape:
@@ -218,6 +221,14 @@ def load_weights(folder, model):
             mine = tuple(ours[name].shape) if name in ours else "absent"
             raise UserError(f"{folder}: of another architecture: {name} is {theirs} there and {mine} here")
     model.load_state_dict(weights)
+
+
+def weights_file(name, model):
+    """-> {name: bytes} for the files of `save`, which `load_weights` reads again; {} for no model"""
+    content = io.BytesIO()
+    if model is not None:
+        torch.save(_on_cpu(model.state_dict()), content)
+    return {name: content.getvalue()} if model is not None else {}
 
 
 def fingerprint(model):

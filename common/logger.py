@@ -115,6 +115,19 @@ class Logger:
         self.print(line + f" | eta {short_time((self.num_steps - step - 1) * tokens / speed)}")
         self.interval_tokens = self.interval_seconds = 0.0
 
+    def count_skipped(self, step, finite, skipped, most):
+        """
+        finite: whether the loss and the gradient of this step were; skipped: steps in a row before it that
+        were left out -> how many now. UserError when there are `most`.
+        """
+        if finite:
+            return 0
+        self.print(f"step {step}: loss or gradient is not finite, skipped ({skipped + 1} in a row)")
+        if skipped + 1 == most:
+            raise UserError(f"loss or gradient was not finite in {most} steps in a row; lower --lr, or look "
+                            f"at the data around step {step}; checkpoints in {self.out_dir} are from before")
+        return skipped + 1
+
 
 def short_time(seconds):
     """75 -> 1m15s"""

@@ -12,6 +12,9 @@ import math
 import os
 import re
 
+import torch
+
+from common import dist
 from common.dist import UserError
 
 
@@ -69,3 +72,22 @@ def score(rewards, weights, prompts, completions, answers):
                                 f"completion {completions[i]!r}, expected a finite number")
             total[i] += weight * value
     return total
+
+
+def summarize(episodes):
+    """
+    What rollouts were like, over all ranks. episodes: list of dicts with rewards (P, G), counts (P,): which
+    prompts count (the first ones), answers: P * G lists of tokens, ended (P * G,): not cut
+    -> dict of means over answers; pass: reward 1 or more; flat_groups: all rewards of the group are the same
+    """
+    total = torch.zeros(7, dtype=torch.float64)
+    for e in episodes:
+        r = e["rewards"][e["counts"]].double()                                # (P, G)
+        lengths = torch.tensor([len(answer) for answer in e["answers"]])[:r.numel()]
+        total += torch.stack([torch.tensor(r.numel()), r.sum(), (r**2).sum(), (r >= 1 - 1e-6).sum(),
+                              lengths.sum(), (~e["ended"][:r.numel()]).sum(),
+                              (r == r[:, :1]).all(dim=1).sum() * r.shape[1]])
+    n, *sums = dist.all_sum(total).tolist()
+    mean, square, *others = (x / n for x in sums)
+    return dict(zip(("reward", "reward_std", "pass", "length", "truncated", "flat_groups"),
+                    (mean, max(0.0, square - mean**2)**0.5, *others)))

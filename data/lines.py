@@ -5,9 +5,11 @@ Lines to order: an instruction task whose answers a program can check, made of t
 
 The user asks for a verse line that starts with a given letter, has a given number of words and ends with a
 given mark; the assistant gives a real line that does. Writes train.jsonl, val.jsonl and test.jsonl for
-`data/prepare.py chat`, and train_pairs.jsonl, ... for `data/prepare.py pairs`: a real line against a near
-miss. What val and test ask for never occurs in train: some triples are held out.
+`data/prepare.py chat`, train_pairs.jsonl, ... for `data/prepare.py pairs`: a real line against a near miss,
+and train_prompts.jsonl, ... for `data/prepare.py prompts`, with `reward` here. What val and test ask for
+never occurs in train: some triples are held out.
 """
+import functools
 import gzip
 import json
 import os
@@ -68,6 +70,30 @@ def met(text, answer):
     answer = answer.strip()
     return dict(letter=answer[:1] == letter, words=len(answer.split()) == words and "\n" not in answer,
                 mark=answer[-1:] == mark)
+
+
+def reward(prompts, completions, answers):
+    """For train_grpo.py: the share of letter, words and mark that is met, less for what is no verse."""
+    texts = [re.sub(r"</?answer>", "", completion) for completion in completions]
+    return [sum(met(prompt[-1]["content"], text).values()) / len(PARTS) * verse_share(text)
+            for prompt, text in zip(prompts, texts)]
+
+
+@functools.cache
+def corpus_words():
+    root = os.path.dirname(os.path.abspath(__file__))
+    return {word for line in verse_lines(os.path.join(root, "shakespeare")) for word in words_of(line)}
+
+
+def words_of(line):
+    return re.findall(r"[a-z']+", line.lower())
+
+
+def verse_share(line):
+    """The share of a line's words that occur in the corpus and have not come twice before in the line"""
+    words = words_of(line)
+    good = [word in corpus_words() and words[:i].count(word) < 2 for i, word in enumerate(words)]
+    return sum(good) / max(1, len(good))
 
 
 def verse_lines(corpus):
@@ -159,6 +185,8 @@ if __name__ == "__main__":
             write(os.path.join(aside, f"{split}_pairs.jsonl"), [
                 dict(prompt=text, chosen=line, rejected=miss)
                 for text, line, miss in build_pairs(rows, splits["train"], cfg.pairs, cfg.seed)])
+            write(os.path.join(aside, f"{split}_prompts.jsonl"), [
+                dict(prompt=text, answer=line) for text, line in rows])
         os.rename(aside, cfg.out_dir)
     except OSError as error:
         raise UserError(f"--out_dir={cfg.out_dir}: cannot write there ({error.strerror})") from None

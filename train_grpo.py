@@ -1,0 +1,350 @@
+"""
+Group relative policy optimization: sample several answers to a prompt, raise those with the better rewards.
+
+    python train_grpo.py --data_dir=out/prompts --init_from=out/sft --reward=my_rewards.py:good
+    torchrun --standalone --nproc_per_node=8 train_grpo.py --data_dir=out/prompts --init_from=out/sft ...
+
+Reads   data_dir, made by `python data/prepare.py prompts ...`; init_from, a run or checkpoint to start from
+Writes  out_dir/{config.json, code/, metrics.jsonl, samples.jsonl, step_NNNNNN/}
+Expect  `make demo`: how often its model meets requests for a line, in README.md, "Results"
+"""
+import copy
+import math
+from dataclasses import asdict, dataclass, replace
+from typing import Literal
+
+import numpy as np
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from common import checkpoint, dist, losses, optim, sampling
+from common.config import as_dict, build, parse_config, read_overrides
+from common.data import Branches, PromptData, branches, read_meta
+from common.dist import UserError
+from common.logger import Logger, Timer
+from common.model import GPT, ModelConfig
+from common.rewards import load_reward, score, summarize
+from common.sampling import SamplingConfig, complete, for_vocabulary
+from common.schedule import learning_rate
+from common.tokenizer import encode_chat, load_tokenizer
+from common.zero1 import ShardedOptimizer
+
+# -----------------------------------------------------------------------------
+# config: every field is an option, the comment beside it its help (--help prints them)
+
+@dataclass(frozen=True)
+class Config:
+    # files
+    data_dir: str = "out/prompts"      # prompts prepared by data/prepare.py prompts
+    out_dir: str = "out/grpo"          # run directory, must be new or empty unless resume
+    init_from: str = ""                # run or checkpoint to take the weights from; "" = random weights
+    resume: bool = False               # continue out_dir from its latest whole checkpoint, if it has one
+    # batch
+    batch_size: int = 16               # prompts per rollout, over all ranks and micro-batches
+    micro_batch_size: int = 0          # prompts per forward and rank; lower saves memory; 0 = all at once
+    seq_len: int = 512                 # tokens of a prompt and its answer at most
+    num_samples: int = 8               # answers to each prompt: its group
+    # rollouts and rewards
+    reward: tuple[str, ...] = ("common/rewards.py:exact_match",)  # functions, path/to/file.py:name
+    reward_weights: tuple[float, ...] = ()  # of the functions; () = 1 each
+    max_new_tokens: int = 256          # tokens of an answer at most
+    temperature: float = 1.0           # of sampling, and of the log-probs that are learned
+    suppress: tuple[int, ...] = ()     # token ids that are never produced
+    missing_end_penalty: float = 0.0   # taken off the reward of an answer that max_new_tokens has cut
+    mask_truncated: bool = False       # leave cut answers out of the loss
+    drop_flat_groups: bool = False     # leave groups whose rewards are all the same out of the averages
+    # policy gradient
+    updates_per_rollout: int = 1       # steps that learn from the same answers
+    loss: Literal["clip", "cispo"] = "clip"  # common/losses.py has the formulas
+    level: Literal["token", "sequence"] = "token"  # probability ratios of tokens, or of answers (GSPO)
+    aggregate: Literal["grpo", "dapo", "dr_grpo"] = "grpo"  # average over answers' means; tokens; a constant
+    scale_rewards: Literal["group", "batch", "none"] = "group"  # what standard deviation divides advantages
+    clip_low: float = 0.2              # ratios below 1 - clip_low gain nothing more
+    clip_high: float = 0.2             # ratios above 1 + clip_high gain nothing more
+    delta: float = 0.0                 # ratios above it are cut where the advantage is negative; 0 = off
+    beta: float = 0.0                  # weight of the KL divergence from the reference, the initial policy
+    ref_mix: float = 0.0               # share of the policy that is mixed into the reference ...
+    ref_every: int = 0                 # ... every so many steps; 0 = the reference stays
+    # optimization
+    num_steps: int = 1000              # updates; 0 = as many as num_epochs takes
+    num_epochs: float = 0.0            # passes over the data; set num_steps=0 with it
+    optimizer: Literal["adamw", "lion", "muon"] = "adamw"  # muon: for blocks' matrices, adamw for the rest
+    lr: float = 1e-5                   # learning rate after the warm-up
+    schedule: Literal["cosine", "restarts", "constant", "wsd"] = "cosine"    # how lr falls after the warm-up
+    warmup_steps: int = 100            # updates until lr is reached
+    initial_lr: float = 0.0            # where the warm-up starts
+    min_lr_frac: float = 0.1           # lr of the last update / lr
+    restart_steps: int = 0             # restarts: length of the first period, in steps; 0 = one period
+    restart_mul: float = 1.0           # restarts: each period is this many times the one before
+    wsd_decay_frac: float = 0.2        # wsd: fraction of the steps, at the end, in which lr falls
+    weight_decay: float = 0.1          # on tensors of two or more dimensions
+    beta1: float = 0.9                 # decay of the running mean of gradients
+    beta2: float = 0.95                # decay of the running mean of squares (adamw), of the momentum (lion)
+    grad_clip: float = 1.0             # largest global gradient norm; 0 = off
+    zero1: bool = False                # each rank keeps and updates 1/N of the optimizer state
+    # evaluation, logging, checkpoints
+    eval_every: int = 250              # steps; 0 = only at the end
+    eval_seqs: int = 256               # validation prompts, answered once each; 0 = no validation
+    eval_prompts: tuple[str, ...] = ()  # answered at every evaluation, into samples.jsonl
+    save_every: int = 500              # steps; 0 = only at the end
+    keep_last: int = 2                 # latest checkpoints to keep, next to the best by validation loss
+    log_every: int = 10                # steps between console lines (metrics.jsonl gets every step)
+    max_bad_steps: int = 20            # stop after so many skipped steps (loss or gradient nan/inf) in a row
+    # system
+    seed: int = 1337                   # of the weights, the order of the data and dropout
+    device: str = "auto"               # auto, cpu, cuda, mps
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # to compute in; auto: bfloat16 on GPUs
+    param_dtype: Literal["float32", "bfloat16"] = "float32"  # of weights; bfloat16: optimizer keeps fp32 copy
+    compile: bool = False              # torch.compile the training forward
+    activation_checkpointing: bool = False    # recompute blocks in backward: less memory, a third more time
+    # model
+    model: ModelConfig = ModelConfig()
+
+
+def sample_answers(model, tokenizer, data, i, G, sampling_cfg, rewards, cfg):
+    """
+    G answers to each of the P prompts of micro-batch i, scored -> dict: prompts, answers (tokens), logps (the
+    sampler's), ended (B,): not cut, rewards (P, G), counts (P,): which prompts count
+    """
+    ids, places, counts = data.batch(i)
+    prompts = [data.prompt(k) for k in ids]
+    answers, logps = complete(model, [prompt.tolist() for prompt in prompts], sampling_cfg, tokenizer.end, G,
+                              data.seed, places)
+    ended = torch.tensor([answer[-1] == tokenizer.end for answer in answers])
+    texts = [tokenizer.decode(answer[:-1] if end else answer, show_special=True)
+             for answer, end in zip(answers, ended)]
+    rows = [data.row(k) for k in ids for _ in range(G)]
+    values = torch.tensor(score(rewards, cfg.reward_weights or [1.0] * len(rewards),
+                                [row["prompt"] for row in rows], texts, [row["answer"] for row in rows]))
+    return dict(prompts=prompts, answers=answers, logps=logps, ended=ended, counts=torch.from_numpy(counts),
+                rewards=(values - cfg.missing_end_penalty * ~ended).view(-1, G))
+
+
+def as_branches(episodes, cfg, device):
+    """The answers of a micro-batch in one row, each group after its prompt; masked where none is learned"""
+    G, learned = cfg.num_samples, episodes["counts"]                          # (P,)
+    if cfg.drop_flat_groups:
+        learned = learned & (episodes["rewards"].std(dim=1) > 0)
+    learned = learned.repeat_interleave(G) & (episodes["ended"] | (not cfg.mask_truncated))         # (B,)
+    answers = [(np.array(answer), np.full(len(answer), bool(keep)))
+               for answer, keep in zip(episodes["answers"], learned)]
+    groups = [(prompt, answers[p * G:(p + 1) * G]) for p, prompt in enumerate(episodes["prompts"])]
+    return Branches(*branches(groups, device))
+
+
+def answer_logps(model, rows, sampling_cfg):
+    """-> log-probs (N,) of the learned tokens under the distribution that they were sampled from"""
+    hidden = model(rows.tokens, rows.docs, branch=rows.branch)[rows.mask]                         # (N, C)
+    return losses.token_logps(hidden, model.head, rows.targets[rows.mask], sampling_cfg.temperature,
+                              suppress=sampling_cfg.suppress)
+
+
+if __name__ == "__main__":
+    # -------------------------------------------------------------------------
+    # setup (identical in every stage)
+    cfg = parse_config(Config)
+    rank, world_size, device = dist.init(cfg.device)
+    dist.check_equal("config", {**as_dict(cfg), "ranks": world_size})
+    for name, least in dict(seq_len=1, batch_size=world_size, micro_batch_size=0, lr=0, eval_seqs=0, seed=0,
+                            keep_last=1, log_every=1, max_bad_steps=1).items():
+        if getattr(cfg, name) < least:
+            raise UserError(f"--{name}={getattr(cfg, name)}: must be at least {least}")
+    micro_batch_size = cfg.micro_batch_size or cfg.batch_size // world_size
+    if cfg.batch_size % (micro_batch_size * world_size):
+        raise UserError(f"--batch_size={cfg.batch_size}: must be a multiple of ranks x micro_batch_size = "
+                        f"{world_size} x {cfg.micro_batch_size or 1}")
+    num_micro = cfg.batch_size // (micro_batch_size * world_size)             # per step, on this rank
+    if (cfg.num_steps > 0) == (cfg.num_epochs > 0):
+        raise UserError(f"--num_steps={cfg.num_steps} --num_epochs={cfg.num_epochs}: set one of them, "
+                        "the other to 0")
+    autocast, dtype = dist.autocast(device, cfg.dtype)
+    meta, tokenizer = read_meta(cfg.data_dir), load_tokenizer(cfg.data_dir)
+    if tokenizer.fingerprint != meta["fingerprint"]:
+        raise UserError(f"--data_dir={cfg.data_dir}: was prepared with another tokenizer than lies beside it")
+    previous = checkpoint.latest(cfg.out_dir) if cfg.resume else None         # where this run left off
+    source = previous or (checkpoint.find(cfg.init_from) if cfg.init_from else None)
+    saved = checkpoint.read_manifest(source) if source else None
+    if saved and saved["fingerprint"] != tokenizer.fingerprint:
+        raise UserError(f"{source}: was trained with another tokenizer than --data_dir={cfg.data_dir}")
+
+    # -------------------------------------------------------------------------
+    # data, rewards
+    updates = cfg.updates_per_rollout
+    if updates < 1 or any(number % updates for number in (cfg.save_every, cfg.num_steps, cfg.eval_every)):
+        raise UserError(f"--updates_per_rollout={updates}: at least 1, and --save_every, --eval_every and "
+                        "--num_steps must be multiples of it, as checkpoints hold no rollout")
+    if cfg.max_new_tokens >= cfg.seq_len or cfg.temperature <= 0 or cfg.num_samples < 2:
+        raise UserError("--max_new_tokens, --temperature, --num_samples: expected below --seq_len="
+                        f"{cfg.seq_len}, above 0, at least 2")
+    rewards = {name: load_reward(name) for name in cfg.reward}
+    if cfg.reward_weights and len(cfg.reward_weights) != len(rewards):
+        raise UserError(f"--reward_weights: {len(cfg.reward_weights)} for {len(rewards)} functions")
+
+    def load(split, seed):
+        return PromptData(cfg.data_dir, split, cfg.seq_len - cfg.max_new_tokens, micro_batch_size, rank,
+                          world_size, device, seed)
+    train_data, val_data = load("train", cfg.seed), load("val", 0) if cfg.eval_seqs else None
+    train_data.view = dict(num_samples=cfg.num_samples, updates_per_rollout=updates)
+    eval_prompts = [ids for ids, _ in encode_chat(
+        tokenizer, [[{"role": "user", "content": prompt}] for prompt in cfg.eval_prompts], reply=True)]
+
+    # -------------------------------------------------------------------------
+    # model, optimizer, run directory (identical in every stage)
+    if cfg.num_epochs:                                                        # the last step may be partial
+        train_data.total = round(cfg.num_epochs * train_data.num_samples)
+        if train_data.total < 1:
+            raise UserError(f"--num_epochs={cfg.num_epochs}: not one of {train_data.num_samples} sequences")
+    num_steps = cfg.num_steps or -(-train_data.total // cfg.batch_size)
+    if val_data:
+        val_data.total = min(cfg.eval_seqs, val_data.num_samples)
+    if saved:
+        old = ModelConfig(**saved["model"])
+        model_config = old.continued(build(old, read_overrides().get("model", {}), "model."), cfg.seq_len)
+        if previous and model_config != old:
+            raise UserError(f"--resume: {previous} has another --model or a smaller --seq_len; "
+                            "use --init_from instead")
+    else:
+        model_config = replace(cfg.model, vocab_size=cfg.model.vocab_size or meta["vocab_size"],
+                               seq_len=cfg.model.seq_len or cfg.seq_len).resolved()
+    if model_config.vocab_size < meta["vocab_size"] or model_config.seq_len < cfg.seq_len:
+        raise UserError(f"--model.vocab_size={model_config.vocab_size} "
+                        f"--model.seq_len={model_config.seq_len}: smaller than the data's "
+                        f"{meta['vocab_size']} or --seq_len={cfg.seq_len}")
+    if train_data.doc_mask and model_config.rope_scaling == "dynamic":
+        raise UserError("--model.rope_scaling=dynamic: follows the length of the row, so it does not go with "
+                        "documents that share one; use yarn or linear")
+    if (longest := max(map(len, eval_prompts), default=0)) > model_config.seq_len:
+        raise UserError(f"--eval_prompts: {longest} tokens, more than the model's {model_config.seq_len}")
+    torch.manual_seed(cfg.seed)                                               # the same weights on every rank
+    model = GPT(model_config).to(device, getattr(torch, cfg.param_dtype))
+    model.activation_checkpointing = cfg.activation_checkpointing
+    if source:
+        checkpoint.load_weights(source, model)
+    groups = optim.parameter_groups(model, cfg.optimizer, cfg.weight_decay, cfg.beta1, cfg.beta2)
+    optimizer = ShardedOptimizer(groups, cfg.zero1, loss_scaling=dtype == torch.float16)
+    # what the order of the data and the meaning of a step depend on, not to be changed by a resume
+    identity = dict(data=meta["data_fingerprint"], seed=cfg.seed, batch_size=cfg.batch_size,
+                    seq_len=cfg.seq_len, **train_data.view)
+    start_step = 0
+    if previous:
+        if saved["identity"] != identity:
+            raise UserError(f"--resume: the run has {saved['identity']}, not {identity}; "
+                            "give it the same options and data")
+        checkpoint.load_optimizer(previous, optimizer)
+        start_step = saved["step"]
+        if start_step > num_steps:
+            raise UserError(f"--num_steps={num_steps}: the run is at step {start_step} already")
+    forward = torch.compile(model) if cfg.compile else model                  # forward() trains only
+    token_flops = model.flops_per_token(train_data.mean_context, train_data.target_frac)
+    peak_flops = dist.peak_flops(device) * world_size
+    options = {**as_dict(cfg), "model": read_overrides().get("model", {})}    # the model as it was asked for
+    log = Logger(cfg.out_dir, options, __file__, cfg.resume, start_step, num_steps, cfg.log_every)
+    log.print_changes(as_dict(cfg), saved["config"] if previous else {})
+    log.print(f"{model.num_parameters():,} parameters, {optimizer.state_bytes():,} bytes of optimizer state "
+              f"on each of {world_size} rank{'s'[:world_size > 1]}, {train_data.num_tokens:,} tokens "
+              f"in {train_data.num_samples:,} samples, {num_steps} steps"
+              + (f" from step {start_step} of {previous}" if previous else
+                 f", weights of {source}" if source else ", random weights"))
+
+    # -------------------------------------------------------------------------
+    # sampler, reference
+    if model_config.attn_dropout:
+        raise UserError("--model.attn_dropout: must be 0, or sampler and update would be two policies; "
+                        "add --model.attn_dropout=0")
+    reference = None
+    if cfg.beta:
+        reference = copy.deepcopy(model).requires_grad_(False)
+        if previous:
+            checkpoint.load_weights(previous, reference, "reference.pt")
+    sampling_cfg = SamplingConfig(cfg.max_new_tokens, cfg.suppress, temperature=cfg.temperature)
+    sampling_cfg = for_vocabulary(sampling_cfg, model, tokenizer)             # in the log-probs too
+
+    # -------------------------------------------------------------------------
+    # train
+    dist.watch_signals()
+    skipped, val_loss = 0, None
+    for step in range(start_step, num_steps + 1):
+        last_step = step == num_steps                                         # no update: evaluate and save
+        stop = step % updates == 0 and dist.stop_requested()
+        save_now = last_step or (cfg.save_every and step and step % cfg.save_every == 0)
+        eval_now = save_now or (cfg.eval_every and step % cfg.eval_every == 0)  # each save has a val_loss
+
+        if eval_now and val_data:
+            with torch.no_grad(), autocast:
+                metrics = summarize([
+                    sample_answers(model, tokenizer, val_data, i, 1, sampling_cfg, rewards, cfg)
+                    for i in range(-(-val_data.total // (micro_batch_size * world_size)))])
+            val_loss = -metrics["reward"]
+            log.metrics(step, **{f"val_{name}": value for name, value in metrics.items()})
+            log.print(f"step {step}/{num_steps} | val reward {-val_loss:.4f} | pass@1 {metrics['pass']:.3f}")
+        if eval_now:
+            for i, (prompt, ids) in enumerate(zip(cfg.eval_prompts, eval_prompts)):
+                reply = list(sampling.stream_tokens(model, tokenizer, ids, seed=step * 1000 + i))
+                log.sample(step, prompt, tokenizer.decode(reply, show_special=True), between="\n")
+        if (save_now or stop) and step > start_step:
+            info = dict(model=asdict(model_config), config=as_dict(cfg), identity=identity,
+                        fingerprint=tokenizer.fingerprint)
+            checkpoint.save(cfg.out_dir, step, model, optimizer, info,
+                            tokenizer.files() | checkpoint.weights_file("reference.pt", reference),
+                            cfg.keep_last, val_loss if save_now else None, last=last_step or stop)
+        if last_step or stop:
+            break
+
+        timer = Timer()
+        dist.seed(cfg.seed, step)                                             # dropout follows from the step
+        rollout_s, first = 0.0, step // updates * num_micro
+        if step % updates == 0:
+            with torch.no_grad(), autocast:
+                episodes = [sample_answers(model, tokenizer, train_data, first + i, cfg.num_samples,
+                                           sampling_cfg, rewards, cfg) for i in range(num_micro)]
+                rows = [as_branches(e, cfg, device) for e in episodes]
+                old_logps = [None] * num_micro                                # by the first update, as it is
+                ref_logps = [answer_logps(reference, r, sampling_cfg) if reference else None for r in rows]
+            everyone = torch.cat(dist.gather_objects(torch.cat([e["rewards"] for e in episodes])))
+            advantages = losses.group_advantages(everyone, cfg.scale_rewards).chunk(world_size)[rank]
+            advantages = [a.flatten().to(device) for a in advantages.chunk(num_micro)]        # (B,) each
+            rollout_metrics, rollout_s = summarize(episodes), timer.lap()
+        n_answers, n_targets, n_tokens = dist.all_sum(sum(                    # of this whole step, all ranks
+            torch.stack([r.padded(r.mask[r.mask]).any(dim=1).sum(), r.mask.sum(), (r.tokens >= 0).sum()])
+            for r in rows)).clamp(min=1)
+        step_loss, sums = torch.zeros((), device=device), torch.zeros(4, device=device)
+        for i, r in enumerate(rows):
+            optimizer.sync = i == num_micro - 1                               # travel in the last backward
+            with autocast:
+                logps = answer_logps(forward, r, sampling_cfg)               # (N,)
+            old_logps[i] = logps.detach() if old_logps[i] is None else old_logps[i]
+            now, old, ref = (None if x is None else r.padded(x) for x in (logps, old_logps[i], ref_logps[i]))
+            mask = r.padded(torch.ones_like(logps)) > 0                       # (B, T)
+            token_loss = losses.grpo_token_loss(                              # (B, T)
+                now, old, ref, advantages[i], mask, cfg.clip_low, cfg.clip_high, cfg.delta or None, cfg.beta,
+                cfg.level, cfg.loss)
+            if cfg.aggregate == "grpo":                                       # divide once, by the full count
+                loss = (token_loss.sum(dim=1) / mask.sum(dim=1).clamp(min=1)).sum() / n_answers
+            elif cfg.aggregate == "dapo":
+                loss = token_loss.sum() / n_targets
+            else:
+                loss = token_loss.sum() / (n_answers * cfg.max_new_tokens)
+            (loss * optimizer.loss_scale).backward()
+            step_loss += loss.detach()
+            ratio = (logps.detach() - old_logps[i]).exp()
+            kl = losses.k3(logps.detach(), ref_logps[i]) if reference else torch.zeros(1, device=device)
+            sampled = pad_sequence([torch.tensor(x, device=device) for x in episodes[i]["logps"]], True)
+            sums += torch.stack([((ratio < 1 - cfg.clip_low) | (ratio > 1 + cfg.clip_high)).sum(), kl.sum(),
+                                 -logps.detach().sum(), (old - sampled[:, :mask.shape[1]])[mask].abs().sum()])
+
+        step_loss = dist.all_sum(step_loss).item()
+        optimizer.lr = learning_rate(cfg.schedule, step, num_steps, cfg.lr, cfg.lr * cfg.min_lr_frac,
+                                     cfg.warmup_steps, cfg.initial_lr, cfg.restart_steps, cfg.restart_mul,
+                                     cfg.wsd_decay_frac)
+        grad_norm = optimizer.step(cfg.grad_clip, apply=math.isfinite(step_loss))  # clip, update, gather
+        if reference and cfg.ref_every and (step + 1) % cfg.ref_every == 0:
+            for theirs, ours in zip(reference.parameters(), model.parameters()):
+                theirs.lerp_(ours.detach(), cfg.ref_mix)
+        means = (dist.all_sum(sums) / n_targets).tolist()
+        also = dict(zip(("clip_frac", "kl", "entropy", "mismatch"), means), **rollout_metrics,
+                    rollout_s=rollout_s, update_s=timer.lap())
+        log.train_step(step, n_tokens.item(), rollout_s + also["update_s"], token_flops, peak_flops, also,
+                       loss=step_loss, reward=also.pop("reward"), lr=optimizer.lr, grad_norm=grad_norm)
+        skipped = log.count_skipped(step, math.isfinite(grad_norm) and math.isfinite(step_loss), skipped,
+                                    cfg.max_bad_steps)
+    dist.finish()
