@@ -75,3 +75,16 @@ def pair_set(tmp_path_factory):
     run("data/prepare.py", "pairs", f"--input={folder}/pairs.jsonl", "--val_frac=0.2",
         f"--out_dir={folder}/set")
     return folder / "set"
+
+
+@pytest.fixture(scope="session")
+def prompt_set(tmp_path_factory):
+    """Prepared prompts of several lengths, byte-level, with a train and a val split."""
+    import json
+    folder = tmp_path_factory.mktemp("prompts")
+    with open(folder / "prompts.jsonl", "w", encoding="utf-8") as file:
+        for i in range(100):
+            file.write(json.dumps(dict(prompt=f"{i % 10}" * (1 + i % 4), answer="a")) + "\n")
+    run("data/prepare.py", "prompts", f"--input={folder}/prompts.jsonl", "--val_frac=0.2",
+        f"--out_dir={folder}/set")
+    return folder / "set"

@@ -13,6 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from common.losses import (
     critical_weights,
     dpo_loss,
+    group_advantages,
+    grpo_token_loss,
+    k3,
     linear_cross_entropy,
     log1mexp,
     orpo_loss,
@@ -252,6 +255,34 @@ def test_the_logps_of_all_targets_are_a_distribution(batch):
     hidden, weight, _ = batch
     total = sum(token_logps(hidden, weight, torch.full((B, T), v), 0.7, chunk_size=4).exp() for v in range(V))
     assert_close(total, torch.ones(B, T))
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 1.3])
+@pytest.mark.parametrize("chunk", CHUNKS)
+def test_token_logps_leave_suppressed_ids_out(batch, chunk, temperature):
+    hidden, weight, _ = batch
+    suppress, upstream = (0, 5, 12, 5), torch.randn(B, T)               # twice is once
+    allowed = torch.tensor([v for v in range(V) if v not in suppress])
+    targets = allowed[torch.randint(len(allowed), (B, T))]
+    weight[5] *= 1e4                                                    # likely as can be, were it not for that
+    h, w = leaf(hidden), leaf(weight)
+    logps = token_logps(h, w, targets, temperature, chunk_size=chunk, suppress=suppress)
+    logps.backward(upstream)
+    h64, w64 = leaf(hidden.double()), leaf(weight.double())
+    logits = (h64 @ w64.T).index_fill(-1, torch.tensor(suppress), -torch.inf) / temperature
+    expected = logits.log_softmax(-1).gather(-1, targets[..., None])[..., 0]
+    expected.backward(upstream.double())
+    assert_close((logps.detach(), h.grad, w.grad),
+                 tuple(x.float() for x in (expected.detach(), h64.grad, w64.grad)))
+    assert not w.grad[[0, 5, 12]].any() and w.grad[allowed].any(dim=1).all()
+
+
+def test_the_logps_of_all_ids_but_the_suppressed_ones_are_a_distribution(batch):
+    hidden, weight, _ = batch
+    logps = torch.stack([token_logps(hidden, weight, torch.full((B, T), v), 0.7, suppress=(2, 3))
+                         for v in range(V)])
+    assert_close(logps.exp().sum(0), torch.ones(B, T))
+    assert (logps[2:4] == -torch.inf).all()
 
 
 # -----------------------------------------------------------------------------
@@ -527,3 +558,248 @@ def test_simpo_and_orpo_equal_those_of_trl(answers, monkeypatch):
     # theirs is the odds ratio's part, to be subtracted from a cross-entropy over all chosen tokens
     assert_same_loss_and_gradients(lambda x: (orpo_loss(*x.T, BETA) + x[:, 0]).sum(),
                                    lambda x: -orpo.odds_ratio_loss(trainer, *x.T)[0].sum(), means)
+
+
+# -----------------------------------------------------------------------------
+# policy gradients: advantages
+
+REWARDS = torch.tensor([[1.0, 2.0, 3.0], [0.0, 0.0, 6.0], [5.0, 5.0, 5.0]])
+
+
+@pytest.mark.parametrize("scale, deviations", [
+    ("group", [1 + 1e-4, 12**0.5 + 1e-4, 1e-4]),                        # squares 1 + 0 + 1, 4 + 4 + 16 over 2
+    ("batch", [(44 / 8)**0.5 + 1e-4] * 3),                              # mean 3: 4 + 1 + 0, 9 + 9 + 9, 3 * 4
+    ("none", [1] * 3)])
+def test_advantages_are_those_of_a_table_by_hand(scale, deviations):
+    centred = [[-1, 0, 1], [-2, -2, 4], [0, 0, 0]]
+    expected = torch.tensor([[x / d for x in row] for row, d in zip(centred, deviations)])
+    torch.testing.assert_close(group_advantages(REWARDS, scale), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+def test_a_group_of_one_reward_has_no_advantages(scale):
+    for value in (0.0, 1.0, -0.5, 1e6):
+        assert not group_advantages(torch.full((3, 4), value), scale).any()
+    for value in (0.1, 0.3, 2 / 3, 0.9):                                # no float32 is: their mean is rounded
+        assert group_advantages(torch.full((2, 7), value), scale).abs().max() < 1e-3
+    assert not group_advantages(torch.tensor([[3.0], [4.0]]), scale).any()       # G = 1
+
+
+def test_advantages_of_a_group_do_not_depend_on_the_order_of_groups_and_answers():
+    rewards, order = torch.rand(5, 4), torch.tensor([3, 0, 4, 2, 1])
+    for scale in ("group", "batch", "none"):
+        shuffled = group_advantages(rewards[order].flip(1), scale)
+        torch.testing.assert_close(shuffled, group_advantages(rewards, scale)[order].flip(1))
+
+
+def test_an_unknown_scale_is_refused_by_name():
+    with pytest.raises(ValueError, match="'std': expected group, batch or none"):
+        group_advantages(REWARDS, "std")
+
+
+# -----------------------------------------------------------------------------
+# policy gradients: the loss of a token
+
+LOW, HIGH = 0.2, 0.3
+
+
+@pytest.mark.parametrize("A, ratio, delta, loss, slope", [
+    # slope: of the loss by logps; the ratio's own is the ratio
+    (2.0, 0.5, None, -1.0, -1.0), (2.0, 1.0, None, -2.0, -2.0), (2.0, 1.2, None, -2.4, -2.4),
+    (2.0, 1.5, None, -2.6, 0.0), (-2.0, 0.5, None, 1.6, 0.0), (-2.0, 0.9, None, 1.8, 1.8),
+    (-2.0, 1.2, None, 2.4, 2.4), (-2.0, 5.0, None, 10.0, 10.0), (-2.0, 2.5, 3.0, 5.0, 5.0),
+    (-2.0, 5.0, 3.0, 6.0, 0.0), (2.0, 5.0, 3.0, -2.6, 0.0), (2.0, 0.5, 3.0, -1.0, -1.0),
+    (-2.0, 0.5, 3.0, 1.6, 0.0), (0.0, 5.0, None, 0.0, 0.0)])
+def test_the_clipped_loss_of_a_token_is_that_of_a_table_by_hand(A, ratio, delta, loss, slope):
+    logps = torch.tensor([[-1.0]], dtype=torch.float64, requires_grad=True)
+    value = grpo_token_loss(logps, logps.detach() - math.log(ratio), None, torch.tensor([A]),
+                            torch.tensor([[True]]), LOW, HIGH, delta)
+    assert value.shape == (1, 1) and value.item() == pytest.approx(loss, abs=1e-12)
+    assert torch.autograd.grad(value.sum(), logps)[0].item() == pytest.approx(slope, abs=1e-12)
+
+
+def hand_grpo(logps, ratios, refs, A, delta, beta, level, kind):
+    """The tokens of one answer, plain Python -> their losses, derivatives of the sum of these by logps"""
+    if level == "sequence":
+        ratios = [math.prod(ratios) ** (1 / len(ratios))] * len(ratios)
+    losses, slopes = [], []
+    for logp, r, ref in zip(logps, ratios, refs):
+        if kind == "cispo":
+            loss, slope = -min(r, 1 + HIGH) * A * logp, -min(r, 1 + HIGH) * A
+        elif A > 0:
+            loss, slope = -min(r, 1 + HIGH) * A, -r * A * (r < 1 + HIGH)
+        else:
+            bound = min(r, delta or math.inf)
+            loss, slope = -max(bound, 1 - LOW) * A, -r * A * (1 - LOW < r < (delta or math.inf))
+        losses.append(loss + beta * (math.exp(ref - logp) - (ref - logp) - 1))
+        slopes.append(slope + beta * (1 - math.exp(ref - logp)))
+    return losses, slopes
+
+
+# of one answer: its tokens' ratios; with lengths of 1 and 4, in and out of all borders, for either sign of A
+RATIOS = [ratios for ratios in ([0.5, 0.9, 1.2, 4.0], [1.6, 1.5, 4.0, 0.9], [0.3, 0.6, 0.9, 1.1],
+                                [0.5], [0.9], [1.2], [1.5], [4.0]) for _ in range(2)]
+SIGNS = [1.5, -0.7] * (len(RATIOS) // 2)
+
+
+@pytest.fixture
+def episodes():
+    """logps, old, ref (B, 4) float64, advantages (B,), mask (B, 4); what is masked is finite garbage"""
+    torch.manual_seed(0)
+    mask = torch.arange(4) < torch.tensor([len(ratios) for ratios in RATIOS])[:, None]
+    logps, ref = (-3 * torch.rand(len(RATIOS), 4, dtype=torch.float64) - 0.05 for _ in range(2))
+    ratios = torch.tensor([ratios + [7.0] * (4 - len(ratios)) for ratios in RATIOS], dtype=torch.float64)
+    logps[~mask], ref[~mask] = 5.0, -9.0
+    return logps, logps - ratios.log(), ref, torch.tensor(SIGNS, dtype=torch.float64), mask
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("kind, delta", [("clip", None), ("clip", 3.0), ("cispo", None)])
+@pytest.mark.parametrize("beta", [0.0, 0.25])
+def test_policy_losses_and_gradients_equal_the_formulas_by_hand(episodes, beta, kind, delta, level):
+    logps, old, ref, A, mask = episodes
+    x = leaf(logps)
+    loss = grpo_token_loss(x, old, ref if beta else None, A, mask, LOW, HIGH, delta, beta, level, kind)
+    (loss.sum(dim=1) / mask.sum(dim=1)).sum().backward()                # means, as the lengths differ
+    assert not loss[~mask].any() and not x.grad[~mask].any()
+    for b, ratios in enumerate(RATIOS):
+        n = len(ratios)
+        losses, slopes = hand_grpo(logps[b, :n].tolist(), ratios, ref[b, :n].tolist(), SIGNS[b], delta, beta,
+                                   level, kind)
+        assert loss[b, :n].tolist() == pytest.approx(losses, rel=1e-10, abs=1e-12), b
+        assert (n * x.grad[b, :n]).tolist() == pytest.approx(slopes, rel=1e-10, abs=1e-12), b
+
+
+def test_old_logps_reference_and_cispos_ratio_get_no_gradient_of_their_own(episodes):
+    """cispo is a weighted likelihood: its slope is the clipped ratio, whatever the log-prob's size."""
+    logps, old, ref, A, mask = episodes
+    x = leaf(logps)
+    loss = grpo_token_loss(x, old, None, A, mask, LOW, HIGH, kind="cispo")
+    loss.sum().backward()
+    weight = (logps - old).exp().clamp(max=1 + HIGH)
+    torch.testing.assert_close(x.grad, torch.where(mask, -weight * A[:, None], 0.0))
+
+
+def aggregate(token_loss, mask, how, max_new_tokens):
+    """As in train_grpo.py, on one rank and without micro-batches"""
+    n_answers, n_targets = mask.any(dim=1).sum().clamp(min=1), mask.sum().clamp(min=1)
+    if how == "grpo":
+        return (token_loss.sum(dim=1) / mask.sum(dim=1).clamp(min=1)).sum() / n_answers
+    if how == "dapo":
+        return token_loss.sum() / n_targets
+    return token_loss.sum() / (n_answers * max_new_tokens)
+
+
+AGGREGATES = ["grpo", "dapo", "dr_grpo"]
+
+
+@pytest.mark.parametrize("how, weights", [                              # of a token in the answers of 1 and 4
+    ("grpo", (1 / 2, 1 / 8)), ("dapo", (1 / 5, 1 / 5)), ("dr_grpo", (1 / 20, 1 / 20))])
+def test_how_much_a_token_weighs_in_answers_of_1_and_4_tokens(how, weights):
+    mask = torch.tensor([[True, False, False, False], [True] * 4, [False] * 4])          # the last left out
+    x, A = leaf(-torch.rand(3, 4)), torch.tensor([2.0, -1.0, 5.0])
+    loss = aggregate(grpo_token_loss(x, x.detach(), None, A, mask), mask, how, 10)
+    loss.backward()
+    expected = [-2 * weights[0], 0, 0, 0], [weights[1]] * 4, [0] * 4
+    assert_close(x.grad, torch.tensor(expected))
+    assert loss.item() == pytest.approx(-2 * weights[0] + 4 * weights[1])
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("how", AGGREGATES)
+def test_before_any_update_the_loss_is_0_and_the_gradient_is_not(how, level):
+    advantages = group_advantages(torch.tensor([[1.0, 0.0, 0.0, 0.5], [0.0, 2.0, 0.0, 0.0]])).flatten()
+    x, mask = leaf(-torch.rand(8, 3)), torch.ones(8, 3, dtype=torch.bool)
+    loss = aggregate(grpo_token_loss(x, x.detach(), None, advantages, mask, level=level), mask, how, 5)
+    loss.backward()
+    assert abs(loss.item()) < 1e-6
+    assert_close(x.grad * (40 if how == "dr_grpo" else 24), -advantages[:, None].expand(8, 3))
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("how", AGGREGATES)
+def test_a_batch_that_is_all_masked_gives_0_and_no_gradient(how, level):
+    x, mask = leaf(-torch.rand(4, 3)), torch.zeros(4, 3, dtype=torch.bool)
+    for kind in ("clip", "cispo"):
+        token_loss = grpo_token_loss(x, x.detach() - 1, x.detach() + 1, torch.randn(4), mask, beta=0.1,
+                                     level=level, kind=kind)
+        loss = aggregate(token_loss, mask, how, 5)
+        grad, = torch.autograd.grad(loss, x)
+        assert loss.item() == 0 and not grad.any()
+
+
+# -----------------------------------------------------------------------------
+# policy gradients: the divergence
+
+def exact_kl(logits, ref_logits):
+    return (logits.softmax(-1) * (logits.log_softmax(-1) - ref_logits.log_softmax(-1))).sum()
+
+
+def test_k3_is_never_negative_and_its_mean_over_samples_is_the_exact_kl():
+    torch.manual_seed(0)
+    logits, ref_logits = torch.randn(2, 6, dtype=torch.float64)
+    logps, ref_logps = logits.log_softmax(-1), ref_logits.log_softmax(-1)
+    every = k3(logps, ref_logps)
+    assert (every > 0).all() and (every * logps.exp()).sum().item() == pytest.approx(
+        exact_kl(logits, ref_logits).item(), rel=1e-12)
+    samples = torch.multinomial(logps.exp(), 100_000, replacement=True)
+    values = k3(logps[samples], ref_logps[samples])
+    wrong = k3(ref_logps[samples], logps[samples])                      # the other way round would show
+    kl, error = exact_kl(logits, ref_logits), values.std() / len(values)**0.5
+    assert abs(values.mean() - kl) < 4 * error < 0.05 * kl < abs(wrong.mean() - kl)
+
+
+def test_k3_of_nearly_the_same_policies_keeps_its_digits():
+    gaps = torch.tensor([0.0, 1e-3, -1e-3, 1e-2, -3.0, 3.0])
+    expected = [math.expm1(gap) - gap for gap in gaps.double().tolist()]
+    assert k3(torch.full((6,), -0.0), gaps).tolist() == pytest.approx(expected, rel=1e-3, abs=1e-12)
+    assert (k3(-8 * torch.rand(10_000), -8 * torch.rand(10_000)) >= 0).all()
+
+
+def test_a_step_on_the_divergence_alone_lowers_it():
+    torch.manual_seed(0)
+    logits, ref_logits = torch.randn(2, 6, dtype=torch.float64)
+    for _ in range(5):
+        x = leaf(logits)
+        samples = torch.multinomial(x.softmax(-1).detach(), 5000, replacement=True)[None]       # (1, T)
+        logps, ref_logps = x.log_softmax(-1)[samples], ref_logits.log_softmax(-1)[samples]
+        loss = grpo_token_loss(logps, logps.detach(), ref_logps, torch.zeros(1), samples >= 0, beta=1.0)
+        loss.mean().backward()
+        before, logits = exact_kl(logits, ref_logits), logits - 0.5 * x.grad
+        assert exact_kl(logits, ref_logits) < 0.95 * before
+
+
+# -----------------------------------------------------------------------------
+# policy gradients, against trl
+
+def trl_grpo(episodes, loss_type, level, delta, beta, logps, max_new_tokens):
+    """What GRPOTrainer makes of the log-probs"""
+    _, old, ref, A, mask = episodes
+    trainer = SimpleNamespace(
+        model=SimpleNamespace(training=False), loss_type=loss_type, importance_sampling_level=level,
+        beta=beta, epsilon_low=LOW, epsilon_high=1 + HIGH if loss_type == "cispo" else HIGH,
+        max_completion_length=max_new_tokens, top_entropy_quantile=1.0, off_policy_mask_threshold=None,
+        use_vllm=False, aux_loss_enabled=False, _entropy_bonus_enabled=False,
+        args=SimpleNamespace(delta=delta, use_bias_correction_kl=False, steps_per_generation=1),
+        current_gradient_accumulation_steps=1, _metrics=defaultdict(lambda: defaultdict(list)),
+        _get_per_token_logps_and_entropies=lambda *args, **kwargs: (logps, torch.zeros_like(logps), None),
+        accelerator=SimpleNamespace(num_processes=1, gather=lambda x: x, reduce=lambda x, reduction: x))
+    ids = torch.zeros(mask.shape, dtype=torch.int64)
+    inputs = dict(prompt_ids=ids, prompt_mask=ids, completion_ids=ids, completion_mask=mask.long(),
+                  advantages=A, old_per_token_logps=old, ref_per_token_logps=ref,
+                  num_items_in_batch=mask.sum())
+    return trl().GRPOTrainer._compute_loss(trainer, None, inputs)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.25])
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("loss_type, how, delta", [
+    ("grpo", "grpo", None), ("grpo", "grpo", 3.0), ("dapo", "dapo", None), ("bnpo", "dapo", None),
+    ("dr_grpo", "dr_grpo", 3.0), ("cispo", "dapo", None)])
+def test_policy_losses_equal_those_of_trl(episodes, loss_type, how, delta, level, beta):
+    logps, old, ref, A, mask = episodes
+    kind = "cispo" if loss_type == "cispo" else "clip"
+    assert_same_loss_and_gradients(
+        lambda x: aggregate(grpo_token_loss(x, old, ref, A, mask, LOW, HIGH, delta, beta, level, kind),
+                            mask, how, 9),
+        lambda x: trl_grpo(episodes, loss_type, level, delta, beta, x, 9), logps)
