@@ -391,10 +391,14 @@ class PromptData:
         self.rows = open_array(os.path.join(data_dir, f"{split}_rows.npy"))
         self.row_offsets = open_array(os.path.join(data_dir, f"{split}_row_offsets.npy"),
                                       self.num_samples + 1)
+        borders = self.row_offsets.astype(np.int64)
+        if borders[0] or borders[-1] != len(self.rows) or np.diff(borders).min() < 1 or \
+                self.rows.dtype != np.uint8:
+            raise UserError(f"{self.path}: its row offsets do not fit; prepare the set again")
         longest = int(np.diff(self.offsets).max())
         if longest > seq_len:
-            raise UserError(f"--seq_len={seq_len}: there are prompts of up to {longest} tokens; raise it, or "
-                            f"prepare the set with --max_len={seq_len} --long_rows=skip")
+            raise UserError(f"--seq_len: prompts have up to {longest} tokens, {seq_len} fit with an answer; "
+                            f"raise it, or prepare the set with --max_len={seq_len} --long_rows=skip")
         if self.tokens.max() >= meta["vocab_size"]:
             raise UserError(f"{self.path}: token id {self.tokens.max()} is there, but the vocabulary has "
                             f"{meta['vocab_size']}; prepare the set again")
@@ -420,4 +424,7 @@ class PromptData:
         return np.asarray(self.tokens[self.offsets[i]:self.offsets[i + 1]])
 
     def row(self, i):
-        return json.loads(bytes(self.rows[int(self.row_offsets[i]):int(self.row_offsets[i + 1])]))
+        try:
+            return json.loads(bytes(self.rows[int(self.row_offsets[i]):int(self.row_offsets[i + 1])]))
+        except ValueError as error:
+            raise UserError(f"{self.path}: row {i} is damaged ({error}); prepare the set again") from None

@@ -211,11 +211,12 @@ def group_advantages(rewards, scale="group"):
     (r - mean of the group) / (std + 1e-4) (DeepSeekMath, 2402.03300, section 4.1.2). rewards (P, G): of G
     samples for each of P prompts -> (P, G). scale: std of the group, of the batch, or none (2503.20783)
     """
-    centred = rewards - rewards.mean(dim=1, keepdim=True)
+    if scale not in ("group", "batch", "none"):
+        raise ValueError(f"scale {scale!r}: expected group, batch or none")
+    centred = rewards - rewards[:, :1]  # of equal rewards exactly 0, as their mean is not
+    centred = centred - centred.mean(dim=1, keepdim=True)
     if scale == "none" or rewards.shape[1] == 1:              # a sample alone has no deviation
         return centred
-    if scale not in ("group", "batch"):
-        raise ValueError(f"scale {scale!r}: expected group, batch or none")
     return centred / ((rewards.std(dim=1, keepdim=True) if scale == "group" else rewards.std()) + 1e-4)
 
 
@@ -233,6 +234,8 @@ def grpo_token_loss(logps, old_logps, ref_logps, advantages, mask, clip_low=0.2,
     level   "token": r of each token; "sequence": exp of its mean log-ratio (GSPO, 2507.18071)
     beta    adds beta k3, k3 = e^(ref - logps) - (ref - logps) - 1, which estimates KL(policy || reference)
     """
+    logps, old_logps, ref_logps = (x if x is None else torch.where(mask, x, 0.0)    # padding must not leak
+                                   for x in (logps, old_logps, ref_logps))
     A, log_ratio = advantages[:, None], logps - old_logps
     if level == "sequence":
         log_ratio = (log_ratio * mask).sum(dim=1, keepdim=True) / mask.sum(dim=1, keepdim=True).clamp(min=1)

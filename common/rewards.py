@@ -11,6 +11,7 @@ import importlib.util
 import math
 import os
 import re
+import sys
 
 import torch
 
@@ -19,10 +20,10 @@ from common.dist import UserError
 
 
 def answer_of(completion):
-    """What stands between <answer> and </answer>, or all but the thoughts where there are no such tags."""
-    found = re.search(r"<answer>(.*?)</answer>", completion, re.DOTALL)
-    text = found[1] if found else re.sub(r"<think>.*?</think>", "", completion, flags=re.DOTALL)
-    return text.strip()
+    """What stands between <answer> and </answer>, or all where there are no such tags; thoughts aside."""
+    text = re.sub(r"<think>.*?</think>", "", completion, flags=re.DOTALL)
+    found = re.search(r"<answer>(.*?)</answer>", text, re.DOTALL)
+    return (found[1] if found else text).strip()
 
 
 def exact_match(prompts, completions, answers):
@@ -43,6 +44,7 @@ def load_reward(name):
         raise UserError(f"--reward={name}: no file {path or name}; expected path/to/file.py:function")
     spec = importlib.util.spec_from_file_location(os.path.basename(path).removesuffix(".py"), path)
     module = importlib.util.module_from_spec(spec)
+    sys.modules.setdefault(spec.name, module)                 # dataclasses look their module up there
     try:
         spec.loader.exec_module(module)
     except Exception as error:  # whatever the user's file raises
@@ -62,16 +64,33 @@ def score(rewards, weights, prompts, completions, answers):
         try:
             values = function(prompts, completions, answers)
         except Exception as error:
-            raise UserError(f"--reward={name}: raised {type(error).__name__}: {error}; the first prompt was "
-                            f"{prompts[0]!r}, its completion {completions[0]!r}") from error
-        if not hasattr(values, "__len__") or len(values) != len(completions):
-            raise UserError(f"--reward={name}: returned {values!r:.80}, expected {len(completions)} numbers")
+            raise UserError(f"--reward={name}: raised {type(error).__name__}: {one_line(error)}; the first "
+                            f"prompt was {prompts[0]!r}, its completion {completions[0]!r}") from error
+        if torch.is_tensor(values) or hasattr(values, "tolist"):
+            values = values.tolist()
+        if not isinstance(values, (list, tuple)) or len(values) != len(completions):
+            raise UserError(f"--reward={name}: returned {one_line(values)}, expected "
+                            f"{len(completions)} numbers")
         for i, value in enumerate(values):
-            if not isinstance(value, (int, float)) or not math.isfinite(value):
-                raise UserError(f"--reward={name}: returned {value!r} for the prompt {prompts[i]!r} and the "
-                                f"completion {completions[i]!r}, expected a finite number")
-            total[i] += weight * value
+            number = as_number(value)
+            if not math.isfinite(number):
+                raise UserError(f"--reward={name}: returned {one_line(repr(value))} for the prompt "
+                                f"{prompts[i]!r} and the completion {completions[i]!r}, expected a finite "
+                                "number")
+            total[i] += weight * number
     return total
+
+
+def one_line(value):
+    return " ".join(str(value).split())[:80]
+
+
+def as_number(value):
+    """-> float, nan for what is none"""
+    try:
+        return math.nan if isinstance(value, (str, bytes)) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        return math.nan
 
 
 def summarize(episodes):

@@ -617,8 +617,9 @@ def cut_to_fit(where, parts, cfg, report):
     if not most or length <= most:
         return parts
     if cfg.long_rows == "error":
+        cut = ", or --long_rows=cut" * any(any(counts) for _, counts in parts)      # prompts cannot be cut
         raise UserError(f"{where}: {length} tokens, more than --max_len={most}; raise it, "
-                        "or leave such rows out with --long_rows=skip, or --long_rows=cut")
+                        f"or leave such rows out with --long_rows=skip{cut}")
     room = max(0, most - len(first[0])) if rest else most
     kept = [(ids[:room], counts[:room]) for ids, counts in rest or [first]]
     if cfg.long_rows == "skip":

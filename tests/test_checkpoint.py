@@ -1,5 +1,6 @@
 """Checkpoints: whole or not at all, whatever fails in writing; damaged ones are refused (PITFALLS 18, 19)."""
 import errno
+import io
 import json
 import os
 import pickle
@@ -219,6 +220,33 @@ def test_another_architecture_is_named(tmp_path):
     other = GPT(ModelConfig(vocab_size=11, seq_len=8, n_layer=2, n_head=2, n_embd=8))
     with pytest.raises(UserError, match=r"another architecture: blocks.1.attn.* is absent there"):
         checkpoint.load_weights(str(tmp_path / "step_000001"), other)
+
+
+def test_another_models_weights_lie_beside_those_of_the_run_and_come_back_bit_for_bit(tmp_path):
+    model, optimizer = new_run()
+    train_a_little(model, optimizer)
+    reference = new_run(seed=5)[0].to(torch.bfloat16)
+    files = checkpoint.weights_file("reference.pt", reference)
+    assert list(files) == ["reference.pt"] and not equal(model, reference)
+    info = dict(model={}, config={}, identity={}, fingerprint="f")
+    assert checkpoint.save(str(tmp_path), 1, model, optimizer, info, {"tokenizer_info.json": b"{}"} | files)
+    folder = checkpoint.latest(str(tmp_path))
+    again = new_run(seed=9)[0].to(torch.bfloat16)
+    checkpoint.load_weights(folder, again, "reference.pt")
+    assert equal(again, reference) and equal(loaded(folder)[0], model)
+    (tmp_path / "step_000001" / "reference.pt").write_bytes(files["reference.pt"][:-1] + b"x")
+    with pytest.raises(UserError, match="none of its checkpoints is whole"):
+        checkpoint.latest(str(tmp_path))
+
+
+def test_a_file_of_weights_does_not_follow_the_model_and_no_model_has_none():
+    model, optimizer = new_run()
+    files, before = checkpoint.weights_file("a.pt", model), weights(model)
+    train_a_little(model, optimizer)
+    assert checkpoint.weights_file("a.pt", model) != files
+    kept = torch.load(io.BytesIO(files["a.pt"]), weights_only=True)
+    assert all(map(torch.equal, [kept[name] for name, _ in model.named_parameters()], before))
+    assert checkpoint.weights_file("a.pt", None) == {}
 
 
 @pytest.mark.parametrize("make, message", [

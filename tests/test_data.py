@@ -6,7 +6,17 @@ import numpy as np
 import pytest
 import torch
 
-from common.data import ChatData, PairData, TokenData, open_array, pack, read_meta
+from common.data import (
+    Branches,
+    ChatData,
+    PairData,
+    PromptData,
+    TokenData,
+    branches,
+    open_array,
+    pack,
+    read_meta,
+)
 from common.dist import UserError
 from common.losses import linear_cross_entropy
 from common.model import GPT, ModelConfig
@@ -849,3 +859,180 @@ def test_an_id_outside_the_vocabulary_in_a_pair_is_refused(tmp_path, at):
                                      "prepare the set again"
     tokens[at] = 19
     open_pairs(make_pair_set(tmp_path / "good", [(2, 3, 4)], tokens, vocab_size=20)).batch(0)
+
+
+# -----------------------------------------------------------------------------
+# answers in one row
+
+def learned(*flags):
+    return np.array(flags, dtype=bool)
+
+
+GROUPS = [(np.array([10, 11, 12]), [(np.array([20, 21, 22]), learned(1, 0, 1)),
+                                    (np.array([30]), learned(1))]),
+          (np.array([13, 14]), [(np.array([40, 41]), learned(0, 0)),
+                                (np.array([50, 51, 52, 53]), learned(0, 1, 1, 0))])]
+
+
+def row_of(groups):
+    return Branches(*branches(groups, torch.device("cpu")))
+
+
+def test_a_row_of_branches_is_that_of_a_table_by_hand():
+    rows, table = row_of(GROUPS), [
+        # token, target, learned, document, branch, answer, place; without the targets of trunks
+        (10, None, 0, 0, 0), (11, None, 0, 0, 0),
+        (12, 20, 1, 1, 1, 0, 0), (20, 21, 0, 1, 1, 0, 1), (21, 22, 1, 1, 1, 0, 2), (12, 30, 1, 2, 1, 1, 0),
+        (13, None, 0, 3, 0),
+        (14, 40, 0, 4, 1, 2, 0), (40, 41, 0, 4, 1, 2, 1),
+        (14, 50, 0, 5, 1, 3, 0), (50, 51, 1, 5, 1, 3, 1), (51, 52, 1, 5, 1, 3, 2), (52, 53, 0, 5, 1, 3, 3)]
+    assert rows.num_answers == 4
+    for k, x in ((0, rows.tokens), (2, rows.mask), (3, rows.docs), (4, rows.branch)):
+        assert x.shape == (1, 13) and x[0].tolist() == [line[k] for line in table]
+    for k, x in ((1, rows.targets), (5, rows.answer), (6, rows.place)):
+        assert x[rows.branch].tolist() == [line[k] for line in table if line[4]]
+
+
+def test_padded_values_land_at_their_answer_and_place_and_so_do_their_gradients():
+    rows = row_of(GROUPS)
+    values = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0], dtype=torch.float64, requires_grad=True)
+    padded = rows.padded(values)
+    assert padded.tolist() == [[1, 0, 2], [3, 0, 0], [0, 0, 0], [0, 4, 5]] and padded.dtype == values.dtype
+    weights = torch.arange(12.0).view(4, 3)
+    (padded * weights).sum().backward()
+    assert values.grad.tolist() == weights[[0, 0, 1, 3, 3], [0, 2, 0, 1, 2]].tolist()
+    assert rows.padded(torch.tensor([1, 2, 3, 4, 5])).sum() == 15              # integers as well
+
+
+def test_where_nothing_is_learned_padded_is_a_column_of_zeros_that_can_be_differentiated():
+    groups = [(prompt, [(ids, learn & False) for ids, learn in answers]) for prompt, answers in GROUPS]
+    values = torch.ones(0, requires_grad=True)
+    padded = row_of(groups).padded(values)
+    assert padded.shape == (4, 1) and not padded.any()
+    padded.sum().backward()
+    assert values.grad.shape == (0,)
+
+
+# -----------------------------------------------------------------------------
+# prompts
+
+PROMPT_LENGTHS = np.r_[3, 12, 4, np.random.default_rng(2).integers(3, 12, 10)]         # 13, up to 12 tokens
+PROMPT_STARTS, PROMPT_N = np.cumsum(PROMPT_LENGTHS) - PROMPT_LENGTHS, int(PROMPT_LENGTHS.sum())
+ROWS = [dict(prompt=[dict(role="user", content=f"Wie viel? {i} \u4e2d" * (i % 3 + 1))], answer=str(i) * i)
+        for i in range(13)]
+
+
+def make_prompt_set(folder, lengths=PROMPT_LENGTHS, rows=ROWS, splits=("train",), **arrays):
+    """A set of prompts on disk, written by numpy alone; arrays: others than the right ones."""
+    texts = [json.dumps(row).encode() for row in rows]
+    files = dict(train_rows=np.frombuffer(b"".join(texts), np.uint8),
+                 train_row_offsets=np.cumsum([0, *map(len, texts)]).astype(np.uint64)) | arrays
+    make_chat_set(folder, lengths, learn=np.zeros(sum(lengths)), splits=splits, **files)
+    meta = json.loads((folder / "meta.json").read_text()) | dict(kind="prompts")
+    for counts in meta["splits"].values():
+        counts["prompts"] = counts.pop("conversations")
+    (folder / "meta.json").write_text(json.dumps(meta))
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory):
+    return make_prompt_set(tmp_path_factory.mktemp("sets") / "prompts")
+
+
+def open_prompts(folder, micro_batch_size=1, rank=0, world_size=1, seq_len=12, **options):
+    return PromptData(folder, "train", seq_len, micro_batch_size, rank, world_size, **options)
+
+
+@each_layout
+def test_every_prompt_comes_once_per_epoch_whatever_the_layout(prompts, micro_batch_size, world_size):
+    ranks = [open_prompts(prompts, micro_batch_size, rank, world_size, total=30)
+             for rank in range(world_size)]
+    one, rounds = open_prompts(prompts), -(-13 * 3 // (micro_batch_size * world_size))
+    ids, places, counts = (np.concatenate(x) for x in zip(*(
+        data.batch(i) for i in range(rounds) for data in ranks)))
+    for epoch in range(3):
+        assert sorted(ids[13 * epoch:13 * (epoch + 1)]) == list(range(13))
+    assert ids.tolist() == [one.batch(i)[0].item() for i in range(len(ids))]
+    assert places.tolist() == list(range(len(ids))) and counts.tolist() == [p < 30 for p in places]
+
+
+def test_each_epoch_and_each_seed_has_an_order_of_prompts_of_its_own(prompts):
+    orders = [tuple(open_prompts(prompts, 13, seed=seed).batch(epoch)[0])
+              for seed in (0, 1) for epoch in range(5)]
+    assert len(set(orders)) == 10 and tuple(range(13)) not in orders
+
+
+def test_a_batch_of_prompts_is_a_pure_function(prompts):
+    data = open_prompts(prompts, 5, total=30)
+    first = {i: data.batch(i) for i in range(8)}
+    for i in [*reversed(range(8)), 3, 3, 7, 0]:
+        for other in (data, open_prompts(prompts, 5, total=30)):
+            assert all(map(np.array_equal, other.batch(i), first[i])), i
+
+
+def test_prompts_and_rows_are_those_of_the_set(prompts):
+    data = open_prompts(prompts)
+    for i in [*range(13), 4, 0]:
+        start = PROMPT_STARTS[i]
+        assert data.prompt(i).tolist() == list(range(start, start + PROMPT_LENGTHS[i]))
+        assert data.row(i) == data.row(np.int64(i)) == ROWS[i]
+    assert (data.num_samples, data.num_tokens, data.view) == (13, PROMPT_N, {}) and data.total == np.inf
+
+
+def test_the_splits_of_prompts_are_read_apart(tmp_path):
+    folder = make_prompt_set(tmp_path / "set", splits=("train", "val"))
+    np.save(tmp_path / "set" / "val.npy", np.full(PROMPT_N, 7, np.uint16))
+    assert set(PromptData(folder, "val", 12, 1).prompt(1).tolist()) == {7}
+    assert open_prompts(folder).prompt(12).max() == PROMPT_N - 1
+
+
+# -----------------------------------------------------------------------------
+# sets of prompts that are refused
+
+def test_prompts_that_are_too_long_are_refused_with_their_length(prompts):
+    assert refusal(open_prompts, prompts, seq_len=11) == \
+        "--seq_len: prompts have up to 12 tokens, 11 fit with an answer; raise it, or prepare the set with " \
+        "--max_len=11 --long_rows=skip"
+
+
+def test_a_set_of_another_kind_holds_no_prompts(chats, numbered, prompts):
+    for folder, kind in ((chats, "chat"), (numbered, "pairs")):
+        assert refusal(open_prompts, folder) == f"--data_dir={folder}: a set of kind {kind}, expected " \
+                                                "prompts; make one with data/prepare.py prompts"
+    assert "a set of kind prompts, expected chat" in refusal(open_chats, prompts)
+    assert "has no val split" in refusal(PromptData, prompts, "val", 12, 1)
+
+
+@pytest.mark.parametrize("name", [*CHAT_FILES, "train_rows.npy", "train_row_offsets.npy"])
+@pytest.mark.parametrize("damage", ["missing", "truncated", "a pickle", "floats"])
+def test_a_damaged_array_of_prompts_is_refused_by_name(tmp_path, name, damage):
+    folder, path = make_prompt_set(tmp_path / "set"), tmp_path / "set" / name
+    if damage == "missing":
+        path.unlink()
+    elif damage == "truncated":
+        path.write_bytes(path.read_bytes()[:-1])
+    else:
+        np.save(path, np.array([{}]) if damage == "a pickle" else np.load(path).astype(float))
+    message = refusal(open_prompts, folder)
+    assert message.startswith(f"{folder}/{name}: ") and message.endswith(
+        "make the set with data/prepare.py" if damage == "missing" else "prepare the set again")
+
+
+@pytest.mark.parametrize("name", [*CHAT_FILES, "train_row_offsets.npy"])
+def test_an_array_of_prompts_of_another_length_is_refused(tmp_path, name):
+    folder, path = make_prompt_set(tmp_path / "set"), tmp_path / "set" / name
+    np.save(path, np.load(path)[:-1])
+    expected = 14 if "offsets" in name else PROMPT_N
+    assert refusal(open_prompts, folder) == f"{path}: holds {expected - 1} numbers, meta.json says " \
+                                            f"{expected}; prepare the set again"
+
+
+def test_an_id_outside_the_vocabulary_in_a_prompt_is_refused(tmp_path):
+    tokens, vocab_size = np.arange(PROMPT_N, dtype=np.uint16), N + 2
+    tokens[-1] = vocab_size
+    folder = make_prompt_set(tmp_path / "set", train=tokens)
+    assert refusal(open_prompts, folder) == f"{folder}/train.npy: token id {vocab_size} is there, but the " \
+                                            f"vocabulary has {vocab_size}; prepare the set again"
+    tokens[-1] -= 1
+    open_prompts(make_prompt_set(tmp_path / "good", train=tokens))

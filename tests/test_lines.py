@@ -130,6 +130,49 @@ def test_each_part_of_a_request_is_checked(answer, letter, words, mark):
     assert lines.met(lines.request(("T", 5, ";"), 0), answer) == dict(letter=letter, words=words, mark=mark)
 
 
+def rewards_of(*rows):
+    """rows: (request, completion) each -> their rewards"""
+    return lines.reward([[dict(role="user", content=text)] for text, _ in rows], [text for _, text in rows],
+                        [""] * len(rows))
+
+
+def test_a_real_line_of_its_request_gets_the_whole_reward_with_tags_or_without(made):
+    rows = [(row["prompt"], row["answer"]) for split in SPLITS for row in made[f"{split}_prompts.jsonl"]]
+    values = rewards_of(*rows)
+    for (_, line), value in zip(rows, values):               # a few say a word three times or more
+        counts = Counter(lines.words_of(line)).values()
+        assert value == pytest.approx(1 - sum(max(0, n - 2) for n in counts) / sum(counts))
+    assert sum(value == 1 for value in values) > 0.98 * len(rows)
+    assert rewards_of(*((text, f"<answer>{line}</answer>") for text, line in rows)) == values
+
+
+def test_prompts_are_a_splits_requests_with_their_lines(made, splits):
+    for split in SPLITS:
+        assert [(row["prompt"], row["answer"]) for row in made[f"{split}_prompts.jsonl"]] == \
+            [(user["content"], assistant["content"]) for user, assistant in splits[split]]
+
+
+@pytest.mark.parametrize("completion, thirds, share", [
+    ("To be, or not to;", 3, 1), (" To be, or not to; ", 3, 1), ("<answer>To be, or not to;</answer>", 3, 1),
+    ("to be, or not to;", 2, 1), ("To be, or not;", 2, 1), ("To be, or not to.", 2, 1),
+    ("To be, or not to be that", 1, 1), ("to be or", 0, 1), ("To be,\nor not to;", 2, 1),
+    ("To be, xyzzy not to;", 3, 4 / 5), ("To qwqw, xyzzy not to;", 3, 3 / 5), ("Tq qw, xy zz qx;", 3, 0),
+    ("To to, be not to;", 3, 4 / 5), ("To to, TO to to;", 3, 2 / 5), ("To be, be to not;", 3, 1),
+    ("T 1 2 3 ;", 3, 1), ("", 0, 0), ("<answer></answer>", 0, 0), ("   ", 0, 0), ("- - - - ;", 2, 0)])
+def test_rewards_are_thirds_of_the_parts_met_times_the_share_of_good_words(completion, thirds, share):
+    request = lines.request(("T", 5, ";"), 2)
+    if completion.startswith("T 1"):                         # "t" may be a word there: of 'tis
+        share = float("t" in lines.corpus_words())
+    assert rewards_of((request, completion)) == [pytest.approx(thirds / 3 * share)]
+
+
+def test_a_reward_looks_at_the_last_message_of_its_own_prompt():
+    first, last = (dict(role="user", content=lines.request(("T", 2, mark), 0)) for mark in ".!")
+    between = dict(role="assistant", content="To be.")
+    assert lines.reward([[first, between, last], [first]], ["To be!", "To be!"], ["", ""]) == [
+        1, pytest.approx(2 / 3)]
+
+
 def test_what_is_no_request_is_refused():
     with pytest.raises(ValueError, match="not a request"):
         lines.parse_request("A line from T, many words, ending in .")

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, run
 
-from common.data import ChatData, PairData, TokenData
+from common.data import ChatData, PairData, PromptData, TokenData
 from common.dist import UserError
 from common.tokenizer import encode_chat, load_tokenizer
 
@@ -1261,6 +1261,185 @@ def test_pairs_are_prepared_from_the_command_line(folder):
                    f"{folder}/set/train.npy: 2 pairs of up to 7 tokens, 17 in all, 9 to learn, "
                    "vocabulary of 266\n")
     assert pairs() == [rows[0][1], rows[2][1]]
+
+
+# -----------------------------------------------------------------------------
+# prompts
+
+def make_prompts(*inputs, out="set", **options):
+    """Prepare prompts in this process -> the set's meta.json"""
+    prepare.prepare_prompts(prepare.PromptsConfig(input=inputs, out_dir=out, **options))
+    return json.loads(Path(out, "meta.json").read_text())
+
+
+def prompts(split="train", out="set"):
+    """The set's prompts, read by numpy alone: ids and row of each"""
+    rows, offsets = (np.load(f"{out}/{split}_{name}.npy") for name in ("rows", "row_offsets"))
+    assert (rows.dtype, offsets.dtype) == (np.uint8, np.uint64) and offsets[-1] == len(rows)
+    assert not np.load(f"{out}/{split}_mask.npy").any()                # nothing to learn
+    texts = [bytes(rows[a:b]) for a, b in itertools.pairwise(offsets.tolist())]
+    return list(zip([ids for ids, _ in chats(split, out)], map(json.loads, texts), strict=True))
+
+
+def encoded_prompts(rows, tokenizer=BYTES, answer_tags=True):
+    """rows: (messages, answer) each -> what `prompts` gives"""
+    return [(encode_chat(tokenizer, [messages], answer_tags, reply=True)[0][0],
+             {"prompt": messages, "answer": answer}) for messages, answer in rows]
+
+
+PROMPTS = [                                            # a row, its messages and answer
+    ({"prompt": "Hi", "answer": "Ho", "level": 3}, ([user("Hi")], "Ho")),
+    ({"prompt": [SYSTEM, user("1 + 1 = ?")], "answer": ""}, ([SYSTEM, user("1 + 1 = ?")], "")),
+    ({"prompt": TWO_TURNS, "answer": "a\n<end> b"}, (TWO_TURNS, "a\n<end> b")),
+    ({"answer": "\u4e2d\u6587\U0001F642", "prompt": "\u4eca\u5929 <user> \u00e9e\u0301"},
+     ([user("\u4eca\u5929 <user> \u00e9e\u0301")], "\u4e2d\u6587\U0001F642")),
+    ({"prompt": "", "answer": "x"}, ([user("")], "x")),
+]
+PROMPT_ROWS, PROMPT_MESSAGES = zip(*PROMPTS)
+
+
+@pytest.mark.parametrize("block", [1, 100, 1 << 20])
+@pytest.mark.parametrize("tags", [True, False], ids=["tags", "no tags"])
+@pytest.mark.parametrize("kind", ["bytes", "sentencepiece"])
+def test_a_set_holds_each_prompt_as_it_is_encoded_and_its_row(monkeypatch, trained, kind, tags, block):
+    monkeypatch.setattr(prepare, "BLOCK", block)
+    name = trained if kind == "sentencepiece" else "bytes"
+    tokenizer = load_tokenizer(name)
+    write_rows("a.jsonl", PROMPT_ROWS[:2])
+    write_rows("b.jsonl.gz", PROMPT_ROWS[2:])
+    meta = make_prompts("*.jsonl*", tokenizer=name, answer_tags=tags)
+    expected = encoded_prompts(PROMPT_MESSAGES, tokenizer, tags)
+    assert prompts() == expected
+    sha = meta["splits"]["train"].pop("sha256")
+    assert meta["splits"] == {"train": dict(
+        prompts=len(PROMPTS), tokens=sum(len(ids) for ids, _ in expected), targets=0,
+        longest=max(len(ids) for ids, _ in expected))}
+    assert (meta["kind"], meta["left_out"], meta["data_fingerprint"]) == ("prompts", {}, sha[:16])
+    assert meta["fingerprint"] == load_tokenizer("set").fingerprint == tokenizer.fingerprint
+    data = PromptData("set", "train", meta["splits"]["train"]["longest"], 1)
+    assert [(data.prompt(i).tolist(), data.row(i)) for i in range(len(PROMPTS))] == expected
+
+
+def test_the_tokens_of_a_prompt_are_those_of_a_table_by_hand():
+    write_rows("a.jsonl", [{"prompt": [SYSTEM, user("c")], "answer": "d"}])
+    make_prompts("a.jsonl")
+    special = BYTES.special
+    assert ids_of() == [special["system"], *b"Be brief.", special["end"], special["user"], *b"c",
+                        special["end"], special["assistant"]]
+
+
+def test_fields_name_the_prompt_and_the_answer():
+    write_rows("a.jsonl", [{"question": "q", "prompt": "p", "solution": "s", "answer": 3},
+                           {"question": [user("r")], "solution": "t"}])
+    make_prompts("a.jsonl", fields=("question", "solution"))
+    assert prompts() == encoded_prompts([([user("q")], "s"), ([user("r")], "t")])
+
+
+@pytest.mark.parametrize("fields", [(), ("prompt",), ("system", "prompt", "answer")])
+def test_fields_of_prompts_are_two(fields):
+    write_rows("a.jsonl", PROMPT_ROWS)
+    assert refusal("a.jsonl", make=make_prompts, fields=fields) == \
+        f"--fields={','.join(fields)}: two names, the prompt's and the answer's"
+
+
+def test_the_fingerprint_of_prompts_follows_their_answers():
+    marks = []
+    for i, answer in enumerate(("b", "c")):
+        write_rows(f"{i}.jsonl", [{"prompt": "a", "answer": answer}])
+        marks.append(make_prompts(f"{i}.jsonl", out=f"set{i}")["data_fingerprint"])
+    assert marks[0] != marks[1] == make_prompts("1.jsonl", out="again")["data_fingerprint"]
+
+
+def test_val_frac_and_val_input_hold_out_whole_prompts_and_lose_none():
+    rows = [{"prompt": f"number {i}", "answer": "x" * (i % 7)} for i in range(400)]
+    write_rows("a.jsonl", rows[:300])
+    write_rows("b.jsonl", rows[300:])
+    expected = encoded_prompts([([user(row["prompt"])], row["answer"]) for row in rows])
+    meta = make_prompts("a.jsonl", "b.jsonl", val_frac=0.25)
+    train, val = prompts("train"), prompts("val")
+    assert train == [prompt for prompt in expected if prompt not in val]       # each is in one of them, once,
+    assert val == [prompt for prompt in expected if prompt not in train]       # in order
+    assert [len(train), len(val)] == [meta["splits"][split]["prompts"] for split in ("train", "val")]
+    assert abs(len(val) - 100) < 35                                            # four standard deviations
+    make_prompts("a.jsonl", "b.jsonl", val_frac=0.25, seed=1, out="other")
+    assert prompts("val", "other") != val
+    make_prompts("a.jsonl", val_input=("b.jsonl",), out="apart")
+    assert (prompts("train", "apart"), prompts("val", "apart")) == (expected[:300], expected[300:])
+
+
+@pytest.mark.parametrize("rows, val_frac, message", [
+    ([], 0.0, "--input: no prompts left to train on"),
+    (PROMPT_ROWS[:2], 0.001, "--val_frac=0.001: none of the 2 prompts was drawn for validation; raise it, or "
+                             "name files with --val_input")])
+def test_a_split_of_no_prompts_is_refused(rows, val_frac, message):
+    write_rows("a.jsonl", rows)
+    assert refusal("a.jsonl", make=make_prompts, val_frac=val_frac) == message
+
+
+MALFORMED_PROMPTS = {
+    "conversation": [user("a")], "number": 3, "null": None, "no answer": {"prompt": "a"},
+    "no prompt": {"answer": "a"}, "number as answer": {"prompt": "a", "answer": 3},
+    "null answer": {"prompt": "a", "answer": None},
+    "a message as answer": {"prompt": "a", "answer": user("b")},
+    "null prompt": {"prompt": None, "answer": "b"}, "number as prompt": {"prompt": 3, "answer": "b"},
+    "empty prompt": {"prompt": [], "answer": "b"}, "strings as prompt": {"prompt": ["a"], "answer": "b"},
+    "a message as prompt": {"prompt": user("a"), "answer": "b"},
+    "unknown role": {"prompt": [{"role": "tool", "content": "a"}], "answer": "b"},
+    "no content": {"prompt": [{"role": "user"}], "answer": "b"},
+    "user thinks": {"prompt": [{**user("a"), "think": "b"}], "answer": "c"},
+    "lone surrogate": {"prompt": "\ud800", "answer": "b"},
+}
+LEFT_OUT_PROMPTS = [
+    *(pytest.param(BAD_LINES[name], id=name) for name in ("no json", "truncated", "not UTF-8")),
+    *(pytest.param(json.dumps(row).encode(), id=name) for name, row in MALFORMED_PROMPTS.items())]
+
+
+@pytest.mark.parametrize("line", LEFT_OUT_PROMPTS)
+def test_a_bad_prompt_is_refused_with_file_and_line_or_left_out(capsys, line):
+    first, last = (json.dumps(row).encode() for row in PROMPT_ROWS[:2])
+    Path("a.jsonl").write_bytes(first + b"\n\n" + line + b"\n" + last + b"\n")
+    message = refusal("a.jsonl", make=make_prompts)
+    assert message.startswith("a.jsonl:3: ") and "--bad_rows=skip" in message and len(message) < 250
+    meta = make_prompts("a.jsonl", bad_rows="skip")
+    assert meta["left_out"] == {"malformed": 1} and prompts() == encoded_prompts(PROMPT_MESSAGES[:2])
+    assert capsys.readouterr().out.startswith("left out 1 malformed: a.jsonl:3\nset/train.npy: 2 prompts of ")
+
+
+LONG_PROMPTS = [{"prompt": "a" * n, "answer": "b" * 50} for n in (7, 8, 9, 40)]       # 10, 11, 12, 43 tokens
+
+
+def test_longer_prompts_are_refused_or_left_out_and_counted_whatever_their_answers(capsys):
+    write_rows("a.jsonl", LONG_PROMPTS)
+    message = refusal("a.jsonl", make=make_prompts, max_len=11)
+    assert message.startswith("a.jsonl:3: 12 tokens, more than --max_len=11; raise it, or leave such rows "
+                              "out with --long_rows=skip")
+    meta = make_prompts("a.jsonl", max_len=11, long_rows="skip")
+    assert prompts() == encoded_prompts([([user("a" * n)], "b" * 50) for n in (7, 8)])
+    assert meta["left_out"] == {"longer than 11 tokens": 2}
+    assert capsys.readouterr().out.startswith("left out 2 longer than 11 tokens: a.jsonl:3, a.jsonl:4\n"
+                                              "set/train.npy: 2 prompts of up to 11 tokens, 21 in all, ")
+
+
+def test_a_killed_run_leaves_no_set_of_prompts_and_the_next_one_works(monkeypatch):
+    write_rows("a.jsonl", [{"prompt": f"question {i}", "answer": "?"} for i in range(300)])
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare.ExampleWriter, "add", at_call(200, die))
+        child = multiprocessing.get_context("fork").Process(target=make_prompts, args=("a.jsonl",))
+        child.start()
+        child.join()
+    assert child.exitcode == -signal.SIGKILL and sorted(os.listdir()) == ["a.jsonl", "set.partial"]
+    make_prompts("a.jsonl")
+    assert len(prompts()) == 300 and sorted(os.listdir()) == ["a.jsonl", "set"]
+
+
+def test_prompts_are_prepared_from_the_command_line(folder):
+    write_rows("a.jsonl", [*LONG_PROMPTS, {"prompt": "q"}])
+    out = run("data/prepare.py", "prompts", f"--input={folder}/a.jsonl", f"--out_dir={folder}/set",
+              "--bad_rows=skip", "--max_len=11", "--long_rows=skip").stdout
+    assert out.startswith(f"left out 1 malformed: {folder}/a.jsonl:5\n"
+                          f"left out 2 longer than 11 tokens: {folder}/a.jsonl:3, {folder}/a.jsonl:4\n"
+                          f"{folder}/set/train.npy: 2 prompts of up to 11 tokens, 21 in all, ")
+    assert prompts() == encoded_prompts([([user("a" * n)], "b" * 50) for n in (7, 8)])
 
 
 # -----------------------------------------------------------------------------

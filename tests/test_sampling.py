@@ -4,15 +4,19 @@ common/sampling.py against hand tables, chi-square and a naive uncached loop: on
 import io
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import sentencepiece
 import torch
 
+from common.data import Branches, branches
 from common.losses import token_logps
 from common.model import GPT, ModelConfig
-from common.sampling import SamplingConfig, complete, generate, sample_next, stream, uniforms
+from common.sampling import SamplingConfig, complete, for_vocabulary, generate, sample_next, stream, uniforms
 from common.tokenizer import Tokenizer, train_sentencepiece
+from train_grpo import answer_logps
 
 PLAIN = SamplingConfig(temperature=1.0)
 LARGEST = 1 - 2**-24                                     # the largest float32 that torch.rand can give
@@ -194,6 +198,24 @@ def test_first_tokens_of_many_samples_have_the_distribution_that_their_logps_cla
     assert p_value(torch.tensor(tokens).bincount(minlength=5), claimed) > 1e-3
 
 
+@pytest.mark.parametrize("suppress", [(), (1,), (0, 4)], ids=str)
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 1.3])
+def test_first_tokens_of_groups_have_the_distribution_that_their_logps_claim(temperature, suppress):
+    """As in rollouts: few samples of a prompt at a time, in many batches with numbers that go on."""
+    model = tiny_model(vocab_size=5, tie_embeddings=False)
+    cfg = replace(PLAIN, temperature=temperature, suppress=suppress, max_new_tokens=1)
+    tokens, claimed = [], torch.zeros(5)
+    for first in range(0, 500, 100):
+        (_, drawn, logps), = generate(model, [[1, 2, 3]] * 100, cfg, None, 8, 3, range(first, first + 100))
+        tokens += drawn
+        claimed[drawn] = torch.tensor(logps).exp()
+    assert claimed.sum().item() == pytest.approx(1, abs=1e-5) and not claimed[list(suppress)].any()
+    assert p_value(torch.tensor(tokens).bincount(minlength=5), claimed) > 1e-3
+    logits = (model(torch.tensor([[1, 2, 3]]))[0, -1] @ model.head.T) / temperature
+    logits[list(suppress)] = -torch.inf
+    assert claimed.tolist() == pytest.approx(logits.softmax(-1).tolist(), abs=1e-5)
+
+
 @pytest.mark.parametrize("streams", [[(5, row) for row in range(4000)], [(seed, 0) for seed in range(4000)]],
                          ids=["rows", "seeds"])
 def test_the_random_streams_of_rows_and_of_seeds_are_independent(streams):
@@ -298,6 +320,57 @@ def test_logps_are_those_that_training_computes_for_the_same_tokens(temperature)
         recomputed = logps_of(model, PROMPTS[row // 2], tokens[row], temperature)
         for new, old in zip(recomputed, logps[row], strict=True):
             assert abs(math.exp(new - old) - 1) < 1e-5
+
+
+def test_a_numbered_prompt_has_its_samples_in_any_batch_and_place():
+    model, cfg, numbers = tiny_model(), CONFIGS["everything"], [70, 3, 12]
+    tokens, logps = complete(model, PROMPTS, cfg, num_samples=3, seed=4, numbers=numbers)
+    for places in ([0], [1], [2], [2, 0, 1], [1, 2], [0, 0, 2, 0]):
+        result = complete(model, [PROMPTS[p] for p in places], cfg, num_samples=3, seed=4,
+                          numbers=torch.tensor(numbers)[places])
+        assert_same(result, [(tokens[3 * p + g], logps[3 * p + g]) for p in places for g in range(3)])
+    assert complete(model, PROMPTS, cfg, num_samples=3, seed=4)[0] == \
+        complete(model, PROMPTS, cfg, num_samples=3, seed=4, numbers=range(3))[0] != tokens
+
+
+def test_samples_of_a_prompt_differ_from_each_other_and_from_those_under_other_numbers():
+    model, cfg = tiny_model(), replace(PLAIN, max_new_tokens=8)
+    tokens, _ = complete(model, [PROMPTS[0]] * 20, cfg, num_samples=4, numbers=range(100, 120))
+    assert len({tuple(row) for row in tokens}) == 80
+    first = [row[0] for row in tokens]
+    assert all(len({first[4 * p + g] for p in range(20)}) > 5 for g in range(4))
+    other, _ = complete(model, [PROMPTS[0]] * 20, cfg, num_samples=4, numbers=range(100, 120), seed=1)
+    assert not {tuple(row) for row in tokens} & {tuple(row) for row in other}
+
+
+PADDED = 36                                              # ids of a vocabulary whose head has 40 rows
+GROUPS = [[5, 7, 9], [2, 4], [2, 4, 6, 8, 10, 12, 14]]   # prompts of 3, 2 and 7 tokens
+
+
+@pytest.mark.parametrize("suppress", [(), (0, 3, 20)], ids=str)
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 1.3])
+def test_the_ratio_before_any_update_is_1_in_the_row_of_branches_that_learns(temperature, suppress):
+    model, numbers = tiny_model(), [8, 2, 5]
+    cfg = for_vocabulary(replace(PLAIN, temperature=temperature, suppress=suppress, max_new_tokens=12), model,
+                         SimpleNamespace(vocab_size=PADDED))
+    assert cfg.suppress == (*suppress, *range(PADDED, 40))
+    end = complete(model, GROUPS, cfg, None, 3, 4, numbers)[0][4][0]     # so that row 4 is one token
+    answers, logps = complete(model, GROUPS, cfg, end, 3, 4, numbers)
+    assert len(answers[4]) == 1 and max(map(len, answers)) == 12
+    assert not set(cfg.suppress) & {token for answer in answers for token in answer}
+    parts = [(np.array(answer), np.ones(len(answer), bool)) for answer in answers]
+    rows = Branches(*branches([(np.array(prompt), parts[3 * p:3 * p + 3]) for p, prompt in enumerate(GROUPS)],
+                              torch.device("cpu")))
+    with torch.no_grad():
+        recomputed = rows.padded(answer_logps(model, rows, cfg))
+        unlike = [rows.padded(answer_logps(model, rows, replace(cfg, **change)))
+                  for change in (dict(suppress=()), dict(temperature=temperature + 0.01))]
+    for row, sampled in enumerate(logps):
+        n, sampled = len(sampled), torch.tensor(sampled)
+        assert ((recomputed[row, :n] - sampled).exp() - 1).abs().max() < 1e-5
+        assert not recomputed[row, n:].any()
+    for other in unlike:                                                # what either mistake would make of it
+        assert ((other - recomputed).exp() - 1).abs().max() > 1e-3
 
 
 def naive_probs(logits, cfg, seen):

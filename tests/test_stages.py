@@ -430,7 +430,8 @@ def grpo(request, tmp_path):
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 1.3])
 def test_the_sampler_and_the_first_update_are_one_policy(grpo, temperature):
     grpo("run", "--num_steps=8", "--updates_per_rollout=2", "--micro_batch_size=2",
-         f"--temperature={temperature}", "--suppress=98", "--eval_every=0", "--save_every=0", "--model.vocab_size=300")
+         f"--temperature={temperature}", "--suppress=98", "--eval_every=0", "--save_every=0",
+         "--model.vocab_size=300")
     rows = [r for r in records(grpo.folder / "run") if "loss" in r]
     assert all(r["mismatch"] < 1e-5 for r in rows)             # of log-probs, sampler's against the update's
     assert all(r["clip_frac"] == 0 for r in rows[::2])         # before the first update the ratio is 1
