@@ -10,6 +10,7 @@ Writes  out_dir/{config.json, code/, metrics.jsonl, step_NNNNNN/}, ref_logps.bin
 Expect  `make demo`: accuracy on held-out pairs, in README.md, "Results"
 """
 import copy
+import json
 import math
 import os
 from dataclasses import asdict, dataclass, replace
@@ -44,7 +45,7 @@ class Config:
     seq_len: int = 512                 # tokens of a prompt and one answer at most
     # preferences
     loss: Literal["sigmoid", "ipo", "hinge", "simpo", "orpo"] = "sigmoid"  # common/losses.py has the formulas
-    beta: float = 0.1                  # how strongly the policy is held to the reference; orpo: odds' weight
+    beta: float = 0.1                  # pull to the reference; simpo: reward scale, try 2; orpo: weight
     label_smoothing: float = 0.0       # sigmoid: share of pairs that may be the wrong way round
     gamma: float = 0.5                 # simpo: margin between the answers' rewards
     nll_coef: float = 0.0              # adds this much of the chosen answers' cross-entropy
@@ -93,7 +94,7 @@ def answer_logps(model, pairs):
     return losses.token_logps(hidden, model.head, pairs.targets[pairs.mask])
 
 
-def preference(logps, pairs, ref, cfg):
+def preference(logps, pairs, ref, critical_ids, cfg):
     """logps (N,) of the policy; ref (P, 2) summed log-probs -> loss (P,), dict of metrics (P,)"""
     sums, lengths = pairs.per_answer(logps), pairs.per_answer(torch.ones_like(logps)).clamp(min=1)
     means = sums / lengths                                                    # (P, 2)
@@ -104,20 +105,19 @@ def preference(logps, pairs, ref, cfg):
     else:
         loss = losses.dpo_loss(*sums.T, *ref.T, cfg.beta, cfg.label_smoothing, cfg.loss)
         rewards = cfg.beta * (sums - ref)
+    # cross-entropy of the chosen answer, divided by its length (RPO, 2404.19733 eq. 1)
+    weights = losses.critical_weights(pairs.targets[pairs.mask], critical_ids, cfg.critical_alpha)
+    nll = -(pairs.per_answer(logps * weights) / pairs.per_answer(weights).clamp(min=1e-6))[:, 0]
+    loss = loss + cfg.nll_coef * nll
     metrics = dict(zip(("reward_chosen", "reward_rejected", "logps_chosen", "logps_rejected"),
                        torch.cat([rewards, sums], dim=1).detach().T))
+    metrics["nll"] = nll.detach()
     metrics["margin"] = metrics["reward_chosen"] - metrics["reward_rejected"]
     metrics["accuracy"] = (metrics["margin"].sign() + 1) / 2                  # undecided: half right
     metrics["ranking"] = ((metrics["logps_chosen"] - metrics["logps_rejected"]).sign() + 1) / 2
     if ref is not None:  # as if the answers were the reference's samples: KL(reference || policy) per token
         metrics["kl"] = ((ref - sums.detach()) / lengths).mean(dim=1)
     return loss, metrics
-
-
-def token_weights(pairs, critical_ids, cfg):
-    """What each learned token (N,) weighs in the cross-entropy of the chosen answers; 0 in rejected ones"""
-    weights = losses.critical_weights(pairs.targets[pairs.mask], critical_ids, cfg.critical_alpha)
-    return weights * (pairs.answer[pairs.mask] % 2 == 0)
 
 
 @torch.no_grad()
@@ -135,14 +135,15 @@ def summed_logps(model, data, autocast):
 
 
 @torch.no_grad()
-def evaluate(model, data, ref, cfg, autocast):
+def evaluate(model, data, ref, critical_ids, cfg, autocast):
     """-> dict of the validation loss and metrics, means over the data.total pairs, all ranks together"""
     model.eval()
     total = 0.0
     for i in range(-(-data.total // (data.micro_batch_size * data.world_size))):
         pairs = data.batch(i)
         with autocast:
-            loss, metrics = preference(answer_logps(model, pairs), pairs, ref("val", pairs), cfg)
+            logps = answer_logps(model, pairs)
+            loss, metrics = preference(logps, pairs, ref("val", pairs), critical_ids, cfg)
         total += (torch.stack([loss, *metrics.values()]) * pairs.counts).sum(dim=1)
     model.train()
     means = (dist.all_sum(total) / data.total).tolist()
@@ -179,8 +180,8 @@ if __name__ == "__main__":
 
     # -------------------------------------------------------------------------
     # data
-    if cfg.beta <= 0 or not 0 <= cfg.label_smoothing < 0.5:
-        raise UserError(f"--beta={cfg.beta} --label_smoothing={cfg.label_smoothing}: expected > 0 and < 0.5")
+    if cfg.beta <= 0 or cfg.nll_coef < 0 or not 0 <= cfg.label_smoothing < 0.5:
+        raise UserError("--beta, --nll_coef, --label_smoothing: expected > 0; >= 0; >= 0 and < 0.5")
     if cfg.label_smoothing and cfg.loss != "sigmoid":
         raise UserError(f"--label_smoothing: only with --loss=sigmoid, not {cfg.loss}")
 
@@ -192,7 +193,7 @@ if __name__ == "__main__":
     critical_ids = torch.tensor(cfg.critical_ids, dtype=torch.int64, device=device)
 
     # -------------------------------------------------------------------------
-    # model, optimizer, run directory (identical in every stage)
+    # model, optimizer (identical in every stage)
     if cfg.num_epochs:                                                        # the last step may be partial
         train_data.total = round(cfg.num_epochs * train_data.num_samples)
         if train_data.total < 1:
@@ -240,6 +241,43 @@ if __name__ == "__main__":
     forward = torch.compile(model) if cfg.compile else model                  # forward() trains only
     token_flops = model.flops_per_token(train_data.mean_context, train_data.target_frac)
     peak_flops = dist.peak_flops(device) * world_size
+
+    # -------------------------------------------------------------------------
+    # reference: the initial policy, by the log-probs it gave, or as a second model
+    cached = reference = ref_arrays = None
+    path = os.path.join(cfg.out_dir, "ref_logps.bin")
+    sets = {split: data for split, data in (("train", train_data), ("val", val_data)) if data}
+    initial_weights = saved["initial_weights"] if previous else checkpoint.fingerprint(model)
+    key = json.dumps([initial_weights, asdict(model_config), str(dtype),
+                      {split: meta["splits"][split]["sha256"] for split in sets}])
+    if cfg.loss not in ("simpo", "orpo"):
+        cached = None if cfg.ref_online else dist.from_rank_zero(lambda: checkpoint.read_arrays(path, key))
+        if cached is None:
+            reference = copy.deepcopy(model) if previous or cfg.ref_online else model
+            if previous:                                                      # back to where the run began
+                torch.manual_seed(cfg.seed)
+                reference.load_state_dict(GPT(model_config).state_dict())
+                if cfg.init_from:
+                    checkpoint.load_weights(checkpoint.find(cfg.init_from), reference)
+                if checkpoint.fingerprint(reference) != initial_weights:
+                    raise UserError(f"--init_from={cfg.init_from}: not the weights that this run began with; "
+                                    "its reference needs those again")
+        if cached is None and not cfg.ref_online:
+            if rank == 0:
+                print(f"reference: log-probs of {sum(d.num_samples for d in sets.values()):,} pairs")
+            ref_arrays = {split: summed_logps(reference, data, autocast) for split, data in sets.items()}
+            reference = None
+        elif cached:
+            ref_arrays = {split: torch.from_numpy(array).to(device) for split, array in cached.items()}
+
+    def ref(split, pairs):                                                    # -> (P, 2), None without one
+        if reference is not None:
+            with torch.no_grad(), autocast:
+                return pairs.per_answer(answer_logps(reference, pairs))
+        return ref_arrays[split][pairs.ids] if ref_arrays else None
+
+    # -------------------------------------------------------------------------
+    # run directory (identical in every stage)
     options = {**as_dict(cfg), "model": read_overrides().get("model", {})}    # the model as it was asked for
     log = Logger(cfg.out_dir, options, __file__, cfg.resume, start_step, num_steps, cfg.log_every)
     log.print_changes(as_dict(cfg), saved["config"] if previous else {})
@@ -249,36 +287,9 @@ if __name__ == "__main__":
               + (f" from step {start_step} of {previous}" if previous else
                  f", weights of {source}" if source else ", random weights"))
 
-    # -------------------------------------------------------------------------
-    # reference: the initial policy, by the log-probs it gave, or as a second model
-    reference = ref_arrays = None
-    initial_weights = saved["initial_weights"] if previous else checkpoint.fingerprint(model)
-    if cfg.loss not in ("simpo", "orpo"):
-        path = os.path.join(cfg.out_dir, "ref_logps.bin")
-        key = " ".join([initial_weights, str(dtype), *(split["sha256"] for split in meta["splits"].values())])
-        if not cfg.ref_online:
-            ref_arrays = dist.from_rank_zero(lambda: checkpoint.read_arrays(path, key))
-        if ref_arrays is None:
-            reference = copy.deepcopy(model).eval().requires_grad_(False)
-            if previous:                                                      # back to where the run began
-                torch.manual_seed(cfg.seed)
-                reference.load_state_dict(GPT(model_config).state_dict())
-                if cfg.init_from:
-                    checkpoint.load_weights(checkpoint.find(cfg.init_from), reference)
-            if checkpoint.fingerprint(reference) != initial_weights:
-                raise UserError(f"--init_from={cfg.init_from}: not the weights that this run started from, "
-                                "which are its reference; give it those again")
-            if not cfg.ref_online:
-                ref_arrays = {split: summed_logps(reference, data, autocast).cpu().numpy()
-                              for split, data in (("train", train_data), ("val", val_data)) if data}
-                reference = None
-                dist.from_rank_zero(lambda: checkpoint.write_arrays(path, key, ref_arrays))
-
-    def ref(split, pairs):                                                    # -> (P, 2), None without one
-        if reference is not None:
-            with torch.no_grad(), autocast:
-                return pairs.per_answer(answer_logps(reference, pairs))
-        return torch.from_numpy(ref_arrays[split]).to(device)[pairs.ids] if ref_arrays else None
+    if ref_arrays and not cached:
+        numpy_arrays = {split: array.cpu().numpy() for split, array in ref_arrays.items()}
+        dist.from_rank_zero(lambda: checkpoint.write_arrays(path, key, numpy_arrays))
 
     # -------------------------------------------------------------------------
     # train
@@ -291,7 +302,7 @@ if __name__ == "__main__":
         eval_now = save_now or (cfg.eval_every and step % cfg.eval_every == 0)  # each save has a val_loss
 
         if eval_now and val_data:
-            log.metrics(step, **(metrics := evaluate(model, val_data, ref, cfg, autocast)))
+            log.metrics(step, **(metrics := evaluate(model, val_data, ref, critical_ids, cfg, autocast)))
             val_loss = metrics["val_loss"]
             log.print(f"step {step}/{num_steps} | val loss {val_loss:.4f} | "
                       f"accuracy {metrics['val_accuracy']:.3f}")
@@ -310,19 +321,15 @@ if __name__ == "__main__":
         timer = Timer()
         dist.seed(cfg.seed, step)                                             # dropout follows from the step
         micro_batches = [train_data.batch(step * num_micro + i) for i in range(num_micro)]
-        n_pairs, n_chosen, n_tokens = dist.all_sum(sum(                       # of this whole step, all ranks
-            torch.stack([pairs.counts.sum(), token_weights(pairs, critical_ids, cfg).sum(),
-                         torch.tensor(pairs.tokens.numel(), device=device)]) for pairs in micro_batches))
+        n_pairs, n_tokens = dist.all_sum(sum(                                 # of this whole step, all ranks
+            torch.stack([pairs.counts.sum(), (pairs.tokens >= 0).sum()]) for pairs in micro_batches))
         step_loss, step_metrics = torch.zeros((), device=device), 0.0
         for i, pairs in enumerate(micro_batches):
             optimizer.sync = i == num_micro - 1                               # travel in the last backward
             with autocast:
                 logps = answer_logps(forward, pairs)                          # (N,)
-                pair_loss, metrics = preference(logps, pairs, ref("train", pairs), cfg)             # (P,)
+                pair_loss, metrics = preference(logps, pairs, ref("train", pairs), critical_ids, cfg)
             loss = (pair_loss * pairs.counts).sum() / n_pairs                 # divide once, by the full count
-            if cfg.nll_coef:
-                nll_sum = -(logps * token_weights(pairs, critical_ids, cfg)).sum()
-                loss = loss + cfg.nll_coef * nll_sum / n_chosen
             (loss * optimizer.loss_scale).backward()
             step_loss += loss.detach()
             step_metrics += (torch.stack([*metrics.values()]) * pairs.counts).sum(dim=1)

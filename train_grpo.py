@@ -6,7 +6,6 @@ Group relative policy optimization: sample several answers to a prompt, raise th
 
 Reads   data_dir, made by `python data/prepare.py prompts ...`; init_from, a run or checkpoint to start from
 Writes  out_dir/{config.json, code/, metrics.jsonl, samples.jsonl, step_NNNNNN/}
-Expect  `make demo`: how often its model meets requests for a line, in README.md, "Results"
 """
 import copy
 import math
@@ -63,8 +62,8 @@ class Config:
     clip_high: float = 0.2             # ratios above 1 + clip_high gain nothing more
     delta: float = 0.0                 # ratios above it are cut where the advantage is negative; 0 = off
     beta: float = 0.0                  # weight of the KL divergence from the reference, the initial policy
-    ref_mix: float = 0.0               # share of the policy that is mixed into the reference ...
-    ref_every: int = 0                 # ... every so many steps; 0 = the reference stays
+    ref_mix: float = 0.0               # share of the policy mixed into the reference every ref_every steps
+    ref_every: int = 0                 # 0 = the reference stays
     # optimization
     num_steps: int = 1000              # updates; 0 = as many as num_epochs takes
     num_epochs: float = 0.0            # passes over the data; set num_steps=0 with it
@@ -174,8 +173,7 @@ if __name__ == "__main__":
         raise UserError(f"--updates_per_rollout={updates}: at least 1, and --save_every, --eval_every and "
                         "--num_steps must be multiples of it, as checkpoints hold no rollout")
     if cfg.max_new_tokens >= cfg.seq_len or cfg.temperature <= 0 or cfg.num_samples < 2:
-        raise UserError("--max_new_tokens, --temperature, --num_samples: expected below --seq_len="
-                        f"{cfg.seq_len}, above 0, at least 2")
+        raise UserError("--max_new_tokens, --temperature, --num_samples: expected < --seq_len, > 0, >= 2")
     rewards = {name: load_reward(name) for name in cfg.reward}
     if cfg.reward_weights and len(cfg.reward_weights) != len(rewards):
         raise UserError(f"--reward_weights: {len(cfg.reward_weights)} for {len(rewards)} functions")
@@ -189,7 +187,7 @@ if __name__ == "__main__":
         tokenizer, [[{"role": "user", "content": prompt}] for prompt in cfg.eval_prompts], reply=True)]
 
     # -------------------------------------------------------------------------
-    # model, optimizer, run directory (identical in every stage)
+    # model, optimizer (identical in every stage)
     if cfg.num_epochs:                                                        # the last step may be partial
         train_data.total = round(cfg.num_epochs * train_data.num_samples)
         if train_data.total < 1:
@@ -237,6 +235,21 @@ if __name__ == "__main__":
     forward = torch.compile(model) if cfg.compile else model                  # forward() trains only
     token_flops = model.flops_per_token(train_data.mean_context, train_data.target_frac)
     peak_flops = dist.peak_flops(device) * world_size
+
+    # -------------------------------------------------------------------------
+    # sampler, reference
+    if model_config.attn_dropout:
+        raise UserError("--model.attn_dropout: must be 0, or sampler and update were two policies")
+    reference = None
+    if cfg.beta:
+        reference = copy.deepcopy(model).requires_grad_(False)
+        if previous:
+            checkpoint.load_weights(previous, reference, "reference.pt")
+    sampling_cfg = SamplingConfig(cfg.max_new_tokens, cfg.suppress, temperature=cfg.temperature)
+    sampling_cfg = for_vocabulary(sampling_cfg, model, tokenizer)             # in the log-probs too
+
+    # -------------------------------------------------------------------------
+    # run directory (identical in every stage)
     options = {**as_dict(cfg), "model": read_overrides().get("model", {})}    # the model as it was asked for
     log = Logger(cfg.out_dir, options, __file__, cfg.resume, start_step, num_steps, cfg.log_every)
     log.print_changes(as_dict(cfg), saved["config"] if previous else {})
@@ -245,19 +258,6 @@ if __name__ == "__main__":
               f"in {train_data.num_samples:,} samples, {num_steps} steps"
               + (f" from step {start_step} of {previous}" if previous else
                  f", weights of {source}" if source else ", random weights"))
-
-    # -------------------------------------------------------------------------
-    # sampler, reference
-    if model_config.attn_dropout:
-        raise UserError("--model.attn_dropout: must be 0, or sampler and update would be two policies; "
-                        "add --model.attn_dropout=0")
-    reference = None
-    if cfg.beta:
-        reference = copy.deepcopy(model).requires_grad_(False)
-        if previous:
-            checkpoint.load_weights(previous, reference, "reference.pt")
-    sampling_cfg = SamplingConfig(cfg.max_new_tokens, cfg.suppress, temperature=cfg.temperature)
-    sampling_cfg = for_vocabulary(sampling_cfg, model, tokenizer)             # in the log-probs too
 
     # -------------------------------------------------------------------------
     # train
@@ -284,9 +284,9 @@ if __name__ == "__main__":
         if (save_now or stop) and step > start_step:
             info = dict(model=asdict(model_config), config=as_dict(cfg), identity=identity,
                         fingerprint=tokenizer.fingerprint)
-            checkpoint.save(cfg.out_dir, step, model, optimizer, info,
-                            tokenizer.files() | checkpoint.weights_file("reference.pt", reference),
-                            cfg.keep_last, val_loss if save_now else None, last=last_step or stop)
+            files = tokenizer.files() | checkpoint.weights_file("reference.pt", reference)
+            checkpoint.save(cfg.out_dir, step, model, optimizer, info, files, cfg.keep_last,
+                            val_loss if save_now else None, last=last_step or stop)
         if last_step or stop:
             break
 
@@ -298,7 +298,7 @@ if __name__ == "__main__":
                 episodes = [sample_answers(model, tokenizer, train_data, first + i, cfg.num_samples,
                                            sampling_cfg, rewards, cfg) for i in range(num_micro)]
                 rows = [as_branches(e, cfg, device) for e in episodes]
-                old_logps = [None] * num_micro                                # by the first update, as it is
+                old_logps = [None] * num_micro                                # the first update's own
                 ref_logps = [answer_logps(reference, r, sampling_cfg) if reference else None for r in rows]
             everyone = torch.cat(dist.gather_objects(torch.cat([e["rewards"] for e in episodes])))
             advantages = losses.group_advantages(everyone, cfg.scale_rewards).chunk(world_size)[rank]

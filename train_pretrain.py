@@ -130,7 +130,7 @@ if __name__ == "__main__":
     critical_ids = torch.tensor(cfg.critical_ids, dtype=torch.int64, device=device)
 
     # -------------------------------------------------------------------------
-    # model, optimizer, run directory (identical in every stage)
+    # model, optimizer (identical in every stage)
     if cfg.num_epochs:                                                        # the last step may be partial
         train_data.total = round(cfg.num_epochs * train_data.num_samples)
         if train_data.total < 1:
@@ -178,6 +178,9 @@ if __name__ == "__main__":
     forward = torch.compile(model) if cfg.compile else model                  # forward() trains only
     token_flops = model.flops_per_token(train_data.mean_context, train_data.target_frac)
     peak_flops = dist.peak_flops(device) * world_size
+
+    # -------------------------------------------------------------------------
+    # run directory (identical in every stage)
     options = {**as_dict(cfg), "model": read_overrides().get("model", {})}    # the model as it was asked for
     log = Logger(cfg.out_dir, options, __file__, cfg.resume, start_step, num_steps, cfg.log_every)
     log.print_changes(as_dict(cfg), saved["config"] if previous else {})

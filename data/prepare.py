@@ -709,12 +709,18 @@ def read_pairs(path, report):
                 check_conversation(messages)
             if chosen[:len(prompt)] == prompt == rejected[:len(prompt)]:
                 prompt = []                                   # they hold it themselves
+            elif prompt and prompt[-1]["role"] == chosen[0]["role"] == "user" and len(chosen) > 1:
+                raise ValueError("chosen begins with a user's message, but not with the prompt")
         except ValueError as error:
             report.bad("malformed", where, f"{error}, got {shown(row)}")
             continue
         while chosen and rejected and chosen[0] == rejected[0]:   # what both begin with belongs to the prompt
             prompt, chosen, rejected = [*prompt, chosen[0]], chosen[1:], rejected[1:]
-        if not (chosen and rejected and prompt and chosen[0]["role"] == rejected[0]["role"] == "assistant"):
+        if not prompt:
+            report.bad("without two replies to one prompt", where,
+                       f'no "prompt", and chosen and rejected do not begin alike, in {shown(row)}')
+            continue
+        if not (chosen and rejected and chosen[0]["role"] == rejected[0]["role"] == "assistant"):
             report.bad("without two replies to one prompt", where,
                        f"chosen and rejected must differ, first in an assistant's turn, in {shown(row)}")
             continue

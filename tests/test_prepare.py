@@ -1505,3 +1505,11 @@ def test_a_tokenizer_learns_from_conversations_and_named_fields():
 def test_what_to_do_with_long_rows_needs_a_length():
     write_rows("a.jsonl", CHATS)
     assert "--max_len=0" in refusal("a.jsonl", make=make_chat, long_rows="cut")
+
+
+@pytest.mark.parametrize("prompt", ["q ", [user("q"), assistant("a"), user("r")]])
+def test_a_prompt_that_the_conversations_do_not_begin_with_is_refused(prompt):
+    write_rows("a.jsonl", [dict(prompt=prompt, chosen=[user("q"), assistant("a")],
+                                rejected=[user("q"), assistant("b")])])
+    assert "a.jsonl:1: chosen begins with a user's message, but not with the prompt" in refusal(
+        "a.jsonl", make=make_pairs)

@@ -12,6 +12,7 @@ BLOCKS = re.findall(r"<!-- runnable -->\n```bash\n(.*?)```", TEXT, re.S)
 SMALL = {"train_pretrain.py": ["--num_steps=3", "--eval_seqs=4", "--batch_size=2"],
          "train_sft.py": ["--num_steps=2", "--eval_seqs=2", "--batch_size=2"],
          "train_dpo.py": ["--num_steps=2", "--eval_seqs=2", "--batch_size=2"],
+         "train_grpo.py": ["--num_steps=1", "--eval_seqs=2", "--batch_size=2", "--num_samples=2"],
          "sample.py": ["--max_new_tokens=20"]}
 
 
@@ -26,7 +27,7 @@ def test_the_commands_run_in_their_order(tmp_path):
 
 
 def test_there_are_runnable_blocks():
-    assert len(BLOCKS) == 4
+    assert len(BLOCKS) == 5
 
 
 def test_the_python_example_streams(tmp_path):

@@ -372,26 +372,70 @@ def dpo(request, tmp_path):
     return make_stage("train_dpo.py", request, tmp_path)
 
 
-def test_the_first_loss_is_ln_2_and_a_later_one_that_of_its_weights_and_the_first_ones(dpo):
+def log_sigmoid(x):
+    return -(1 + (-x).exp()).log()
+
+
+# loss -> what a pair costs, from d (P,) and the answers' mean log-probs m (P, 2)
+FORMULAS = {
+    "sigmoid": lambda d, m: -0.9 * log_sigmoid(0.5 * d) - 0.1 * log_sigmoid(-0.5 * d),
+    "ipo": lambda d, m: (d - 1 / (2 * 0.5))**2,
+    "hinge": lambda d, m: (1 - 0.5 * d).clamp(min=0),
+    "simpo": lambda d, m: -log_sigmoid(0.5 * (m[:, 0] - m[:, 1]) - 0.3),
+    "orpo": lambda d, m: -m[:, 0] - 0.5 * log_sigmoid((m - (1 - m.exp()).log())[:, 0]
+                                                      - (m - (1 - m.exp()).log())[:, 1])}
+
+
+@pytest.mark.parametrize("loss", FORMULAS)
+def test_dpo_logs_what_the_saved_and_the_first_weights_give(dpo, loss):
     from common.data import PairData
     dpo("start", "--num_steps=1", "--seed=5")
     dpo("run", "--num_steps=7", "--save_every=6", "--micro_batch_size=2",
-        f"--init_from={dpo.folder / 'start'}")
-    assert losses(dpo.folder / "run")[0] == pytest.approx(math.log(2), abs=1e-6)
-    data = PairData(str(dpo.data), "train", 32, 8, seed=1337)
-    ids = data.batch(6).ids.tolist()
-    with torch.no_grad():
-        now, before = (answer_logps(load_model(dpo.folder / folder), data, ids)
-                       for folder in ("run/step_000006", "start/step_000001"))
-    d = (now - before)[:, 0] - (now - before)[:, 1]
-    row = [r for r in records(dpo.folder / "run") if "loss" in r][6]
-    assert row["loss"] == pytest.approx((1 + (-0.5 * d).exp()).log().mean().item(), abs=1e-5)
-    assert row["margin"] == pytest.approx(0.5 * d.mean().item(), abs=1e-5)
-    assert row["accuracy"] == (d > 0).double().mean().item()
-    assert row["logps_chosen"] == pytest.approx(now[:, 0].mean().item(), abs=1e-4)
+        f"--init_from={dpo.folder / 'start'}",
+        f"--loss={loss}", "--nll_coef=0.7", "--gamma=0.3", *["--label_smoothing=0.1"] * (loss == "sigmoid"))
+    rows = records(dpo.folder / "run")
+    if loss == "sigmoid":
+        assert rows[1]["loss"] - 0.7 * rows[1]["nll"] == pytest.approx(math.log(2), abs=1e-6)
+    policies = [load_model(dpo.folder / folder) for folder in ("run/step_000006", "start/step_000001")]
+    for split, seed, size, row in (("train", 1337, 8, [r for r in rows if "loss" in r][6]),
+                                   ("val", 0, 20, next(r for r in rows[::-1] if r["step"] == 6
+                                                       and "val_loss" in r))):
+        data = PairData(str(dpo.data), split, 32, size, seed=seed)
+        ids = data.batch(6 if split == "train" else 0).ids.tolist()
+        with torch.no_grad():
+            now, before = (answer_logps(policy, data, ids) for policy in policies)
+        lengths = torch.tensor([[int(data.learn[data.offsets[3 * i + k]:data.offsets[3 * i + k + 1]].sum())
+                                 for k in (1, 2)] for i in ids])
+        d, m = (now - before)[:, 0] - (now - before)[:, 1], now / lengths
+        gap = m[:, 0] - m[:, 1] if loss in ("simpo", "orpo") else d
+        expected = dict(loss=FORMULAS[loss](d, m).mean() - 0.7 * m[:, 0].mean(), nll=-m[:, 0].mean(),
+                        margin=0.5 * gap.mean(), accuracy=(gap > 0).double().mean(),
+                        ranking=(now[:, 0] > now[:, 1]).double().mean(), logps_chosen=now[:, 0].mean(),
+                        logps_rejected=now[:, 1].mean())
+        if loss not in ("simpo", "orpo"):
+            expected["kl"] = ((before - now) / lengths).mean()
+        prefix = "val_" if split == "val" else ""
+        for name, value in expected.items():
+            assert row[prefix + name] == pytest.approx(value.item(), abs=1e-4), prefix + name
 
 
-def test_the_reference_is_the_first_policy_however_it_is_kept(dpo):
+def test_dpo_resumes_without_its_first_weights_while_the_cache_is_whole(dpo):
+    """So the cache is what is used, and it belongs to the splits and the model that it was made with."""
+    dpo("start", "--num_steps=3", "--seed=5")
+    options = [f"--init_from={dpo.folder / 'start'}", "--eval_every=0"]
+    result = dpo("run", "--num_steps=2", *options, "--eval_seqs=0")
+    assert "reference: log-probs of" in result.stdout
+    result = dpo("run", "--num_steps=3", "--resume=true", "--eval_seqs=0")
+    assert "reference: log-probs of" not in result.stdout
+    before = (dpo.folder / "run/metrics.jsonl").read_text()
+    result = dpo("run", "--num_steps=4", "--resume=true", check=False)         # now it needs val, too
+    assert_one_line(result, "not the weights that this run began with")
+    assert (dpo.folder / "run/metrics.jsonl").read_text() == before
+    dpo("run", "--num_steps=4", "--resume=true", *options)
+    assert "val_loss" in records(dpo.folder / "run")[-1]
+
+
+def test_dpos_reference_is_the_first_policy_however_it_is_kept(dpo):
     """Cached, lost and computed again on resume, and asked online: the same losses."""
     dpo("start", "--num_steps=3", "--seed=5")
     options = ["--save_every=6", "--schedule=constant", f"--init_from={dpo.folder / 'start'}"]
@@ -406,14 +450,14 @@ def test_the_reference_is_the_first_policy_however_it_is_kept(dpo):
     assert not (dpo.folder / "online/ref_logps.bin").exists()
 
 
-def test_a_wrong_reference_is_never_used(dpo):
+def test_dpo_never_uses_a_wrong_reference(dpo):
     dpo("start", "--num_steps=3", "--seed=5")
     dpo("run", "--num_steps=2", f"--init_from={dpo.folder / 'start'}")
     cache = dpo.folder / "run/ref_logps.bin"
     dpo("other", "--num_steps=2")                             # of random weights
     cache.write_bytes((dpo.folder / "other/ref_logps.bin").read_bytes())
     result = dpo("run", "--num_steps=4", "--resume=true", check=False)
-    assert_one_line(result, "not the weights that this run started from, which are its reference")
+    assert_one_line(result, "not the weights that this run began with; its reference needs those again")
     dpo("run", "--num_steps=4", "--resume=true", f"--init_from={dpo.folder / 'start'}")
     dpo("straight", "--num_steps=4", f"--init_from={dpo.folder / 'start'}")
     assert losses(dpo.folder / "run")[:2] == losses(dpo.folder / "straight")[:2]
@@ -465,7 +509,7 @@ def test_groups_of_equal_rewards_teach_nothing(grpo):
     (["--reward=nowhere.py:f"], "no file nowhere.py"),
     (["--reward_weights=1,2"], "--reward_weights: 2 for 1 functions"),
     (["--updates_per_rollout=3", "--num_steps=4"], "must be multiples of it"),
-    (["--max_new_tokens=32"], "expected below --seq_len=32"),
+    (["--max_new_tokens=32"], "expected < --seq_len"),
     (["--model.attn_dropout=0.1"], "--model.attn_dropout: must be 0")])
 def test_mistakes_of_rollouts_are_answered_by_one_line(grpo, options, message):
     result = grpo("run", "--num_steps=2", *options, check=False)

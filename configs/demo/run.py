@@ -92,7 +92,7 @@ def prepare_lines():
     """The lines-to-order task, as conversations and as pairs."""
     if not (ROOT / OUT / "lines").exists():
         run("data/lines.py", f"--corpus={CORPUS}", f"--out_dir={OUT}/lines")
-    for kind, train, val in (("chat", "train", "val"), ("pairs", "train_pairs", "test_pairs")):
+    for kind, train, val in (("chat", "train", "val"), ("pairs", "train_pairs", "val_pairs")):
         if not (ROOT / OUT / kind).exists():
             run("data/prepare.py", kind, f"--input={OUT}/lines/{train}.jsonl",
                 f"--val_input={OUT}/lines/{val}.jsonl", f"--tokenizer={OUT}/pretrain",
