@@ -17,6 +17,7 @@ A set is a folder that data/prepare.py makes:
 resumed run needs no replay. Step s of a run trains on samples [s, s + 1) * batch_size of the order, however
 ranks and micro-batches divide them. An epoch visits every sample once, in an order of its own.
 """
+import functools
 import json
 import math
 import os
@@ -65,7 +66,7 @@ def open_array(path, count=None):
 
 
 def read_split(data_dir, split, kind):
-    """-> meta.json of a set of that kind (text, chat) which has the split, or a UserError"""
+    """-> meta.json of a set of that kind (text, chat, pairs, prompts) which has the split, or a UserError"""
     meta = read_meta(data_dir)
     if meta["kind"] != kind:
         raise UserError(f"--data_dir={data_dir}: a set of kind {meta['kind']}, expected {kind}; "
@@ -83,6 +84,18 @@ def positions(i, data):
     """Places in the run's order of samples that micro-batch i of this rank takes: (B,)"""
     first = (i * data.world_size + data.rank) * data.micro_batch_size
     return np.arange(first, first + data.micro_batch_size)
+
+
+@functools.lru_cache(maxsize=8)
+def epoch_order(seed, epoch, n):
+    """The order of n samples in an epoch; cached, as many batches ask for it"""
+    return np.random.default_rng([seed, epoch]).permutation(n)
+
+
+def samples_at(places, data):
+    """Sample numbers at places (B,) of the run's order -> (B,)"""
+    return np.array([epoch_order(data.seed, int(epoch), data.num_samples)[k]
+                     for epoch, k in zip(*np.divmod(places, data.num_samples))])
 
 
 def to_device(device, *arrays):
@@ -126,19 +139,11 @@ class TokenData:
         self.rank, self.world_size = rank, world_size
         self.device, self.seed, self.doc_mask = torch.device(device), seed, doc_mask
         self.total = math.inf if total is None else total
-        self.epoch, self.order = None, None
 
     def sample_ids(self, i):
         """Which windows make micro-batch i here: (B,) sample numbers in their epoch, and which count."""
         position = positions(i, self)
-        ids = np.array([self._order(epoch)[k] for epoch, k in zip(*np.divmod(position, self.num_samples))])
-        return ids, position < self.total
-
-    def _order(self, epoch):
-        if epoch != self.epoch:  # a cache only: the order is a function of (seed, epoch)
-            generator = np.random.default_rng([self.seed, epoch])
-            self.epoch, self.order = epoch, generator.permutation(self.num_samples)
-        return self.order
+        return samples_at(position, self), position < self.total
 
     def batch(self, i):
         ids, counts = self.sample_ids(i)
@@ -345,18 +350,10 @@ class PairData:
         self.rank, self.world_size = rank, world_size
         self.device, self.seed = torch.device(device), seed
         self.total = math.inf if total is None else total
-        self.epoch, self.order = None, None
-
-    def _order(self, epoch):
-        if epoch != self.epoch:  # a cache only: the order is a function of (seed, epoch)
-            generator = np.random.default_rng([self.seed, epoch])
-            self.epoch, self.order = epoch, generator.permutation(self.num_samples)
-        return self.order
 
     def batch(self, i):
         position = positions(i, self)
-        ids = [self._order(epoch)[k] for epoch, k in zip(*np.divmod(position, self.num_samples))]
-        return self.pairs(np.array(ids), position < self.total)
+        return self.pairs(samples_at(position, self), position < self.total)
 
     def pairs(self, ids, counts):
         """ids (P,): numbers of pairs; counts (P,) bool -> Pairs"""
@@ -407,18 +404,10 @@ class PromptData:
         self.rank, self.world_size = rank, world_size
         self.device, self.seed = torch.device(device), seed
         self.total = math.inf if total is None else total
-        self.epoch, self.order = None, None
-
-    def _order(self, epoch):
-        if epoch != self.epoch:  # a cache only: the order is a function of (seed, epoch)
-            generator = np.random.default_rng([self.seed, epoch])
-            self.epoch, self.order = epoch, generator.permutation(self.num_samples)
-        return self.order
 
     def batch(self, i):
         places = positions(i, self)
-        ids = np.array([self._order(epoch)[k] for epoch, k in zip(*np.divmod(places, self.num_samples))])
-        return ids, places, places < self.total
+        return samples_at(places, self), places, places < self.total
 
     def prompt(self, i):
         return np.asarray(self.tokens[self.offsets[i]:self.offsets[i + 1]])
