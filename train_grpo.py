@@ -20,7 +20,7 @@ from common import checkpoint, dist, losses, optim, sampling
 from common.config import as_dict, build, parse_config, read_overrides
 from common.data import Branches, PromptData, branches, read_meta
 from common.dist import UserError
-from common.logger import Logger, Timer
+from common.logger import Logger, Timer, check_run_directory
 from common.model import GPT, ModelConfig
 from common.rewards import load_reward, score, summarize
 from common.sampling import SamplingConfig, complete, for_vocabulary
@@ -156,6 +156,7 @@ if __name__ == "__main__":
     if (cfg.num_steps > 0) == (cfg.num_epochs > 0):
         raise UserError(f"--num_steps={cfg.num_steps} --num_epochs={cfg.num_epochs}: set one of them, "
                         "the other to 0")
+    dist.from_rank_zero(lambda: check_run_directory(cfg.out_dir, cfg.resume))
     autocast, dtype = dist.autocast(device, cfg.dtype)
     meta, tokenizer = read_meta(cfg.data_dir), load_tokenizer(cfg.data_dir)
     if tokenizer.fingerprint != meta["fingerprint"]:
@@ -318,12 +319,11 @@ if __name__ == "__main__":
             token_loss = losses.grpo_token_loss(                              # (B, T)
                 now, old, ref, advantages[i], mask, cfg.clip_low, cfg.clip_high, cfg.delta or None, cfg.beta,
                 cfg.level, cfg.loss)
-            if cfg.aggregate == "grpo":                                       # divide once, by the full count
-                loss = (token_loss.sum(dim=1) / mask.sum(dim=1).clamp(min=1)).sum() / n_answers
-            elif cfg.aggregate == "dapo":
-                loss = token_loss.sum() / n_targets
-            else:
-                loss = token_loss.sum() / (n_answers * cfg.max_new_tokens)
+            per_answer = token_loss.sum(dim=1)                                # (B,)
+            if cfg.aggregate == "grpo":
+                per_answer = per_answer / mask.sum(dim=1).clamp(min=1)
+            count = {"grpo": n_answers, "dapo": n_targets, "dr_grpo": n_answers * cfg.max_new_tokens}
+            loss = per_answer.sum() / count[cfg.aggregate]                    # divide once, by the full count
             (loss * optimizer.loss_scale).backward()
             step_loss += loss.detach()
             ratio = (logps.detach() - old_logps[i]).exp()

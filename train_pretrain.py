@@ -18,7 +18,7 @@ from common import checkpoint, dist, losses, optim, sampling
 from common.config import as_dict, build, parse_config, read_overrides
 from common.data import TokenData, read_meta
 from common.dist import UserError
-from common.logger import Logger, Timer
+from common.logger import Logger, Timer, check_run_directory
 from common.model import GPT, ModelConfig
 from common.schedule import learning_rate
 from common.tokenizer import load_tokenizer
@@ -110,6 +110,7 @@ if __name__ == "__main__":
     if (cfg.num_steps > 0) == (cfg.num_epochs > 0):
         raise UserError(f"--num_steps={cfg.num_steps} --num_epochs={cfg.num_epochs}: set one of them, "
                         "the other to 0")
+    dist.from_rank_zero(lambda: check_run_directory(cfg.out_dir, cfg.resume))
     autocast, dtype = dist.autocast(device, cfg.dtype)
     meta, tokenizer = read_meta(cfg.data_dir), load_tokenizer(cfg.data_dir)
     if tokenizer.fingerprint != meta["fingerprint"]:

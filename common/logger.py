@@ -21,6 +21,13 @@ from common import dist
 from common.dist import UserError
 
 
+def check_run_directory(out_dir, resume):
+    """UserError when a run that is not resumed would write into a folder that holds something."""
+    if not resume and os.path.isdir(out_dir) and os.listdir(out_dir):
+        raise UserError(f"--out_dir={out_dir}: not empty; "
+                        "choose another, or continue that run with --resume=true")
+
+
 class Logger:
     """config: plain dict of options. start_step: where a resumed run starts; later records are taken out."""
 
@@ -31,9 +38,7 @@ class Logger:
         dist.from_rank_zero(lambda: self._open(config, script, resume, start_step))
 
     def _open(self, config, script, resume, start_step):
-        if os.path.exists(self.out_dir) and os.listdir(self.out_dir) and not resume:
-            raise UserError(f"--out_dir={self.out_dir}: not empty; "
-                            "choose another, or continue that run with --resume=true")
+        check_run_directory(self.out_dir, resume)
         try:
             os.makedirs(self.out_dir, exist_ok=True)
             name = f"config_from_step_{start_step}.json" if start_step else "config.json"
