@@ -288,12 +288,11 @@ if __name__ == "__main__":
               + (f" from step {start_step} of {previous}" if previous else
                  f", weights of {source}" if source else ", random weights"))
 
+    # -------------------------------------------------------------------------
+    # train
     if ref_arrays and not cached:
         numpy_arrays = {split: array.cpu().numpy() for split, array in ref_arrays.items()}
         dist.from_rank_zero(lambda: checkpoint.write_arrays(path, key, numpy_arrays))
-
-    # -------------------------------------------------------------------------
-    # train
     dist.watch_signals()
     skipped, val_loss = 0, None
     for step in range(start_step, num_steps + 1):
