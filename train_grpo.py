@@ -304,10 +304,10 @@ if __name__ == "__main__":
             everyone = torch.cat(dist.gather_objects(torch.cat([e["rewards"] for e in episodes])))
             advantages = losses.group_advantages(everyone, cfg.scale_rewards).chunk(world_size)[rank]
             advantages = [a.flatten().to(device) for a in advantages.chunk(num_micro)]        # (B,) each
+            n_answers, n_targets, n_tokens = dist.all_sum(sum(                # of each step, all ranks
+                torch.stack([r.padded(r.mask[r.mask]).any(dim=1).sum(), r.mask.sum(), (r.tokens >= 0).sum()])
+                for r in rows)).clamp(min=1)
             rollout_metrics, rollout_s = summarize(episodes), timer.lap()
-        n_answers, n_targets, n_tokens = dist.all_sum(sum(                    # of this whole step, all ranks
-            torch.stack([r.padded(r.mask[r.mask]).any(dim=1).sum(), r.mask.sum(), (r.tokens >= 0).sum()])
-            for r in rows)).clamp(min=1)
         step_loss, sums = torch.zeros((), device=device), torch.zeros(4, device=device)
         for i, r in enumerate(rows):
             optimizer.sync = i == num_micro - 1                               # travel in the last backward

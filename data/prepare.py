@@ -665,7 +665,7 @@ def read_chats(path, fields, report):
                                  f"texts; the row has {', '.join(row)[:60]}")
             if fields:
                 if not isinstance(row, dict) or not all(isinstance(row.get(f), str) for f in fields):
-                        raise ValueError(f"expected texts {' and '.join(fields)} as --fields says")
+                    raise ValueError(f"expected texts {' and '.join(fields)} as --fields says")
                 messages = [{"role": "user", "content": row[fields[0]]},
                             {"role": "assistant", "content": row[fields[1]]}]
             check_conversation(messages)

@@ -1,4 +1,5 @@
 """Shared by all tests: the repository's root, running scripts as a user does, and a small token set."""
+import json
 import os
 import subprocess
 import sys
@@ -28,7 +29,6 @@ def run(*args, ranks=1, check=True, timeout=300, **kwargs):
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
     """A folder with corpus.jsonl: 60 short documents with some non-ASCII in them."""
-    import json
     folder = tmp_path_factory.mktemp("corpus")
     with open(folder / "corpus.jsonl", "w", encoding="utf-8") as file:
         for i in range(60):
@@ -46,45 +46,35 @@ def token_set(corpus):
     return corpus / "set"
 
 
+def prepared(tmp_path_factory, kind, rows):
+    """Rows, of what JSON can hold -> folder of a byte-level set of that kind, with a train and a val split"""
+    folder = tmp_path_factory.mktemp(kind)
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run("data/prepare.py", kind, f"--input={folder}/rows.jsonl", "--val_frac=0.2", f"--out_dir={folder}/set")
+    return folder / "set"
+
+
 @pytest.fixture(scope="session")
 def chat_set(tmp_path_factory):
-    """Prepared conversations of many lengths, byte-level, with a train and a val split."""
-    import json
-    folder = tmp_path_factory.mktemp("chat")
-    with open(folder / "chats.jsonl", "w", encoding="utf-8") as file:
-        for i in range(160):
-            question = {"role": "user", "content": f"{i % 10}" + "?" * (i % 4)}
-            answer = {"role": "assistant", "content": f"{i % 10}" * (1 + i * i % 7)}
-            start = [{"role": "system", "content": "count"}] * (i % 5 == 0)
-            file.write(json.dumps(start + [question, answer] * (1 + i % 3)) + "\n")
-    run("data/prepare.py", "chat", f"--input={folder}/chats.jsonl", "--val_frac=0.2",
-        f"--out_dir={folder}/set")
-    return folder / "set"
+    """Conversations of many lengths"""
+    def chat(i):
+        question = {"role": "user", "content": f"{i % 10}" + "?" * (i % 4)}
+        answer = {"role": "assistant", "content": f"{i % 10}" * (1 + i * i % 7)}
+        start = [{"role": "system", "content": "count"}] * (i % 5 == 0)
+        return start + [question, answer] * (1 + i % 3)
+    return prepared(tmp_path_factory, "chat", map(chat, range(160)))
 
 
 @pytest.fixture(scope="session")
 def pair_set(tmp_path_factory):
-    """Prepared pairs of answers of many lengths, byte-level, with a train and a val split."""
-    import json
-    folder = tmp_path_factory.mktemp("pairs")
-    with open(folder / "pairs.jsonl", "w", encoding="utf-8") as file:
-        for i in range(160):
-            right, wrong = f"{i % 10}" * (1 + i * i % 7), "abc"[i % 3] * (1 + i % 5)
-            row = dict(prompt=f"{i % 10}" + "?" * (i % 4), chosen=right, rejected=wrong)
-            file.write(json.dumps(row) + "\n")
-    run("data/prepare.py", "pairs", f"--input={folder}/pairs.jsonl", "--val_frac=0.2",
-        f"--out_dir={folder}/set")
-    return folder / "set"
+    """Pairs of answers of many lengths"""
+    return prepared(tmp_path_factory, "pairs", [
+        dict(prompt=f"{i % 10}" + "?" * (i % 4), chosen=f"{i % 10}" * (1 + i * i % 7),
+             rejected="abc"[i % 3] * (1 + i % 5)) for i in range(160)])
 
 
 @pytest.fixture(scope="session")
 def prompt_set(tmp_path_factory):
-    """Prepared prompts of several lengths, byte-level, with a train and a val split."""
-    import json
-    folder = tmp_path_factory.mktemp("prompts")
-    with open(folder / "prompts.jsonl", "w", encoding="utf-8") as file:
-        for i in range(100):
-            file.write(json.dumps(dict(prompt=f"{i % 10}" * (1 + i % 4), answer="a")) + "\n")
-    run("data/prepare.py", "prompts", f"--input={folder}/prompts.jsonl", "--val_frac=0.2",
-        f"--out_dir={folder}/set")
-    return folder / "set"
+    """Prompts of several lengths"""
+    return prepared(tmp_path_factory, "prompts", [
+        dict(prompt=f"{i % 10}" * (1 + i % 4), answer="a") for i in range(100)])

@@ -133,7 +133,10 @@ def test_it_overfits_one_batch(stage):
     stage("run", "--num_steps=120", "--schedule=constant", "--eval_every=0", "--num_epochs=0", "--seed=1",
           "--batch_size=2", "--seq_len=16", f"--data_dir={small_set(stage)}", "--eval_seqs=0")
     curve = progress(stage.folder / "run")
-    assert curve[0] > 0.6 and sum(curve[-8:]) / 8 < (0.2 if stage.script == "train_grpo.py" else 0.1)
+    if stage.script == "train_grpo.py":                        # sampled rewards: a mean, not every one
+        assert curve[0] > 0.6 and sum(curve[-8:]) / 8 < 0.2
+    else:
+        assert curve[0] > (0.6 if stage.script == "train_dpo.py" else 5) and max(curve[-4:]) < 0.1
 
 
 def small_set(stage):
@@ -209,7 +212,10 @@ def test_options_learn_and_resume_bit_for_bit(script, options, request, tmp_path
     stage("halves", "--num_steps=10", *common)
     stage("halves", "--num_steps=20", "--resume=true", *common)
     curve = progress(stage.folder / "straight")
-    assert sum(curve[-5:]) / 5 < 0.9 * curve[0]
+    if script in ("train_pretrain.py", "train_sft.py"):
+        assert curve[-1] < curve[0] - 1
+    else:                                                      # small batches of margins and rewards: noisier
+        assert sum(curve[-5:]) / 5 < 0.9 * curve[0]
     assert records(stage.folder / "straight") == records(stage.folder / "halves")
     assert same_weights(stage.folder / "straight", stage.folder / "halves")
 
