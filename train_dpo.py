@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from common import checkpoint, dist, losses, optim, sampling
-from common.config import as_dict, build, parse_config, read_overrides
+from common.config import as_dict, build, check_batch, parse_config, read_overrides
 from common.data import PairData, read_meta
 from common.dist import UserError
 from common.logger import Logger, Timer, check_run_directory
@@ -156,18 +156,7 @@ if __name__ == "__main__":
     cfg = parse_config(Config)
     rank, world_size, device = dist.init(cfg.device)
     dist.check_equal("config", {**as_dict(cfg), "ranks": world_size})
-    for name, least in dict(seq_len=1, batch_size=world_size, micro_batch_size=0, lr=0, eval_seqs=0, seed=0,
-                            keep_last=1, log_every=1, max_bad_steps=1).items():
-        if getattr(cfg, name) < least:
-            raise UserError(f"--{name}={getattr(cfg, name)}: must be at least {least}")
-    micro_batch_size = cfg.micro_batch_size or cfg.batch_size // world_size
-    if cfg.batch_size % (micro_batch_size * world_size):
-        raise UserError(f"--batch_size={cfg.batch_size}: must be a multiple of ranks x micro_batch_size = "
-                        f"{world_size} x {cfg.micro_batch_size or 1}")
-    num_micro = cfg.batch_size // (micro_batch_size * world_size)             # per step, on this rank
-    if (cfg.num_steps > 0) == (cfg.num_epochs > 0):
-        raise UserError(f"--num_steps={cfg.num_steps} --num_epochs={cfg.num_epochs}: set one of them, "
-                        "the other to 0")
+    micro_batch_size, num_micro = check_batch(cfg, world_size)                # of a step, on this rank
     dist.from_rank_zero(lambda: check_run_directory(cfg.out_dir, cfg.resume))
     autocast, dtype = dist.autocast(device, cfg.dtype)
     meta, tokenizer = read_meta(cfg.data_dir), load_tokenizer(cfg.data_dir)
@@ -211,15 +200,7 @@ if __name__ == "__main__":
     else:
         model_config = replace(cfg.model, vocab_size=cfg.model.vocab_size or meta["vocab_size"],
                                seq_len=cfg.model.seq_len or cfg.seq_len).resolved()
-    if model_config.vocab_size < meta["vocab_size"] or model_config.seq_len < cfg.seq_len:
-        raise UserError(f"--model.vocab_size={model_config.vocab_size} "
-                        f"--model.seq_len={model_config.seq_len}: smaller than the data's "
-                        f"{meta['vocab_size']} or --seq_len={cfg.seq_len}")
-    if train_data.doc_mask and model_config.rope_scaling == "dynamic":
-        raise UserError("--model.rope_scaling=dynamic: follows the length of the row, so it does not go with "
-                        "documents that share one; use yarn or linear")
-    if (longest := max(map(len, eval_prompts), default=0)) > model_config.seq_len:
-        raise UserError(f"--eval_prompts: {longest} tokens, more than the model's {model_config.seq_len}")
+    model_config.check_data(meta["vocab_size"], cfg.seq_len, train_data.doc_mask, eval_prompts)
     torch.manual_seed(cfg.seed)                                               # the same weights on every rank
     model = GPT(model_config).to(device, getattr(torch, cfg.param_dtype))
     model.activation_checkpointing = cfg.activation_checkpointing
@@ -230,15 +211,7 @@ if __name__ == "__main__":
     # what the order of the data and the meaning of a step depend on, not to be changed by a resume
     identity = dict(data=meta["data_fingerprint"], seed=cfg.seed, batch_size=cfg.batch_size,
                     seq_len=cfg.seq_len, **train_data.view)
-    start_step = 0
-    if previous:
-        if saved["identity"] != identity:
-            raise UserError(f"--resume: the run has {saved['identity']}, not {identity}; "
-                            "give it the same options and data")
-        checkpoint.load_optimizer(previous, optimizer)
-        start_step = saved["step"]
-        if start_step > num_steps:
-            raise UserError(f"--num_steps={num_steps}: the run is at step {start_step} already")
+    start_step = checkpoint.resume(previous, identity, optimizer, num_steps) if previous else 0
     forward = torch.compile(model) if cfg.compile else model                  # forward() trains only
     token_flops = model.flops_per_token(train_data.mean_context, train_data.target_frac)
     peak_flops = dist.peak_flops(device) * world_size

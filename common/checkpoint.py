@@ -240,6 +240,21 @@ def fingerprint(model):
     return sha.hexdigest()
 
 
+def resume(folder, identity, optimizer, num_steps):
+    """
+    Give optimizer its state in a checkpoint folder -> step to go on from. identity: dict of what may not
+    change between the parts of a run; UserError where it has, or the run is past num_steps.
+    """
+    manifest = read_manifest(folder)
+    if manifest["identity"] != identity:
+        raise UserError(f"--resume: the run has {manifest['identity']}, not {identity}; "
+                        "give it the same options and data")
+    if manifest["step"] > num_steps:
+        raise UserError(f"--num_steps={num_steps}: the run is at step {manifest['step']} already")
+    load_optimizer(folder, optimizer)
+    return manifest["step"]
+
+
 def load_optimizer(folder, optimizer):
     """Give optimizer its part of the state in a checkpoint folder, however many ranks wrote it."""
     names = [name for name in read_manifest(folder)["files"] if name.startswith("optimizer_")]

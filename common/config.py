@@ -140,6 +140,25 @@ def as_dict(config):
     return json.loads(json.dumps(asdict(config)))
 
 
+def check_batch(cfg, world_size):
+    """
+    The options that every stage has, compared with each other and the number of ranks; UserError where one
+    cannot be -> sequences in a micro-batch, micro-batches of a step on each rank
+    """
+    for name, least in dict(seq_len=1, batch_size=world_size, micro_batch_size=0, lr=0, eval_seqs=0, seed=0,
+                            keep_last=1, log_every=1, max_bad_steps=1).items():
+        if getattr(cfg, name) < least:
+            raise UserError(f"--{name}={getattr(cfg, name)}: must be at least {least}")
+    micro_batch_size = cfg.micro_batch_size or cfg.batch_size // world_size
+    if cfg.batch_size % (micro_batch_size * world_size):
+        raise UserError(f"--batch_size={cfg.batch_size}: must be a multiple of ranks x micro_batch_size = "
+                        f"{world_size} x {cfg.micro_batch_size or 1}")
+    if (cfg.num_steps > 0) == (cfg.num_epochs > 0):
+        raise UserError(f"--num_steps={cfg.num_steps} --num_epochs={cfg.num_epochs}: set one of them, "
+                        "the other to 0")
+    return micro_batch_size, cfg.batch_size // (micro_batch_size * world_size)
+
+
 # -----------------------------------------------------------------------------
 # help
 

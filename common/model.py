@@ -114,6 +114,17 @@ class ModelConfig:
             factor = wanted.rope_factor
         return replace(wanted, seq_len=longest, rope_factor=factor).resolved()
 
+    def check_data(self, vocab_size, seq_len, packed, prompts):
+        """UserError where this (resolved) model cannot take the data: its vocabulary, rows, or a prompt"""
+        if self.vocab_size < vocab_size or self.seq_len < seq_len:
+            raise UserError(f"--model.vocab_size={self.vocab_size} --model.seq_len={self.seq_len}: smaller "
+                            f"than the data's {vocab_size} or --seq_len={seq_len}")
+        if packed and self.rope_scaling == "dynamic":
+            raise UserError("--model.rope_scaling=dynamic: follows the length of the row, so it does not go "
+                            "with documents that share one; use yarn or linear")
+        if (longest := max(map(len, prompts), default=0)) > self.seq_len:
+            raise UserError(f"--eval_prompts: {longest} tokens, more than the model's {self.seq_len}")
+
 
 # -----------------------------------------------------------------------------
 # rotary position embedding
