@@ -1,11 +1,12 @@
 # make demo    own environment, data, training, samples, a table      (Python 3.11 or newer)
+# make gym     own environment, GRPO on a task of reasoning-gym
 # make test    own environment, ruff, the whole test suite
 # make bench   speed and memory, as ratios against named references
 
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: demo test bench clean
+.PHONY: demo gym test bench clean
 
 .venv/installed: requirements.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -18,6 +19,11 @@ BIN = .venv/bin
 
 demo: .venv/installed
 	$(BIN)/python configs/demo/run.py
+
+gym: .venv/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt \
+	    $$(grep ^reasoning-gym requirements-dev.txt)
+	$(BIN)/python configs/gym/run.py
 
 test: .venv/installed-dev
 	$(BIN)/ruff check .

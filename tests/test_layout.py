@@ -13,7 +13,7 @@ STAGES = sorted(ROOT.glob("train_*.py"))
 SCRIPTS = [*STAGES, ROOT / "sample.py"]
 COMMON = sorted((ROOT / "common").glob("*.py"))
 PREPARE = ROOT / "data/prepare.py"
-DATA = [PREPARE, ROOT / "data/lines.py"]
+DATA = [PREPARE, ROOT / "data/lines.py", ROOT / "data/gym.py"]
 FIXED = {"torch", "numpy", "tiktoken", "sentencepiece"}
 
 
