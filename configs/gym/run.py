@@ -23,7 +23,7 @@ from common.tokenizer import encode_chat  # noqa: E402
 from sample import load  # noqa: E402
 
 OUT = "out/gym_demo"
-TASK = ["--task=spell_backward", '--params={"min_word_len": 3, "max_word_len": 7}']
+TASK = ["--task=spell_backward", '--params={"min_word_len": 3, "max_word_len": 5}']
 
 
 def run(*command):
@@ -49,7 +49,7 @@ def held_out_scores(stage, temperature, num_samples):
     with open(ROOT / OUT / "task/test_prompts.jsonl", encoding="utf-8") as file:
         rows = [json.loads(line) for line in file]
     chats = [[dict(role="user", content=row["prompt"])] for row in rows]
-    cfg = SamplingConfig(max_new_tokens=24, temperature=temperature)
+    cfg = SamplingConfig(max_new_tokens=16, temperature=temperature)
     replies, _ = complete(model, [ids for ids, _ in encode_chat(tokenizer, chats, reply=True)],
                           for_vocabulary(cfg, model, tokenizer), tokenizer.end, num_samples)
     texts = [tokenizer.decode([i for i in ids if i != tokenizer.end], show_special=True) for ids in replies]
