@@ -54,7 +54,7 @@ def answer(model, tokenizer, ids, cfg, seed):
         how = dict(show_special=cfg.show_tags, hide_think=not cfg.show_tags)
     completions = None
     if not cfg.stream:
-        completions, _ = complete(model, [ids or [tokenizer.end]], for_vocabulary(cfg, model, tokenizer),
+        completions, *_ = complete(model, [ids or [tokenizer.end]], for_vocabulary(cfg, model, tokenizer),
                                   tokenizer.end, cfg.num_samples, seed)
     for i in range(cfg.num_samples):
         if cfg.num_samples > 1:

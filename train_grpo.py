@@ -9,12 +9,12 @@ Writes  out_dir/{config.json, code/, metrics.jsonl, samples.jsonl, step_NNNNNN/}
 """
 import copy
 import math
+import time
 from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 import numpy as np
 import torch
-from torch.nn.utils.rnn import pad_sequence
 
 from common import checkpoint, dist, losses, optim, sampling
 from common.config import as_dict, build, check_batch, parse_config, read_overrides
@@ -22,8 +22,8 @@ from common.data import Branches, PromptData, branches, read_meta
 from common.dist import UserError
 from common.logger import Logger, Timer, check_run_directory
 from common.model import GPT, ModelConfig
-from common.rewards import load_reward, score, summarize
-from common.sampling import SamplingConfig, complete, for_vocabulary
+from common.rewards import load_function, score, summarize
+from common.sampling import SamplingConfig, for_vocabulary, rollout
 from common.schedule import learning_rate
 from common.tokenizer import encode_chat, load_tokenizer
 from common.zero1 import ShardedOptimizer
@@ -48,7 +48,11 @@ class Config:
     reward_weights: tuple[float, ...] = ()  # of the functions; () = 1 each
     max_new_tokens: int = 256          # tokens of an answer at most
     temperature: float = 1.0           # of sampling, and of the log-probs that are learned
+    top_k: int = 0                     # sample from the k most likely tokens only; 0 = all
+    top_p: float = 1.0                 # sample from the most likely that together reach this; log-probs too
     suppress: tuple[int, ...] = ()     # token ids that are never produced
+    packed: bool = False               # x86 CPUs: sample with weights in float16; learn in full precision
+    env: str = ""                      # path/to/file.py:name, text -> (done, feedback), asked after each turn
     missing_end_penalty: float = 0.0   # taken off the reward of an answer that max_new_tokens has cut
     mask_truncated: bool = False       # leave cut answers out of the loss
     drop_flat_groups: bool = False     # leave groups whose rewards are all the same out of the averages
@@ -100,42 +104,58 @@ class Config:
     model: ModelConfig = ModelConfig()
 
 
-def sample_answers(model, tokenizer, data, i, G, sampling_cfg, rewards, cfg):
+def sample_answers(model, tokenizer, data, i, G, sampling_cfg, rewards, env_step, cfg):
     """
-    G answers to each of the P prompts of micro-batch i, scored -> dict: prompts, answers (tokens), logps (the
-    sampler's), ended (B,): not cut, rewards (P, G), counts (P,): which prompts count
+    G answers to each of the P prompts of micro-batch i, scored -> dict: prompts, answers (B), lengths (B,) of
+    the model's own tokens, ended (B,): not cut, rewards (P, G), to_go (P, G, max_new_tokens): what of a
+    reward comes at or after a token, counts (P,): which prompts count, reward_s: seconds of scoring
     """
     ids, places, counts = data.batch(i)
-    prompts = [data.prompt(k) for k in ids]
-    answers, logps = complete(model, [prompt.tolist() for prompt in prompts], sampling_cfg, tokenizer.end, G,
-                              data.seed, places)
-    ended = torch.tensor([answer[-1] == tokenizer.end for answer in answers])
-    texts = [tokenizer.decode(answer[:-1] if end else answer, show_special=True)
-             for answer, end in zip(answers, ended)]
+    prompts = [data.prompt(k).tolist() for k in ids]
+
+    def say(text):
+        return encode_chat(tokenizer, [[{"role": "user", "content": text}]], reply=True)[0][0]
+    answers = rollout(model, tokenizer, prompts, sampling_cfg, G, data.seed, places, env_step, say)
+    start = time.perf_counter()
+    ended = torch.tensor([a.ended for a in answers])
+    texts, pieces = map(list, zip(*(a.texts(tokenizer) for a in answers)))
     rows = [data.row(k) for k in ids for _ in range(G)]
-    values = torch.tensor(score(rewards, cfg.reward_weights or [1.0] * len(rewards),
-                                [row["prompt"] for row in rows], texts, [row["answer"] for row in rows]))
-    return dict(prompts=prompts, answers=answers, logps=logps, ended=ended, counts=torch.from_numpy(counts),
-                rewards=(values - cfg.missing_end_penalty * ~ended).view(-1, G))
+    values, to_go = score(rewards, cfg.reward_weights or [1.0] * len(rewards), [r["prompt"] for r in rows],
+                          texts, [r["answer"] for r in rows], pieces, cfg.max_new_tokens)
+    penalty = cfg.missing_end_penalty * ~ended                                # (B,)
+    return dict(prompts=prompts, answers=answers, lengths=torch.tensor([len(a.logps) for a in answers]),
+                ended=ended, counts=torch.from_numpy(counts), rewards=(values - penalty).view(-1, G),
+                to_go=(to_go - penalty[:, None]).view(-1, G, cfg.max_new_tokens),
+                reward_s=time.perf_counter() - start)
 
 
 def as_branches(episodes, cfg, device):
-    """The answers of a micro-batch in one row, each group after its prompt; masked where none is learned"""
+    """
+    The answers of a micro-batch in one row, each group after its prompt, masked where none is learned -> that
+    row, and of its N learned tokens: the sampler's log-probs (N,), what it chose from (`token_logps` explains
+    kept), which answer and how manieth token of it (2, N)
+    """
     G, learned = cfg.num_samples, episodes["counts"]                          # (P,)
     if cfg.drop_flat_groups:
         learned = learned & (episodes["rewards"].std(dim=1) > 0)
     learned = learned.repeat_interleave(G) & (episodes["ended"] | (not cfg.mask_truncated))         # (B,)
-    answers = [(np.array(answer), np.full(len(answer), bool(keep)))
-               for answer, keep in zip(episodes["answers"], learned)]
-    groups = [(prompt, answers[p * G:(p + 1) * G]) for p, prompt in enumerate(episodes["prompts"])]
-    return Branches(*branches(groups, device))
+    parts = [(np.array(a.tokens), np.array(a.learned) & bool(keep))
+             for a, keep in zip(episodes["answers"], learned)]
+    groups = [(np.array(prompt), parts[p * G:(p + 1) * G]) for p, prompt in enumerate(episodes["prompts"])]
+    own = [(i, a) for i, a in enumerate(episodes["answers"]) if learned[i]]
+    sampled = torch.tensor([logp for _, a in own for logp in a.logps], device=device)
+    index = torch.tensor([(i, n) for i, a in own for n in range(len(a.logps))], dtype=torch.int64).view(-1, 2)
+    kept = [ids for _, a in own for ids in a.kept] or None
+    if kept:
+        kept = torch.cat(kept).to(device), torch.tensor([len(ids) for ids in kept], device=device)
+    return Branches(*branches(groups, device)), sampled, kept, index.T
 
 
-def answer_logps(model, rows, sampling_cfg):
+def answer_logps(model, rows, kept, sampling_cfg):
     """-> log-probs (N,) of the learned tokens under the distribution that they were sampled from"""
     hidden = model(rows.tokens, rows.docs, branch=rows.branch)[rows.mask]                         # (N, C)
     return losses.token_logps(hidden, model.head, rows.targets[rows.mask], sampling_cfg.temperature,
-                              suppress=sampling_cfg.suppress)
+                              suppress=sampling_cfg.suppress, kept=kept)
 
 
 if __name__ == "__main__":
@@ -164,7 +184,8 @@ if __name__ == "__main__":
                         "--num_steps must be multiples of it, as checkpoints hold no rollout")
     if cfg.max_new_tokens >= cfg.seq_len or cfg.temperature <= 0 or cfg.num_samples < 2:
         raise UserError("--max_new_tokens, --temperature, --num_samples: expected < --seq_len, > 0, >= 2")
-    rewards = {name: load_reward(name) for name in cfg.reward}
+    rewards = {name: load_function("reward", name) for name in cfg.reward}
+    env_step = load_function("env", cfg.env) if cfg.env else None
     if cfg.reward_weights and len(cfg.reward_weights) != len(rewards):
         raise UserError(f"--reward_weights: {len(cfg.reward_weights)} for {len(rewards)} functions")
 
@@ -219,7 +240,8 @@ if __name__ == "__main__":
         reference = copy.deepcopy(model).requires_grad_(False)
         if previous:
             checkpoint.load_weights(previous, reference, "reference.pt")
-    sampling_cfg = SamplingConfig(cfg.max_new_tokens, cfg.suppress, temperature=cfg.temperature)
+    sampling_cfg = SamplingConfig(cfg.max_new_tokens, cfg.suppress, temperature=cfg.temperature,
+                                  top_k=cfg.top_k, top_p=cfg.top_p, packed=cfg.packed)
     sampling_cfg = for_vocabulary(sampling_cfg, model, tokenizer)             # in the log-probs too
 
     # -------------------------------------------------------------------------
@@ -246,7 +268,7 @@ if __name__ == "__main__":
         if eval_now and val_data:
             with torch.no_grad(), autocast:
                 metrics = summarize([
-                    sample_answers(model, tokenizer, val_data, i, 1, sampling_cfg, rewards, cfg)
+                    sample_answers(model, tokenizer, val_data, i, 1, sampling_cfg, rewards, env_step, cfg)
                     for i in range(-(-val_data.total // (micro_batch_size * world_size)))])
             val_loss = -metrics["reward"]
             log.metrics(step, **{f"val_{name}": value for name, value in metrics.items()})
@@ -270,27 +292,32 @@ if __name__ == "__main__":
         if step % updates == 0:
             with torch.no_grad(), autocast:
                 episodes = [sample_answers(model, tokenizer, train_data, first + i, cfg.num_samples,
-                                           sampling_cfg, rewards, cfg) for i in range(num_micro)]
-                rows = [as_branches(e, cfg, device) for e in episodes]
+                                           sampling_cfg, rewards, env_step, cfg) for i in range(num_micro)]
+                rows, sampled, kept, index = zip(*(as_branches(e, cfg, device) for e in episodes))
                 old_logps = [None] * num_micro                                # the first update's own
-                ref_logps = [answer_logps(reference, r, sampling_cfg) if reference else None for r in rows]
-            everyone = torch.cat(dist.gather_objects(torch.cat([e["rewards"] for e in episodes])))
-            advantages = losses.group_advantages(everyone, cfg.scale_rewards).chunk(world_size)[rank]
-            advantages = [a.flatten().to(device) for a in advantages.chunk(num_micro)]        # (B,) each
+                ref_logps = [answer_logps(reference, r, k, sampling_cfg) if reference else None
+                             for r, k in zip(rows, kept)]
+            ours = [torch.cat([e[name] for e in episodes]) for name in ("rewards", "to_go")]
+            everyone = [torch.cat(x) for x in zip(*dist.gather_objects(ours))]            # of every rank
+            advantages = losses.group_advantages(everyone[0], cfg.scale_rewards, everyone[1])
+            advantages = [a.flatten(0, 1)[tuple(which)].to(device) for a, which in        # (N,) each
+                          zip(advantages.chunk(world_size)[rank].chunk(num_micro), index)]
             n_answers, n_targets, n_tokens = dist.all_sum(sum(                # of each step, all ranks
                 torch.stack([r.padded(r.mask[r.mask]).any(dim=1).sum(), r.mask.sum(), (r.tokens >= 0).sum()])
                 for r in rows)).clamp(min=1)
-            rollout_metrics, rollout_s = summarize(episodes), timer.lap()
+            rollout_metrics = {**summarize(episodes), "reward_s": sum(e["reward_s"] for e in episodes)}
+            rollout_s = timer.lap()                                           # rewards are part of it
         step_loss, sums = torch.zeros((), device=device), torch.zeros(4, device=device)
         for i, r in enumerate(rows):
             optimizer.sync = i == num_micro - 1                               # travel in the last backward
             with autocast:
-                logps = answer_logps(forward, r, sampling_cfg)               # (N,)
+                logps = answer_logps(forward, r, kept[i], sampling_cfg)       # (N,)
             old_logps[i] = logps.detach() if old_logps[i] is None else old_logps[i]
-            now, old, ref = (None if x is None else r.padded(x) for x in (logps, old_logps[i], ref_logps[i]))
+            now, old, ref, A = (None if x is None else r.padded(x)            # (B, T) each
+                                for x in (logps, old_logps[i], ref_logps[i], advantages[i]))
             mask = r.padded(torch.ones_like(logps)) > 0                       # (B, T)
             token_loss = losses.grpo_token_loss(                              # (B, T)
-                now, old, ref, advantages[i], mask, cfg.clip_low, cfg.clip_high, cfg.delta or None, cfg.beta,
+                now, old, ref, A, mask, cfg.clip_low, cfg.clip_high, cfg.delta or None, cfg.beta,
                 cfg.level, cfg.loss)
             per_answer = token_loss.sum(dim=1)                                # (B,)
             if cfg.aggregate == "grpo":
@@ -301,9 +328,8 @@ if __name__ == "__main__":
             step_loss += loss.detach()
             ratio = (logps.detach() - old_logps[i]).exp()
             kl = losses.k3(logps.detach(), ref_logps[i]) if reference else torch.zeros(1, device=device)
-            sampled = pad_sequence([torch.tensor(x, device=device) for x in episodes[i]["logps"]], True)
             sums += torch.stack([((ratio < 1 - cfg.clip_low) | (ratio > 1 + cfg.clip_high)).sum(), kl.sum(),
-                                 -logps.detach().sum(), (old - sampled[:, :mask.shape[1]])[mask].abs().sum()])
+                                 -logps.detach().sum(), (old_logps[i] - sampled[i]).abs().sum()])
 
         step_loss = dist.all_sum(step_loss).item()
         optimizer.lr = learning_rate(cfg.schedule, step, num_steps, cfg.lr, cfg.lr * cfg.min_lr_frac,

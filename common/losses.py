@@ -96,39 +96,53 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return d_hidden, d_weight, None, None, None, None, None
 
 
-def token_logps(hidden, weight, targets, temperature=1.0, chunk_size=0, suppress=()):
+def token_logps(hidden, weight, targets, temperature=1.0, chunk_size=0, suppress=(), kept=None):
     """
     log softmax(hidden @ weight.T / temperature)[target] of every position.
 
-    hidden (B, T, C), weight (V, C), targets (B, T) int64; suppress: ids without probability, as in sampling
-    -> (B, T) float32, differentiable in hidden and weight; the logits of a chunk are computed again in
-    backward.
+    hidden (B, T, C), weight (V, C), targets (B, T) int64; suppress: ids without probability, as in sampling;
+    kept: the only ids with probability, where top-k or top-p has cut the sampler's distribution: ids of all
+    positions, one after the other, and how many each has (B * T,) -> (B, T) float32, differentiable in
+    hidden and weight; the logits of a chunk are computed again in backward.
     """
     chunk = chunk_rows(hidden.device, targets.numel(), chunk_size)
     suppress = torch.tensor(suppress, dtype=torch.int64, device=hidden.device)
+    ids, counts = kept or (suppress[:0], None)
     logps = _TokenLogps.apply(hidden.reshape(-1, hidden.shape[-1]), weight, targets.reshape(-1), temperature,
-                              chunk, compute_dtype(hidden), suppress)
+                              chunk, compute_dtype(hidden), suppress, ids, counts)
     return logps.view(targets.shape)
+
+
+def excluded(suppress, ids, counts, i, chunk, V):
+    """Which ids have no probability at positions i .. i + chunk -> bool (1 or n, V); see `token_logps`"""
+    out = torch.zeros(1, V, dtype=torch.bool, device=suppress.device)
+    if counts is not None:
+        here, first = counts[i:i + chunk], int(counts[:i].sum())
+        row = torch.arange(len(here), device=out.device).repeat_interleave(here)
+        out = torch.ones(len(here), V, dtype=torch.bool, device=out.device)
+        out[row, ids[first:first + len(row)].long()] = False
+    out[:, suppress] = True
+    return out
 
 
 class _TokenLogps(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, targets, temperature, chunk, dtype, suppress):
+    def forward(ctx, hidden, weight, targets, temperature, chunk, dtype, suppress, ids, counts):
         h_all, w = hidden.to(dtype), weight.to(dtype)
         logps, lse = torch.empty(2, len(h_all), device=w.device)
         for i in range(0, len(h_all), chunk):
             logits = (h_all[i:i + chunk] @ w.T).float().div_(temperature)                  # (N, V)
-            logits.index_fill_(1, suppress, -torch.inf)
+            logits.masked_fill_(excluded(suppress, ids, counts, i, chunk, len(w)), -torch.inf)
             lse[i:i + chunk] = logits.logsumexp(-1)
             logps[i:i + chunk] = logits.gather(1, targets[i:i + chunk, None])[:, 0] - lse[i:i + chunk]
-        ctx.save_for_backward(hidden, weight, targets, lse, suppress)
+        ctx.save_for_backward(hidden, weight, targets, lse, suppress, ids, counts)
         ctx.temperature, ctx.chunk, ctx.dtype = temperature, chunk, dtype
         return logps
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        hidden, weight, targets, lse, suppress = ctx.saved_tensors
+        hidden, weight, targets, lse, suppress, ids, counts = ctx.saved_tensors
         dtype, chunk = ctx.dtype, ctx.chunk
         h_all, w = hidden.to(dtype), weight.to(dtype)
         need_hidden, need_weight = ctx.needs_input_grad[:2]
@@ -138,14 +152,14 @@ class _TokenLogps(torch.autograd.Function):
             h, target = h_all[i:i + chunk], targets[i:i + chunk, None]
             g = grad[i:i + chunk, None] / ctx.temperature
             p = (h @ w.T).float().div_(ctx.temperature).sub_(lse[i:i + chunk, None]).exp_()
-            p.index_fill_(1, suppress, 0.0)
+            p.masked_fill_(excluded(suppress, ids, counts, i, chunk, len(w)), 0.0)
             d_logits = p.mul_(-g).scatter_add_(1, target, g).to(dtype)       # (onehot - p) g / temperature
             if need_hidden:
                 torch.mm(d_logits, w, out=d_hidden[i:i + chunk])
             if need_weight:
                 d_weight += d_logits.T @ h
         return (d_hidden.to(hidden.dtype) if need_hidden else None,
-                d_weight.to(weight.dtype) if need_weight else None, None, None, None, None, None)
+                d_weight.to(weight.dtype) if need_weight else None, *[None] * 7)
 
 
 def critical_weights(targets, critical_ids, alpha):
@@ -206,18 +220,23 @@ def log1mexp(x):
 # -----------------------------------------------------------------------------
 # policy gradients
 
-def group_advantages(rewards, scale="group"):
+def group_advantages(rewards, scale="group", to_go=None):
     """
     (r - mean of the group) / (std + 1e-4) (DeepSeekMath, 2402.03300, section 4.1.2). rewards (P, G): of G
     samples for each of P prompts -> (P, G). scale: std of the group, of the batch, or none (2503.20783)
+
+    to_go (P, G, T): what of its reward a sample still gets from each of its tokens on, where rewards are of
+    tokens; then each token is compared with the group's mean at its place -> (P, G, T)
     """
     if scale not in ("group", "batch", "none"):
         raise ValueError(f"scale {scale!r}: expected group, batch or none")
-    centred = rewards - rewards[:, :1]  # of equal rewards exactly 0, as their mean is not
+    centred = rewards if to_go is None else to_go
+    centred = centred - centred[:, :1]  # of equal rewards exactly 0, as their mean is not
     centred = centred - centred.mean(dim=1, keepdim=True)
     if scale == "none" or rewards.shape[1] == 1:              # a sample alone has no deviation
         return centred
-    return centred / ((rewards.std(dim=1, keepdim=True) if scale == "group" else rewards.std()) + 1e-4)
+    std = rewards.std(dim=1, keepdim=True) if scale == "group" else rewards.std()
+    return centred / ((std if to_go is None or scale == "batch" else std[..., None]) + 1e-4)
 
 
 def grpo_token_loss(logps, old_logps, ref_logps, advantages, mask, clip_low=0.2, clip_high=0.2, delta=None,
@@ -226,7 +245,8 @@ def grpo_token_loss(logps, old_logps, ref_logps, advantages, mask, clip_low=0.2,
     The loss of every completion token, unreduced: what is averaged over what is the caller's choice.
 
     logps, old_logps (B, T): of the policy now, and when it sampled; ref_logps (B, T) of the reference, None
-    with beta = 0; advantages (B,); mask (B, T) bool, False at padding -> (B, T), 0 where mask is False.
+    with beta = 0; advantages (B,) or (B, T); mask (B, T) bool, False at padding -> (B, T), 0 where mask is
+    False.
 
     clip    -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A), r = exp(logps - old_logps) (2402.03300 eq. 3),
             with delta: r <= delta in the first term (two-sided clipping, 2505.07291)
@@ -236,7 +256,8 @@ def grpo_token_loss(logps, old_logps, ref_logps, advantages, mask, clip_low=0.2,
     """
     logps, old_logps, ref_logps = (x if x is None else torch.where(mask, x, 0.0)    # padding must not leak
                                    for x in (logps, old_logps, ref_logps))
-    A, log_ratio = advantages[:, None], logps - old_logps
+    A = advantages if advantages.ndim == 2 else advantages[:, None]
+    log_ratio = logps - old_logps
     if level == "sequence":
         log_ratio = (log_ratio * mask).sum(dim=1, keepdim=True) / mask.sum(dim=1, keepdim=True).clamp(min=1)
     ratio = log_ratio.exp()                                                       # (B, T) or (B, 1)

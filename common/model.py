@@ -237,9 +237,10 @@ class Attention(nn.Module):
         q, k = qk.transpose(1, 2).split([H, K], dim=1)                    # (B, H, T, D), (B, K, T, D)
         v = v.transpose(1, 2)                                             # (B, K, T, D)
         if cache is not None:
-            k, v = cache.append(layer, k, v)                              # (B, K, S, D): past and present
-        y = F.scaled_dot_product_attention(q, k, v, mask, self.dropout if self.training else 0.0,
-                                           is_causal=mask is None and T > 1, enable_gqa=H != K)
+            y = cache.attend(layer, q, k, v)
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, mask, self.dropout if self.training else 0.0,
+                                               is_causal=mask is None and T > 1, enable_gqa=H != K)
         return self.out(y.transpose(1, 2).reshape(B, T, H * D))
 
 
@@ -417,7 +418,7 @@ class GPT(nn.Module):
             else:
                 mask = Segments(first, branch)
         if cache is not None:
-            positions, mask, length = cache.begin(T)
+            positions, length = cache.begin(T)
         inv, scale = rope_frequencies(self.config, length)
         angles = positions[..., None, None] * inv.to(tokens.device)                # (B or 1, T, 1, D'/2)
         cos, sin = angles.cos() * scale, angles.sin() * scale
@@ -431,6 +432,10 @@ class GPT(nn.Module):
         if cache is not None:
             cache.end(T)
         return self.norm(x)
+
+    def logits(self, hidden):
+        """hidden (..., C) -> (..., V), of the few positions that sampling asks for"""
+        return hidden @ self.head.T if self.untied_head is None else self.untied_head(hidden)
 
     def new_cache(self, B, T):
         """An empty KVCache for B sequences of up to T positions, in the dtype that attention computes in."""
@@ -456,53 +461,103 @@ class GPT(nn.Module):
 
 class KVCache:
     """
-    Keys and values of the past, (L, B, K, S, D) each, preallocated. Row b holds its first lengths[b]
-    positions; what lies behind is never looked at and is overwritten by the next tokens. So prompts of
-    different lengths are padded on the right, and after the prefill the caller sets the true lengths with
-    `set_lengths`.
+    Keys and values of the past, (L, B, K, S, D) each, preallocated; all rows are equally long. `fork` makes
+    the past the trunk of several rows each, which keep only what they add: a prompt is there once however
+    many samples continue it, and prompts may have different lengths.
     """
     def __init__(self, shape, device, dtype):
         self.k = torch.zeros(shape, device=device, dtype=dtype)
         self.v = torch.zeros(shape, device=device, dtype=dtype)
-        self.lengths = torch.zeros(shape[1], dtype=torch.int64, device=device)     # (B,)
-        self.used = 0                                                     # no row is longer than this
+        self.used, self.rope_length = 0, shape[3]
+        self.trunk = None                                     # k, v (L, P, K, S0, D), once forked
 
     @property
     def capacity(self):
         return self.k.shape[3]
 
     def begin(self, T):
-        """Make room for T more tokens a row -> positions (B, T), mask or None, length for RoPE"""
-        if self.used + T > self.capacity:
+        """Make room for T more tokens a row -> positions (B or 1, T), length for RoPE"""
+        end, device = self.used + T, self.k.device
+        if end > self.capacity:
             raise ValueError(f"cache of {self.capacity} positions is full: {self.used} used, {T} more asked")
-        self.positions = self.lengths[:, None] + torch.arange(T, device=self.lengths.device)
-        self.fresh = self.used == 0
-        end = self.used + T
-        seen = torch.arange(end, device=self.lengths.device) <= self.positions[:, :, None]     # (B, T, S)
-        return self.positions, None if self.fresh else seen[:, None], self.capacity
+        self.mask = None if T == 1 else torch.ones(T, end, dtype=torch.bool, device=device).tril(self.used)
+        positions = torch.arange(self.used, end, device=device)[None]
+        if self.trunk:
+            positions = positions + self.trunk_lengths[self.group][:, None]
+        return positions, self.rope_length
 
-    def append(self, layer, k, v):
-        """Store k, v (B, K, T, D) of the tokens begun -> (B, K, S, D) of everything up to them"""
-        T = k.shape[2]
-        if self.fresh:
-            self.k[layer, :, :, :T], self.v[layer, :, :, :T] = k, v
-            return k, v                                                            # causal among themselves
-        row = torch.arange(len(self.lengths), device=k.device)[:, None]
-        self.k[layer][row, :, self.positions] = k.transpose(1, 2).to(self.k.dtype)
-        self.v[layer][row, :, self.positions] = v.transpose(1, 2).to(self.v.dtype)
-        end = self.used + T
-        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+    def attend(self, layer, q, k, v):
+        """Store k, v (B, K, T, D) of the tokens begun -> what q (B, H, T, D) gets from all up to them"""
+        (B, H, T, D), (K, end) = q.shape, (k.shape[1], self.used + k.shape[2])
+        self.k[layer, :, :, self.used:end], self.v[layer, :, :, self.used:end] = k, v
+        if not self.used and not self.trunk:
+            return F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, enable_gqa=H != K)
+        k, v = self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+        q = q.reshape(B, K, -1, D).to(k.dtype)                # the heads that share keys, as more positions
+        mask = None if self.mask is None else self.mask.repeat(H // K, 1)
+        y = self.forked(layer, q, k, v, mask) if self.trunk else F.scaled_dot_product_attention(q, k, v, mask)
+        return y.reshape(B, H, T, D)
+
+    def forked(self, layer, q, k, v, mask):
+        """Attention of q (B, K, N, D) to its trunk, and to its own k, v (B, K, S, D) -> (B, K, N, D)"""
+        trunk_k, trunk_v = self.trunk[0][layer], self.trunk[1][layer]                     # (P, K, S0, D)
+        (P, K, S0, D), (slots, N) = trunk_k.shape, (self.slots.shape[1], q.shape[2])
+        own = q @ k.transpose(2, 3)                                                       # (B, K, N, S)
+        if mask is not None:
+            own = own.masked_fill(~mask, -torch.inf)
+
+        def by_trunk(x):              # (B, K, N, X) -> (P, K, slots * N, X): one product for all its rows
+            return x[self.slots].transpose(1, 2).reshape(P, K, slots * N, -1)
+
+        def by_row(x):                # and back
+            return x.view(P, K, slots, N, -1).transpose(1, 2).flatten(0, 1)[self.slot]
+        past = by_row((by_trunk(q) @ trunk_k.transpose(2, 3)).masked_fill(self.beyond, -torch.inf))
+        p = (torch.cat([past, own], dim=3).float() / math.sqrt(D)).softmax(dim=3).to(v.dtype)
+        past, own = p.split([S0, own.shape[3]], dim=3)
+        return by_row(by_trunk(past) @ trunk_v) + own @ v
 
     def end(self, T):
-        self.lengths = self.lengths + T
         self.used += T
 
-    def set_lengths(self, lengths):
-        """lengths (B,): forget what a padded prefill wrote past them"""
-        self.lengths = torch.as_tensor(lengths, device=self.lengths.device)
-        self.used = int(self.lengths.max())
+    def fork(self, lengths, num_samples, room):
+        """
+        Go on with num_samples rows for each row so far, row p * num_samples + g for row p, and room for so
+        many positions more. lengths (B,): of the rows so far, what lies behind was padding
+        """
+        L, B, K, _, D = self.k.shape
+        self.trunk = [x[:, :, :, :self.used].contiguous() for x in (self.k, self.v)]
+        self.trunk_lengths = torch.as_tensor(lengths, device=self.k.device)
+        self.group = torch.arange(B, device=self.k.device).repeat_interleave(num_samples)  # (B',) of each row
+        self.k, self.v = (x.new_zeros(L, B * num_samples, K, room, D) for x in self.trunk)
+        self.used = 0
+        self.place_rows()
+
+    def place_rows(self):
+        """Where the rows stand when each trunk's rows are side by side"""
+        if 4 * len(self.group.unique()) < 3 * len(self.trunk_lengths):         # drop those without rows
+            kept, self.group = self.group.unique(return_inverse=True)
+            self.trunk = [x[:, kept] for x in self.trunk]
+            self.trunk_lengths = self.trunk_lengths[kept]
+        members = [[] for _ in self.trunk_lengths]
+        for row, trunk in enumerate(self.group.tolist()):
+            members[trunk].append(row)
+        slots = max(map(len, members))
+        slot = [trunk * slots + n for trunk, rows in enumerate(members) for n in range(len(rows))]
+        rows = [row for rows in members for row in rows]
+        device = self.k.device
+        self.slot = torch.empty(len(rows), dtype=torch.int64, device=device)   # (B,) of each row
+        self.slot[rows] = torch.tensor(slot, device=device)
+        padded = [rows + [0] * (slots - len(rows)) for rows in members]
+        self.slots = torch.tensor(padded, device=device)                       # (P, slots) the rows there
+        index = torch.arange(self.trunk[0].shape[3], device=device)
+        self.beyond = (index >= self.trunk_lengths[:, None])[:, None, None]    # (P, 1, 1, S0)
 
     def select(self, rows):
-        """Keep these rows only (repeats allowed: a prompt's cache for all its samples). rows (B',) int64"""
-        self.k, self.v, self.lengths = self.k[:, rows], self.v[:, rows], self.lengths[rows]
-        self.used = int(self.lengths.max())
+        """Keep these rows only, in this order. rows (B',) int64, no more than there are; few should move"""
+        moved = (rows != torch.arange(len(rows), device=rows.device)).nonzero()[:, 0]
+        for x in (self.k, self.v):
+            x[:, moved, :, :self.used] = x[:, rows[moved], :, :self.used]
+        self.k, self.v = self.k[:, :len(rows)], self.v[:, :len(rows)]
+        if self.trunk:
+            self.group = self.group[rows]
+            self.place_rows()

@@ -4,10 +4,14 @@ Reward functions. Each takes lists of the same length and returns a number for e
     prompts        messages, [{"role": ..., "content": ...}, ...]
     completions    what the model wrote, with <think>, <answer> and other tags, without the end token
     answers        the "answer" of the prompt's row, text
+    pieces         only if the function has a parameter of that name: the texts of each completion's tokens,
+                   the end token's too; it may then return a list of numbers for a completion, one for each
 
-Write your own in any file and name it with --reward=path/to/file.py:function.
+Write your own in any file and name it with --reward=path/to/file.py:function. In a conversation with an
+environment (--env) a completion is all that follows the prompt, with the tags of the turns between.
 """
 import importlib.util
+import inspect
 import math
 import os
 import re
@@ -37,32 +41,37 @@ def answer_format(prompts, completions, answers):
     return [float(form.fullmatch(text) is not None) for text in completions]
 
 
-def load_reward(name):
-    """name: path/to/file.py:function -> the function; UserError where there is none"""
+def load_function(option, name):
+    """name: path/to/file.py:function, as in --option=name -> the function; UserError where there is none"""
     path, _, function = name.rpartition(":")
     if not os.path.isfile(path):
-        raise UserError(f"--reward={name}: no file {path or name}; expected path/to/file.py:function")
+        raise UserError(f"--{option}={name}: no file {path or name}; expected path/to/file.py:function")
     spec = importlib.util.spec_from_file_location(os.path.basename(path).removesuffix(".py"), path)
     module = importlib.util.module_from_spec(spec)
     sys.modules.setdefault(spec.name, module)                 # dataclasses look their module up there
     try:
         spec.loader.exec_module(module)
     except Exception as error:  # whatever the user's file raises
-        raise UserError(f"--reward={name}: importing it raised {type(error).__name__}: {error}") from error
+        raise UserError(f"--{option}={name}: importing it raised {type(error).__name__}: {error}") from error
     if not callable(getattr(module, function, None)):
-        raise UserError(f"--reward={name}: {path} has no function {function}")
+        raise UserError(f"--{option}={name}: {path} has no function {function}")
     return getattr(module, function)
 
 
-def score(rewards, weights, prompts, completions, answers):
+def score(rewards, weights, prompts, completions, answers, pieces, T):
     """
-    Weighted sum of reward functions. rewards: dict of name to function; weights: one each -> list of float.
+    Weighted sum of reward functions. rewards: dict of name to function; weights: one each; the rest as above
+    -> (B,) float32 rewards; (B, T) float32, what of it is still to be got from each token on: all of a number
+    that is for the whole completion, of numbers for tokens the token's own and those after it. T: at least
+    the longest completion's tokens
+
     UserError shows the prompt and the completion where a function raises or returns what is no number.
     """
-    total = [0.0] * len(completions)
+    total, to_go = [0.0] * len(completions), torch.zeros(len(completions), T)
     for (name, function), weight in zip(rewards.items(), weights):
         try:
-            values = function(prompts, completions, answers)
+            with_pieces = dict(pieces=pieces) if "pieces" in inspect.signature(function).parameters else {}
+            values = function(prompts, completions, answers, **with_pieces)
         except Exception as error:
             raise UserError(f"--reward={name}: raised {type(error).__name__}: {one_line(error)}; the first "
                             f"prompt was {prompts[0]!r}, its completion {completions[0]!r}") from error
@@ -72,13 +81,18 @@ def score(rewards, weights, prompts, completions, answers):
             raise UserError(f"--reward={name}: returned {one_line(values)}, expected "
                             f"{len(completions)} numbers")
         for i, value in enumerate(values):
-            number = as_number(value)
-            if not math.isfinite(number):
+            by_token = bool(with_pieces) and isinstance(value, (list, tuple))
+            numbers = [as_number(x) for x in (value if by_token else [value])]
+            if not all(map(math.isfinite, numbers)) or by_token and len(numbers) != len(pieces[i]):
+                wanted = f"{len(pieces[i])} finite numbers, one a token" if by_token else "a finite number"
                 raise UserError(f"--reward={name}: returned {one_line(repr(value))} for the prompt "
-                                f"{prompts[i]!r} and the completion {completions[i]!r}, expected a finite "
-                                "number")
-            total[i] += weight * number
-    return total
+                                f"{prompts[i]!r} and the completion {completions[i]!r}, expected {wanted}")
+            total[i] += weight * sum(numbers)
+            if by_token:
+                to_go[i, :len(numbers)] += weight * torch.tensor(numbers).flip(0).cumsum(0).flip(0)
+            else:
+                to_go[i] += weight * numbers[0]
+    return torch.tensor(total), to_go
 
 
 def one_line(value):
@@ -96,15 +110,14 @@ def as_number(value):
 def summarize(episodes):
     """
     What rollouts were like, over all ranks. episodes: list of dicts with rewards (P, G), counts (P,): which
-    prompts count (the first ones), answers: P * G lists of tokens, ended (P * G,): not cut
+    prompts count (the first ones), lengths (P * G,): tokens of the answers, ended (P * G,): not cut
     -> dict of means over answers; pass: reward 1 or more; flat_groups: all rewards of the group are the same
     """
     total = torch.zeros(7, dtype=torch.float64)
     for e in episodes:
         r = e["rewards"][e["counts"]].double()                                # (P, G)
-        lengths = torch.tensor([len(answer) for answer in e["answers"]])[:r.numel()]
         total += torch.stack([torch.tensor(r.numel()), r.sum(), (r**2).sum(), (r >= 1 - 1e-6).sum(),
-                              lengths.sum(), (~e["ended"][:r.numel()]).sum(),
+                              e["lengths"][:r.numel()].sum(), (~e["ended"][:r.numel()]).sum(),
                               (r == r[:, :1]).all(dim=1).sum() * r.shape[1]])
     n, *sums = dist.all_sum(total).tolist()
     mean, square, *others = (x / n for x in sums)

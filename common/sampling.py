@@ -1,15 +1,17 @@
 """
 Sampling with a KV cache: one step on logits, batches of prompts, and streamed text.
 
-    for rows, tokens, logps in generate(model, prompts, SamplingConfig(max_new_tokens=64), tokenizer.end): ...
+    for rows, tokens, *_ in generate(model, prompts, SamplingConfig(max_new_tokens=64), tokenizer.end): ...
     for text in stream(model, tokenizer, "KING HENRY:\n"): print(text, end="", flush=True)
 
 Every row draws from a random stream of its own, seeded by (seed, row): its text does not depend on which rows
 share the batch, nor on the training random state, which is left alone.
 """
+import copy
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn as nn
 
 from common.dist import UserError
 
@@ -23,6 +25,7 @@ class SamplingConfig:
     temperature: float = 0.8           # 0 = greedy
     top_k: int = 0                     # keep the k most likely tokens; 0 = all
     top_p: float = 1.0                 # keep the most likely tokens that together reach this probability
+    packed: bool = False               # x86 CPUs: products with weights in float16, faster, error 3e-4
 
     def __post_init__(self):
         for name, ok, expected in (("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
@@ -38,7 +41,8 @@ def sample_next(logits, cfg, u, seen=None):
     """
     One token per row. logits (B, V) float32; u (B,) uniform in [0, 1), decides the draw; seen (B, V) bool,
     tokens that the repetition penalty applies to -> tokens (B,) int64, logps (B,) under the distribution that
-    was sampled from (greedy: under the softmax at temperature 1).
+    was sampled from (greedy: under the softmax at temperature 1), and what top-k and top-p have kept: None or
+    ids (B, k), most likely first, and how many of each row's count (B,)
     """
     if cfg.suppress:
         logits = logits.index_fill(1, torch.tensor(cfg.suppress, device=logits.device), -torch.inf)
@@ -47,7 +51,7 @@ def sample_next(logits, cfg, u, seen=None):
         logits = torch.where(seen, penalised, logits)
     if cfg.temperature == 0:
         logps, tokens = logits.log_softmax(-1).max(-1)
-        return tokens, logps
+        return tokens, logps, None
     logits = logits / cfg.temperature
     ids = None
     if cfg.top_k or cfg.top_p < 1:
@@ -62,7 +66,9 @@ def sample_next(logits, cfg, u, seen=None):
     # the first index whose cumulative probability exceeds u: its own is > 0, so it is inside the support
     index = torch.searchsorted(cdf, (u[:, None] * cdf[:, -1:]), right=True)               # (B, 1)
     logps = probs.gather(-1, index).log()[:, 0]
-    return (index if ids is None else ids.gather(-1, index))[:, 0], logps
+    if ids is None:
+        return index[:, 0], logps, None
+    return ids.gather(-1, index)[:, 0], logps, (ids, (probs > 0).sum(-1))
 
 
 def uniforms(seed, row, n):
@@ -71,15 +77,58 @@ def uniforms(seed, row, n):
     return torch.rand(n, generator=generator).clamp_(max=1 - 2**-22)      # so that u * total < total in fp32
 
 
+class SamplingLinear(nn.Module):
+    """
+    An nn.Linear as a CPU multiplies a few rows fastest: weight times rows, not rows times weight, or with the
+    weight packed as float16 (products and sums are in fp32 all the same).
+    """
+    def __init__(self, linear, packed):
+        super().__init__()
+        self.linear, self.pack = linear, None
+        if packed:
+            self.pack = torch.ops.quantized.linear_prepack_fp16(linear.weight.detach(), linear.bias)
+
+    def forward(self, x):
+        if self.pack is not None:
+            return torch.ops.quantized.linear_dynamic_fp16(x, self.pack)
+        y = (self.linear.weight @ x.flatten(0, -2).T).T.contiguous().view(*x.shape[:-1], -1)
+        return y if self.linear.bias is None else y + self.linear.bias
+
+
+def for_sampling(model, packed):
+    """
+    A copy of model with the same parameters (not copies of them) whose matrix products are SamplingLinear;
+    packed ones hold the weights as they are now. Anywhere but in fp32 on a CPU: model itself.
+    """
+    weight = model.head
+    if packed and (weight.device.type != "cpu" or weight.dtype != torch.float32
+                   or "fbgemm" not in torch.backends.quantized.supported_engines):
+        raise UserError("--packed=true: float32 weights on an x86 CPU only; leave it out")
+    if weight.device.type != "cpu" or weight.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
+        return model
+    fast = copy.deepcopy(model, {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]})
+    if fast.untied_head is None:
+        fast.untied_head = nn.Linear(weight.shape[1], len(weight), bias=False, device="meta")
+        fast.untied_head.weight = weight                      # the embedding; only this copy's logits ask it
+    for module in list(fast.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.Linear):
+                setattr(module, name, SamplingLinear(child, packed))
+    return fast
+
+
 @torch.inference_mode()
-def generate(model, prompts, cfg, end=None, num_samples=1, seed=0, numbers=None):
+def generate(model, prompts, cfg, end=None, num_samples=1, seed=0, numbers=None, room=None):
     """
     Continue prompts (list of non-empty lists of ids, any lengths), num_samples of each; row p * num_samples +
     g is sample g of prompt p. A row stops after `end`, after max_new_tokens, or when the model's context is
-    full, and then leaves the batch. Each prompt is prefilled once. numbers: of the prompts, from which the
-    rows' random streams follow (default 0, 1, ...), so that other batches give a prompt the same samples.
+    full, and then leaves the batch. Each prompt is computed once, and its cache is shared by its samples.
 
-    -> iterator of (rows, tokens, logps), lists of the rows still going and what each got in this step
+    numbers: of the prompts, from which the rows' random streams follow (default 0, 1, ...), so that other
+    batches give a prompt the same samples; room: tokens that each row may get, at most max_new_tokens
+
+    -> iterator of (rows, tokens, logps, kept): lists of the rows still going, in any order, and of what each
+    got in this step; kept: see `sample_next`
     """
     was_training, device, limit = model.training, model.head.device, model.config.seq_len
     lengths = torch.tensor([len(p) for p in prompts])
@@ -88,50 +137,127 @@ def generate(model, prompts, cfg, end=None, num_samples=1, seed=0, numbers=None)
                          f"{sorted(set(map(len, prompts)))}")
     model.eval()
     try:
-        tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(p) for p in prompts], batch_first=True)
-        cache = model.new_cache(len(prompts), min(limit, tokens.shape[1] + cfg.max_new_tokens))
-        hidden = model(tokens.to(device), cache=cache)                                        # (P, T, C)
-        cache.set_lengths(lengths)
-        hidden = hidden[torch.arange(len(prompts)), lengths - 1].repeat_interleave(num_samples, 0)
-        cache.select(torch.arange(len(prompts), device=device).repeat_interleave(num_samples))
-        rows = list(range(len(prompts) * num_samples))
-        room = [min(cfg.max_new_tokens, limit - len(prompts[row // num_samples]) + 1) for row in rows]
-        streams = [(n if numbers is None else int(numbers[n])) * num_samples + g
-                   for n in range(len(prompts)) for g in range(num_samples)]
+        fast, G = for_sampling(model, cfg.packed), num_samples
+        tokens = nn.utils.rnn.pad_sequence([torch.tensor(p) for p in prompts], batch_first=True)
+        cache = fast.new_cache(len(prompts), min(limit, tokens.shape[1] + cfg.max_new_tokens))
+        hidden = fast(tokens.to(device), cache=cache)                                         # (P, T, C)
+        hidden = hidden[torch.arange(len(prompts)), lengths - 1].repeat_interleave(G, 0)
+        if G > 1 or lengths.min() < lengths.max():
+            cache.fork(lengths, G, min(limit - int(lengths.min()), cfg.max_new_tokens))
+        rows = list(range(len(prompts) * G))
+        room = [min(r, cfg.max_new_tokens, limit - len(prompts[row // G]) + 1)
+                for row, r in zip(rows, room or [limit] * len(rows))]
+        streams = [(n if numbers is None else int(numbers[n])) * G + g
+                   for n in range(len(prompts)) for g in range(G)]
         u = torch.stack([uniforms(seed, stream, cfg.max_new_tokens) for stream in streams]).to(device)
         seen = None
         if cfg.repetition_penalty != 1:
             seen = torch.zeros(len(rows), len(model.head), dtype=torch.bool, device=device)
             for row in rows:
-                seen[row, prompts[row // num_samples]] = True
+                seen[row, prompts[row // G]] = True
         for n in range(cfg.max_new_tokens):
-            logits = (hidden @ model.head.T).float()
-            tokens, logps = sample_next(logits, cfg, u[:, n], seen)
+            tokens, logps, kept = sample_next(fast.logits(hidden).float(), cfg, u[:, n], seen)
             values = tokens.tolist()
-            yield rows, values, logps.tolist()
+            yield rows, values, logps.tolist(), kept
             going = [i for i, row in enumerate(rows) if values[i] != end and n + 1 < room[row]]
             if not going:
                 return
-            if len(going) < len(rows):
-                rows, keep = [rows[i] for i in going], torch.tensor(going, device=device)
+            if len(going) < len(rows):                        # the last ones move where others have left
+                stay = range(len(going))
+                movers = iter([i for i in going if i not in stay])
+                present = set(going)
+                keep = [i if i in present else next(movers) for i in stay]
+                rows, keep = [rows[i] for i in keep], torch.tensor(keep, device=device)
                 tokens, u, seen = tokens[keep], u[keep], seen[keep] if seen is not None else None
                 cache.select(keep)
             if seen is not None:
                 seen.scatter_(1, tokens[:, None], True)
-            hidden = model(tokens[:, None], cache=cache)[:, 0]
+            hidden = fast(tokens[:, None], cache=cache)[:, 0]
     finally:
         model.train(was_training)
 
 
-def complete(model, prompts, cfg, end=None, num_samples=1, seed=0, numbers=None):
-    """Collect `generate` -> list of token lists, list of log-prob lists, one per row (end token included)."""
-    completions = [[] for _ in range(len(prompts) * num_samples)]
-    all_logps = [[] for _ in completions]
-    for rows, tokens, logps in generate(model, prompts, cfg, end, num_samples, seed, numbers):
-        for row, token, logp in zip(rows, tokens, logps):
+def complete(model, prompts, cfg, end=None, num_samples=1, seed=0, numbers=None, room=None):
+    """
+    Collect `generate` -> lists of one list per row: tokens (end token included), their log-probs, and the ids
+    that top-k and top-p have kept for each, int32 tensors; no such tensors without top-k and top-p
+    """
+    completions, all_logps, all_kept = ([[] for _ in range(len(prompts) * num_samples)] for _ in range(3))
+    for rows, tokens, logps, kept in generate(model, prompts, cfg, end, num_samples, seed, numbers, room):
+        for i, (row, token, logp) in enumerate(zip(rows, tokens, logps)):
             completions[row].append(token)
             all_logps[row].append(logp)
-    return completions, all_logps
+            if kept:
+                ids, counts = kept
+                all_kept[row].append(ids[i, :counts[i]].int().cpu())
+    return completions, all_logps, all_kept
+
+
+@dataclass
+class Answer:
+    """What a model has answered to a prompt; N tokens are its own, what an environment said is not."""
+    tokens: list                       # all, int
+    learned: list                      # bool each: the model's own
+    logps: list                        # (N,) float, the sampler's
+    kept: list                         # (N,) tensors of ids, as `complete` has them, or []
+    ended: bool                        # not cut by max_new_tokens or the context
+
+    def texts(self, tokenizer):
+        """-> the answer as text with all tags, without its end token; a list of the texts of its N tokens"""
+        whole = self.tokens[:-1] if self.tokens[-1] == tokenizer.end else self.tokens
+        return tokenizer.decode(whole, show_special=True), [
+            tokenizer.decode([token], show_special=True)
+            for token, own in zip(self.tokens, self.learned) if own]
+
+
+def rollout(model, tokenizer, prompts, cfg, num_samples=1, seed=0, numbers=None, env_step=None, say=None):
+    """
+    num_samples Answers to each of prompts (lists of ids), row p * num_samples + g is sample g of prompt p.
+
+    With env_step(text) -> (done, feedback) an answer has turns: when the model has ended one, env_step gets
+    the whole conversation as text, and unless it is done, say(feedback) -> ids follow and the model goes on.
+    max_new_tokens counts all tokens after the prompt. Later turns have random streams of their own.
+    """
+    answers, G = [], num_samples
+    for tokens, logps, kept in zip(*complete(model, prompts, cfg, tokenizer.end, G, seed, numbers)):
+        answers.append(Answer(tokens, [True] * len(tokens), logps, kept, tokens[-1] == tokenizer.end))
+    going, turn = (list(range(len(answers))) if env_step else []), 0
+    while going := [i for i in going if answers[i].ended]:
+        contexts, rooms, again, turn = [], [], [], turn + 1
+        for i in going:
+            a, prompt = answers[i], prompts[i // G]
+            done, feedback = ask(env_step, tokenizer.decode([*prompt, *a.tokens], show_special=True))
+            if done:
+                continue
+            a.ended, ids = False, say(feedback)
+            room = min(cfg.max_new_tokens, model.config.seq_len - len(prompt)) - len(a.tokens) - len(ids)
+            if room > 0:
+                a.tokens, a.learned = a.tokens + ids, a.learned + [False] * len(ids)
+                contexts.append([*prompt, *a.tokens])
+                rooms.append(room)
+                again.append(i)
+        if not again:
+            break
+        streams = [(i // G if numbers is None else int(numbers[i // G])) * G + i % G for i in again]
+        more = complete(model, contexts, cfg, tokenizer.end, 1, seed + turn * 1_000_000_007, streams, rooms)
+        for i, tokens, logps, kept in zip(again, *more):
+            a = answers[i]
+            a.tokens, a.learned = a.tokens + tokens, a.learned + [True] * len(tokens)
+            a.logps, a.kept, a.ended = a.logps + logps, a.kept + kept, tokens[-1] == tokenizer.end
+        going = again
+    return answers
+
+
+def ask(env_step, text):
+    """-> (done, feedback) of the user's function; UserError shows what it raised or returned instead"""
+    try:
+        done, feedback = result = env_step(text)
+    except Exception as error:  # whatever the user's function raises
+        raise UserError(f"--env: raised {type(error).__name__}: {error}; the conversation was "
+                        f"{text!r}") from error
+    if not done and not isinstance(feedback, str):
+        raise UserError(f"--env: returned {result!r}, expected (done, feedback), feedback a text")
+    return done, feedback
 
 
 def for_vocabulary(cfg, model, tokenizer):
@@ -151,7 +277,7 @@ def stream_tokens(model, tokenizer, ids, cfg=SamplingConfig(), seed=0):
     while left > 0:
         window = ids if len(ids) < limit else ids[-max(1, limit // 2):]
         config = replace(cfg, max_new_tokens=left)
-        for _, (token,), _ in generate(model, [window], config, tokenizer.end, seed=seed + 7919 * part):
+        for _, (token,), *_ in generate(model, [window], config, tokenizer.end, seed=seed + 7919 * part):
             if token == tokenizer.end:
                 return
             ids.append(token)

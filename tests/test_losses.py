@@ -277,6 +277,31 @@ def test_token_logps_leave_suppressed_ids_out(batch, chunk, temperature):
     assert not w.grad[[0, 5, 12]].any() and w.grad[allowed].any(dim=1).all()
 
 
+@pytest.mark.parametrize("suppress", [(), (3, 12)], ids=str)
+@pytest.mark.parametrize("chunk", CHUNKS)
+def test_token_logps_among_the_kept_ids_of_each_position(batch, chunk, suppress):
+    """As after top-k and top-p: other ids have neither probability nor gradient."""
+    hidden, weight, _ = batch
+    upstream, free = torch.randn(B, T), [v for v in range(V) if v not in suppress]
+    kept = [torch.tensor(free)[torch.randperm(len(free))[:1 + i % 5]].int() for i in range(B * T)]
+    targets = torch.stack([ids[0] for ids in kept]).long().view(B, T)
+    counts = torch.tensor([len(ids) for ids in kept])
+    h, w = leaf(hidden), leaf(weight)
+    logps = token_logps(h, w, targets, 0.7, chunk_size=chunk, suppress=suppress,
+                        kept=(torch.cat(kept), counts))
+    logps.backward(upstream)
+    h64, w64 = leaf(hidden.double()), leaf(weight.double())
+    expected = torch.stack([(w64[ids.long()] @ x / 0.7).log_softmax(-1)[0]
+                            for x, ids in zip(h64.flatten(0, 1), kept)]).view(B, T)
+    expected.backward(upstream.double())
+    assert_close((logps.detach(), h.grad, w.grad),
+                 tuple(x.float() for x in (expected.detach(), h64.grad, w64.grad)))
+    assert not logps.flatten()[counts == 1].any()                       # one id left: certain
+    outside = token_logps(hidden, weight, (targets + 1) % V, 0.7, kept=(torch.cat(kept), counts)).flatten()
+    lost = torch.tensor([(t + 1) % V not in ids for t, ids in zip(targets.flatten().tolist(), kept)])
+    assert ((outside == -torch.inf) == lost).all()
+
+
 def test_the_logps_of_all_ids_but_the_suppressed_ones_are_a_distribution(batch):
     hidden, weight, _ = batch
     logps = torch.stack([token_logps(hidden, weight, torch.full((B, T), v), 0.7, suppress=(2, 3))
@@ -595,6 +620,28 @@ def test_advantages_of_a_group_do_not_depend_on_the_order_of_groups_and_answers(
 def test_an_unknown_scale_is_refused_by_name():
     with pytest.raises(ValueError, match="'std': expected group, batch or none"):
         group_advantages(REWARDS, "std")
+
+
+def test_rewards_of_tokens_are_compared_at_their_place():
+    """Two samples of two and three tokens: 1 for the first, 4 for the last and 0.5 for each token."""
+    to_go = torch.tensor([[[1.0, 1.0, 1.0], [5.5, 5.0, 4.5]]])
+    rewards = to_go[:, :, 0]                                  # mean 3.25, std 4.5 / sqrt(2)
+    deviation = torch.tensor([[[-2.25, -2.0, -1.75], [2.25, 2.0, 1.75]]])
+    torch.testing.assert_close(group_advantages(rewards, "none", to_go), deviation)
+    for scale in ("group", "batch"):
+        torch.testing.assert_close(group_advantages(rewards, scale, to_go),
+                                   deviation / (4.5 / 2**0.5 + 1e-4))
+
+
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+def test_rewards_of_whole_answers_are_the_same_for_each_token(scale):
+    expected = group_advantages(REWARDS, scale)[..., None].expand(-1, -1, 5)
+    to_go = REWARDS[..., None].expand(-1, -1, 5)
+    torch.testing.assert_close(group_advantages(REWARDS, scale, to_go), expected, rtol=0, atol=0)
+    logps, old = torch.randn(2, REWARDS.numel(), 5)
+    mask, A = torch.rand(REWARDS.numel(), 5) < 0.8, group_advantages(REWARDS, scale)
+    torch.testing.assert_close(grpo_token_loss(logps, old, None, expected.flatten(0, 1), mask),
+                               grpo_token_loss(logps, old, None, A.flatten(), mask), rtol=0, atol=0)
 
 
 # -----------------------------------------------------------------------------

@@ -417,66 +417,62 @@ def test_cached_chunks_of_any_sizes_give_the_uncached_hidden_states(chunks, head
             start += n
         expected = model(tokens)
     torch.testing.assert_close(torch.cat(parts, 1), expected, atol=2e-6, rtol=1e-5)
-    assert cache.lengths.tolist() == [11] * 3 and cache.used == cache.capacity == 11
+    assert cache.used == cache.capacity == 11
 
 
+@pytest.mark.parametrize("num_samples", [1, 3])
 @pytest.mark.parametrize("heads", HEADS)
-def test_a_padded_batch_goes_on_like_each_row_alone(heads):
-    """Right-padded prefill of lengths 5, 1, 8, then steps of 1, 3 and 1 tokens."""
-    model, tokens, lengths = tiny_model(n_kv_head=HEADS[heads]), random_tokens(3, 13), [5, 1, 8]
-    cache = model.new_cache(3, 13)
+def test_forked_rows_go_on_like_each_row_alone(heads, num_samples):
+    """Right-padded prefill of lengths 5, 1, 8, then steps of 1, 3 and 1 tokens, and rows that leave."""
+    model, tokens, lengths = tiny_model(n_kv_head=HEADS[heads], qk_norm=True), random_tokens(3, 8), [5, 1, 8]
+    more = random_tokens(3 * num_samples, 8, seed=5)
+    rows, said, hidden = list(range(3 * num_samples)), 0, {}
     with torch.no_grad():
-        prompt = tokens[:, :8].clone()
+        prompt = tokens.clone()
         for row, n in enumerate(lengths):
             prompt[row, n:] = 49  # what pads is never looked at
-        first, cache_end = model(prompt, cache=cache), list(lengths)
-        cache.set_lengths(lengths)
-        parts = [[first[row, :n]] for row, n in enumerate(lengths)]
-        for n in (1, 3, 1):
-            new = torch.stack([tokens[row, at:at + n] for row, at in enumerate(cache_end)])
-            hidden = model(new, cache=cache)
-            for row in range(3):
-                parts[row].append(hidden[row])
-                cache_end[row] += n
-        assert cache.lengths.tolist() == cache_end == [10, 6, 13]
-        for row, end in enumerate(cache_end):
-            alone = model(tokens[row:row + 1, :end])[0]
-            torch.testing.assert_close(torch.cat(parts[row]), alone, atol=2e-6, rtol=1e-5)
+        cache = model.new_cache(3, 16)
+        first = model(prompt, cache=cache)
+        cache.fork(lengths, num_samples, 8)
+        for row in rows:
+            hidden[row] = [first[row // num_samples, :lengths[row // num_samples]]]
+        for n, keep in ((1, [0, 1, 2]), (3, [1, 0, 2]), (1, [2, 1]), (2, [1]), (1, None)):
+            out = model(more[rows, said:said + n], cache=cache)
+            said += n
+            for i, row in enumerate(rows):
+                hidden[row].append(out[i])
+                alone = model(torch.cat([tokens[row // num_samples, :lengths[row // num_samples]],
+                                         more[row, :said]])[None])[0]
+                torch.testing.assert_close(torch.cat(hidden[row]), alone, atol=2e-6, rtol=1e-5)
+            if keep:  # other prompts drop out, and some rows of those that stay
+                keep = [i for i, row in enumerate(rows) if i % 3 in keep] if num_samples > 1 else keep
+                rows = [rows[i] for i in keep]
+                cache.select(torch.tensor(keep))
+        assert cache.used == cache.capacity == 8
 
 
 def test_selected_rows_of_a_cache_go_on_like_themselves():
-    """Repeats and drops at once: rows 2, 0, 0 of a batch with lengths 3, 7, 4."""
-    model, tokens, lengths, rows = tiny_model(), random_tokens(3, 12), [3, 7, 4], [2, 0, 0]
-    cache, more = model.new_cache(3, 12), random_tokens(3, 2, seed=5)
-    with torch.no_grad():
-        model(tokens[:, :7], cache=cache)
-        cache.set_lengths(lengths)
-        cache.select(torch.tensor(rows))
-        assert cache.lengths.tolist() == [4, 3, 3]
-        hidden = torch.cat([model(more[:, :1], cache=cache), model(more[:, 1:], cache=cache)], 1)
-        for i, row in enumerate(rows):
-            alone = model(torch.cat([tokens[row, :lengths[row]], more[i]])[None])[0, -2:]
-            torch.testing.assert_close(hidden[i], alone, atol=2e-6, rtol=1e-5)
-
-
-@pytest.mark.parametrize("by", ["select", "set_lengths"])
-def test_positions_that_no_row_needs_any_more_are_free_again(by):
-    """The long row leaves, or is cut to its first tokens: the short one still has the whole capacity."""
-    model, tokens = tiny_model(), random_tokens(2, 8)
-    cache, more = model.new_cache(2, 8), random_tokens(2, 6, seed=5)
+    model, tokens, more = tiny_model(), random_tokens(4, 7), random_tokens(4, 2, seed=5)
+    cache = model.new_cache(4, 9)
     with torch.no_grad():
         model(tokens, cache=cache)
-        if by == "select":
-            rows, lengths = [1], [2]
-            cache.set_lengths([8, 2])
-            cache.select(torch.tensor(rows))
-        else:
-            rows, lengths = [0, 1], [1, 2]
-            cache.set_lengths(lengths)
-        hidden = model(more[rows], cache=cache)  # 2 of 8 positions were taken
-        for i, (row, n) in enumerate(zip(rows, lengths)):
-            alone = model(torch.cat([tokens[row, :n], more[row]])[None])[0, n:]
-            torch.testing.assert_close(hidden[i], alone, atol=2e-6, rtol=1e-5)
+        cache.select(torch.tensor([0, 3, 2]))
+        cache.select(torch.tensor([2, 1]))
+        hidden = torch.cat([model(more[[2, 3], n:n + 1], cache=cache) for n in range(2)], 1)
+        alone = model(torch.cat([tokens[[2, 3]], more[[2, 3]]], 1))[:, -2:]
+        torch.testing.assert_close(hidden, alone, atol=2e-6, rtol=1e-5)
+
+
+def test_the_trunk_of_samples_is_there_once():
+    """Memory: 2 prompts of 8 positions and 3 of each of their 10 rows, not 10 prompts."""
+    model = tiny_model()
+    cache = model.new_cache(2, 11)
+    with torch.no_grad():
+        model(random_tokens(2, 8), cache=cache)
+        cache.fork([8, 8], 5, 3)
+    position = cache.k[0, 0, :, 0].numel()
+    assert sum(x.numel() for x in cache.trunk) == 2 * model.config.n_layer * 2 * 8 * position
+    assert cache.k.numel() == model.config.n_layer * 10 * 3 * position
 
 
 def test_a_full_cache_raises_and_says_how_full_it_is():

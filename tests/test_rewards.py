@@ -6,10 +6,11 @@ import torch
 from conftest import ROOT
 
 from common.dist import UserError
-from common.rewards import answer_format, answer_of, exact_match, load_reward, score, summarize
+from common.rewards import answer_format, answer_of, exact_match, load_function, score, summarize
 
 PROMPTS = [[{"role": "user", "content": "1 + 1?"}], [{"role": "user", "content": "2 + 2?"}]]
 TEXTS, ANSWERS = ["<answer>2</answer>", "<answer>5</answer>"], ["2", "4"]
+PIECES = [["<answer>", "2", "</answer>", "<end>"], ["<answer>", "5", "</answer>"]]          # tokens of TEXTS
 
 
 @pytest.fixture(autouse=True)
@@ -64,8 +65,8 @@ def test_a_reward_is_read_from_a_file(tmp_path):
     path = tmp_path / "mine:own.py"                                     # the last colon divides
     path.write_text("import re\nLEAST = 2\n\ndef long(prompts, completions, answers):\n"
                     "    return [len(re.findall('.', text)) - LEAST for text in completions]\n")
-    assert load_reward(f"{path}:long")([], ["abc", ""], []) == [1, -2]
-    assert load_reward("common/rewards.py:exact_match")(PROMPTS, TEXTS, ANSWERS) == [1, 0]
+    assert load_function("reward", f"{path}:long")([], ["abc", ""], []) == [1, -2]
+    assert load_function("reward", "common/rewards.py:exact_match")(PROMPTS, TEXTS, ANSWERS) == [1, 0]
 
 
 @pytest.mark.parametrize("name, message", [
@@ -78,7 +79,7 @@ def test_a_reward_is_read_from_a_file(tmp_path):
     ("common/rewards.py:", "common/rewards.py has no function "),
     ("common/rewards.py:__doc__", "common/rewards.py has no function __doc__")])
 def test_a_reward_that_is_not_there_is_named(name, message):
-    assert refusal(load_reward, name) == f"--reward={name}: {message}"
+    assert refusal(load_function, "reward", name) == f"--reward={name}: {message}"
 
 
 @pytest.mark.parametrize("content, error", [
@@ -87,7 +88,7 @@ def test_a_reward_that_is_not_there_is_named(name, message):
 def test_a_file_that_cannot_be_imported_says_why(tmp_path, content, error):
     (tmp_path / "mine.py").write_text(content)
     name = f"{tmp_path}/mine.py:good"
-    assert refusal(load_reward, name).startswith(f"--reward={name}: importing it raised {error}")
+    assert refusal(load_function, "reward", name).startswith(f"--reward={name}: importing it raised {error}")
 
 
 # -----------------------------------------------------------------------------
@@ -95,7 +96,9 @@ def test_a_file_that_cannot_be_imported_says_why(tmp_path, content, error):
 
 def scored(*functions, weights=None):
     rewards = {f"f.py:{chr(97 + i)}": function for i, function in enumerate(functions)}
-    return score(rewards, weights or [1.0] * len(functions), PROMPTS, TEXTS, ANSWERS)
+    total, to_go = score(rewards, weights or [1.0] * len(functions), PROMPTS, TEXTS, ANSWERS, PIECES, 4)
+    torch.testing.assert_close(to_go, total[:, None].expand(-1, 4))
+    return total.tolist()
 
 
 def test_a_score_is_the_weighted_sum_of_what_the_functions_return():
@@ -137,12 +140,35 @@ def test_a_function_that_raises_is_named_with_the_error_and_a_prompt_and_complet
     assert "--reward=f.py:a: raised TypeError: " in refusal(scored, lambda prompts: [1.0, 0.0])
 
 
+def test_numbers_for_tokens_are_to_be_got_from_their_token_on():
+    def digits(prompts, completions, answers, pieces):
+        return [[-1.0 * piece.isdigit() for piece in row] for row in pieces]
+
+    def once(prompts, completions, answers, pieces=None):
+        assert pieces == PIECES
+        return [1.0, 2.0]
+    total, to_go = score({"a": digits, "b": once, "c": exact_match}, [2.0, 1.0, 0.5], PROMPTS, TEXTS, ANSWERS,
+                         PIECES, 4)
+    assert total.tolist() == [-2 + 1 + 0.5, -2 + 2]
+    assert to_go.tolist() == [[-0.5, -0.5, 1.5, 1.5], [0, 0, 2, 2]]      # the last one stands for no token
+
+
+def test_numbers_for_tokens_must_be_as_many_and_finite():
+    def of(*values):
+        def by_token(prompts, completions, answers, pieces):
+            return values
+        return lambda: score({"f.py:a": by_token}, [1.0], PROMPTS, TEXTS, ANSWERS, PIECES, 4)
+    assert "expected 4 finite numbers, one a token" in refusal(of([0.0] * 3, [0.0] * 3))
+    assert "expected 3 finite numbers, one a token" in refusal(of([0.0] * 4, [0.0, float("nan"), 0.0]))
+    assert "expected a finite number" in refusal(of([0.0] * 4, "1"))
+
+
 # -----------------------------------------------------------------------------
 # statistics
 
 def episode(rewards, lengths, ended, counts):
     return dict(rewards=torch.tensor(rewards), counts=torch.tensor(counts), ended=torch.tensor(ended),
-                answers=[[7] * n for n in lengths])
+                lengths=torch.tensor(lengths))
 
 
 def test_the_statistics_of_rollouts_are_those_of_a_table_by_hand():

@@ -6,17 +6,26 @@ import math
 from dataclasses import replace
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import sentencepiece
 import torch
+from some_rewards import calculator
 
-from common.data import Branches, branches
+from common.dist import UserError
 from common.losses import token_logps
 from common.model import GPT, ModelConfig
-from common.sampling import SamplingConfig, complete, for_vocabulary, generate, sample_next, stream, uniforms
-from common.tokenizer import Tokenizer, train_sentencepiece
-from train_grpo import answer_logps
+from common.sampling import (
+    SamplingConfig,
+    complete,
+    for_vocabulary,
+    generate,
+    rollout,
+    sample_next,
+    stream,
+    uniforms,
+)
+from common.tokenizer import Tokenizer, encode_chat, train_sentencepiece
+from train_grpo import answer_logps, as_branches
 
 PLAIN = SamplingConfig(temperature=1.0)
 LARGEST = 1 - 2**-24                                     # the largest float32 that torch.rand can give
@@ -33,7 +42,7 @@ def every_u(logits, cfg, seen=()):
     u = (torch.arange(N, dtype=torch.float64) + 0.5) / N
     mask = torch.zeros(logits.shape, dtype=torch.bool)
     mask[0, list(seen)] = True
-    tokens, logps = sample_next(logits.expand(N, -1), cfg, u.float(), mask.expand(N, -1) if seen else None)
+    tokens, logps, _ = sample_next(logits.expand(N, -1), cfg, u.float(), mask.expand(N, -1) if seen else None)
     share, probs = [0.0] * logits.shape[1], [0.0] * logits.shape[1]
     for token in tokens.unique().tolist():
         of_token = logps[tokens == token]
@@ -107,7 +116,7 @@ def test_temperature_0_is_greedy_with_logps_of_temperature_1(options, seen, toke
     mask = torch.zeros(1, 4, dtype=torch.bool)
     mask[0, list(seen)] = True
     logits = torch.tensor([logs(1, 5, 3, 1)])
-    tokens, logps = sample_next(logits, replace(PLAIN, temperature=0, **options), torch.tensor([u]), mask)
+    tokens, logps, _ = sample_next(logits, replace(PLAIN, temperature=0, **options), torch.tensor([u]), mask)
     assert tokens.tolist() == [token] and logps.tolist() == pytest.approx([logp], abs=1e-6)
 
 
@@ -116,9 +125,9 @@ def test_rows_are_drawn_independently():
     torch.manual_seed(0)
     cfg = replace(PLAIN, repetition_penalty=1.7, top_k=6, top_p=0.9, temperature=0.8)
     logits, u, seen = 2 * torch.randn(50, 9), torch.rand(50), torch.rand(50, 9) < 0.3
-    tokens, logps = sample_next(logits, cfg, u, seen)
+    tokens, logps, _ = sample_next(logits, cfg, u, seen)
     for row in range(50):
-        token, logp = sample_next(logits[row:row + 1], cfg, u[row:row + 1], seen[row:row + 1])
+        token, logp, _ = sample_next(logits[row:row + 1], cfg, u[row:row + 1], seen[row:row + 1])
         assert token == tokens[row] and logp == pytest.approx(logps[row].item(), abs=1e-6)
 
 
@@ -139,7 +148,7 @@ def test_the_ends_of_u_give_tokens_of_positive_probability(u, options):
     logits[:, 1:50] -= 200
     logits[:, -50:] -= 200
     cfg = replace(PLAIN, suppress=(0, 2999), **options)
-    tokens, logps = sample_next(logits, cfg, torch.full((200,), u))
+    tokens, logps, _ = sample_next(logits, cfg, torch.full((200,), u))
     assert logps.isfinite().all()
     assert tokens.min() >= 50 and tokens.max() < 2950
     if not options:                                      # by id: 0 is the first possible token
@@ -151,7 +160,7 @@ def test_the_ends_of_u_give_tokens_of_positive_probability(u, options):
 def test_a_vocabulary_with_one_possible_token_gives_it_for_every_u(vocab_size):
     logits = torch.full((3, vocab_size), -torch.inf)
     logits[:, -1] = -1e4
-    tokens, logps = sample_next(logits, PLAIN, torch.tensor([0.0, 0.5, LARGEST]))
+    tokens, logps, _ = sample_next(logits, PLAIN, torch.tensor([0.0, 0.5, LARGEST]))
     assert tokens.tolist() == [vocab_size - 1] * 3 and logps.tolist() == [0.0] * 3
 
 
@@ -177,7 +186,7 @@ def test_samples_have_the_distribution_that_their_logps_claim(temperature, optio
     logits = [1.0, -0.5, 2.0, 0.3, 1.4]
     cfg = replace(PLAIN, temperature=temperature, **options)
     u = torch.rand(20_000, generator=torch.Generator().manual_seed(1))
-    tokens, logps = sample_next(torch.tensor([logits]).expand(len(u), -1), cfg, u)
+    tokens, logps, _ = sample_next(torch.tensor([logits]).expand(len(u), -1), cfg, u)
     claimed = torch.zeros(5).scatter(0, tokens, logps.exp())
     assert claimed.sum().item() == pytest.approx(1, abs=1e-5)
     counts = tokens.bincount(minlength=5)
@@ -192,7 +201,7 @@ def test_first_tokens_of_many_samples_have_the_distribution_that_their_logps_cla
     """Through generate, so the random streams of the rows take part."""
     model = tiny_model(vocab_size=5, tie_embeddings=False)
     cfg = replace(PLAIN, temperature=temperature, max_new_tokens=1, **options)
-    (_, tokens, logps), = generate(model, [[1, 2, 3]], cfg, num_samples=4000, seed=11)
+    (_, tokens, logps, _), = generate(model, [[1, 2, 3]], cfg, num_samples=4000, seed=11)
     claimed = torch.zeros(5).scatter(0, torch.tensor(tokens), torch.tensor(logps).exp())
     assert claimed.sum().item() == pytest.approx(1, abs=1e-5)
     assert p_value(torch.tensor(tokens).bincount(minlength=5), claimed) > 1e-3
@@ -206,7 +215,7 @@ def test_first_tokens_of_groups_have_the_distribution_that_their_logps_claim(tem
     cfg = replace(PLAIN, temperature=temperature, suppress=suppress, max_new_tokens=1)
     tokens, claimed = [], torch.zeros(5)
     for first in range(0, 500, 100):
-        (_, drawn, logps), = generate(model, [[1, 2, 3]] * 100, cfg, None, 8, 3, range(first, first + 100))
+        (_, drawn, logps, _), = generate(model, [[1, 2, 3]] * 100, cfg, None, 8, 3, range(first, first + 100))
         tokens += drawn
         claimed[drawn] = torch.tensor(logps).exp()
     assert claimed.sum().item() == pytest.approx(1, abs=1e-5) and not claimed[list(suppress)].any()
@@ -259,7 +268,7 @@ def naive(model, prompt, cfg, row, end=None, seed=0):
         logits = model(torch.tensor([ids]))[:, -1] @ model.head.T
         seen = torch.zeros_like(logits, dtype=torch.bool)
         seen[0, ids] = True
-        token, logp = sample_next(logits, cfg, u[n:n + 1], seen)
+        token, logp, _ = sample_next(logits, cfg, u[n:n + 1], seen)
         ids.append(token.item())
         logps.append(logp.item())
     return ids[len(prompt):], logps
@@ -294,7 +303,7 @@ def test_a_batch_of_prompts_is_generated_as_by_a_naive_uncached_loop(name, num_s
 
 def test_a_row_does_not_depend_on_the_others_in_its_batch():
     model, cfg = tiny_model(), CONFIGS["everything"]
-    tokens, logps = complete(model, PROMPTS, cfg, seed=4)
+    tokens, logps, _ = complete(model, PROMPTS, cfg, seed=4)
     for row, prompt in enumerate(PROMPTS):               # the same row among others of another length
         result = complete(model, [[11] * 9] * row + [prompt], cfg, seed=4)
         assert_same(([result[0][row]], [result[1][row]]), [(tokens[row], logps[row])])
@@ -305,17 +314,18 @@ def test_a_row_does_not_depend_on_the_others_in_its_batch():
 
 
 @torch.no_grad()
-def logps_of(model, prompt, tokens, temperature=1.0):
+def logps_of(model, prompt, tokens, temperature=1.0, suppress=()):
     """What a loss computes for tokens after prompt, in one forward -> list"""
     ids = torch.tensor([prompt + tokens])
-    return token_logps(model(ids[:, :-1]), model.head, ids[:, 1:], temperature)[0, len(prompt) - 1:].tolist()
+    logps = token_logps(model(ids[:, :-1]), model.head, ids[:, 1:], temperature, suppress=suppress)
+    return logps[0, len(prompt) - 1:].tolist()
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 1.3])
 def test_logps_are_those_that_training_computes_for_the_same_tokens(temperature):
     """The ratio of a policy update starts at 1."""
     model, cfg = tiny_model(), replace(PLAIN, temperature=temperature, max_new_tokens=10)
-    tokens, logps = complete(model, PROMPTS, cfg, num_samples=2)
+    tokens, logps, _ = complete(model, PROMPTS, cfg, num_samples=2)
     for row in range(6):
         recomputed = logps_of(model, PROMPTS[row // 2], tokens[row], temperature)
         for new, old in zip(recomputed, logps[row], strict=True):
@@ -324,7 +334,7 @@ def test_logps_are_those_that_training_computes_for_the_same_tokens(temperature)
 
 def test_a_numbered_prompt_has_its_samples_in_any_batch_and_place():
     model, cfg, numbers = tiny_model(), CONFIGS["everything"], [70, 3, 12]
-    tokens, logps = complete(model, PROMPTS, cfg, num_samples=3, seed=4, numbers=numbers)
+    tokens, logps, _ = complete(model, PROMPTS, cfg, num_samples=3, seed=4, numbers=numbers)
     for places in ([0], [1], [2], [2, 0, 1], [1, 2], [0, 0, 2, 0]):
         result = complete(model, [PROMPTS[p] for p in places], cfg, num_samples=3, seed=4,
                           numbers=torch.tensor(numbers)[places])
@@ -335,11 +345,11 @@ def test_a_numbered_prompt_has_its_samples_in_any_batch_and_place():
 
 def test_samples_of_a_prompt_differ_from_each_other_and_from_those_under_other_numbers():
     model, cfg = tiny_model(), replace(PLAIN, max_new_tokens=8)
-    tokens, _ = complete(model, [PROMPTS[0]] * 20, cfg, num_samples=4, numbers=range(100, 120))
+    tokens, _, _ = complete(model, [PROMPTS[0]] * 20, cfg, num_samples=4, numbers=range(100, 120))
     assert len({tuple(row) for row in tokens}) == 80
     first = [row[0] for row in tokens]
     assert all(len({first[4 * p + g] for p in range(20)}) > 5 for g in range(4))
-    other, _ = complete(model, [PROMPTS[0]] * 20, cfg, num_samples=4, numbers=range(100, 120), seed=1)
+    other, _, _ = complete(model, [PROMPTS[0]] * 20, cfg, num_samples=4, numbers=range(100, 120), seed=1)
     assert not {tuple(row) for row in tokens} & {tuple(row) for row in other}
 
 
@@ -347,30 +357,126 @@ PADDED = 36                                              # ids of a vocabulary w
 GROUPS = [[5, 7, 9], [2, 4], [2, 4, 6, 8, 10, 12, 14]]   # prompts of 3, 2 and 7 tokens
 
 
-@pytest.mark.parametrize("suppress", [(), (0, 3, 20)], ids=str)
+def one_row(prompts, answers):
+    """As the stage learns them"""
+    episodes = dict(prompts=prompts, answers=answers, counts=torch.ones(len(prompts), dtype=torch.bool),
+                    ended=torch.tensor([a.ended for a in answers]))
+    cfg = SimpleNamespace(num_samples=len(answers) // len(prompts), drop_flat_groups=False,
+                          mask_truncated=False)
+    return as_branches(episodes, cfg, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("options", [dict(), dict(suppress=(0, 3, 20)), dict(top_k=5), dict(top_p=0.8),
+                                     dict(top_k=20, top_p=0.9, suppress=(7,))], ids=str)
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 1.3])
-def test_the_ratio_before_any_update_is_1_in_the_row_of_branches_that_learns(temperature, suppress):
-    model, numbers = tiny_model(), [8, 2, 5]
-    cfg = for_vocabulary(replace(PLAIN, temperature=temperature, suppress=suppress, max_new_tokens=12), model,
-                         SimpleNamespace(vocab_size=PADDED))
-    assert cfg.suppress == (*suppress, *range(PADDED, 40))
-    end = complete(model, GROUPS, cfg, None, 3, 4, numbers)[0][4][0]     # so that row 4 is one token
-    answers, logps = complete(model, GROUPS, cfg, end, 3, 4, numbers)
-    assert len(answers[4]) == 1 and max(map(len, answers)) == 12
-    assert not set(cfg.suppress) & {token for answer in answers for token in answer}
-    parts = [(np.array(answer), np.ones(len(answer), bool)) for answer in answers]
-    rows = Branches(*branches([(np.array(prompt), parts[3 * p:3 * p + 3]) for p, prompt in enumerate(GROUPS)],
-                              torch.device("cpu")))
+def test_the_ratio_before_any_update_is_1_in_the_row_of_branches_that_learns(temperature, options):
+    model, numbers, words = tiny_model(), [8, 2, 5], SimpleNamespace(vocab_size=PADDED)
+    cfg = for_vocabulary(replace(PLAIN, temperature=temperature, max_new_tokens=12, **options), model, words)
+    assert cfg.suppress == (*options.get("suppress", ()), *range(PADDED, 40))
+    words.end = complete(model, GROUPS, cfg, None, 3, 4, numbers)[0][4][0]     # so that row 4 is one token
+    answers = rollout(model, words, GROUPS, cfg, 3, 4, numbers)
+    assert len(answers[4].tokens) == 1 and max(len(a.tokens) for a in answers) == 12
+    assert not set(cfg.suppress) & {token for a in answers for token in a.tokens}
+    rows, sampled, kept, index = one_row(GROUPS, answers)
+    assert index.T.tolist() == [[i, n] for i, a in enumerate(answers) for n in range(len(a.tokens))]
+    assert sampled.tolist() == pytest.approx([logp for a in answers for logp in a.logps])
     with torch.no_grad():
-        recomputed = rows.padded(answer_logps(model, rows, cfg))
-        unlike = [rows.padded(answer_logps(model, rows, replace(cfg, **change)))
-                  for change in (dict(suppress=()), dict(temperature=temperature + 0.01))]
-    for row, sampled in enumerate(logps):
-        n, sampled = len(sampled), torch.tensor(sampled)
-        assert ((recomputed[row, :n] - sampled).exp() - 1).abs().max() < 1e-5
-        assert not recomputed[row, n:].any()
+        recomputed = answer_logps(model, rows, kept, cfg)
+        unlike = [answer_logps(model, rows, kept, replace(cfg, temperature=temperature + 0.01))]
+        if options:                                                # and without what cut the distribution
+            unlike.append(answer_logps(model, rows, None, replace(cfg, suppress=())))
+    assert ((recomputed - sampled).exp() - 1).abs().max() < 1e-5
     for other in unlike:                                                # what either mistake would make of it
         assert ((other - recomputed).exp() - 1).abs().max() > 1e-3
+
+
+def test_packed_weights_sample_as_a_model_of_weights_rounded_to_float16():
+    """The parameters themselves stay as they are, and the next call sees new ones."""
+    model, cfg = tiny_model(tie_embeddings=False), replace(PLAIN, max_new_tokens=10, packed=True)
+    for _ in range(2):
+        before = {name: weight.clone() for name, weight in model.state_dict().items()}
+        tokens, logps, _ = complete(model, PROMPTS, cfg, num_samples=2)
+        assert all(weight.equal(before[name]) for name, weight in model.state_dict().items())
+        exact = torch.tensor([logps_of(model, PROMPTS[row // 2], tokens[row]) for row in range(6)])
+        with torch.no_grad():
+            for module in model.modules():
+                if isinstance(module, torch.nn.Linear):
+                    module.weight.copy_(module.weight.half())
+        rounded = torch.tensor([logps_of(model, PROMPTS[row // 2], tokens[row]) for row in range(6)])
+        torch.testing.assert_close(torch.tensor(logps), rounded, atol=1e-5, rtol=0)
+        assert (rounded - exact).abs().max() > 1e-4
+        with torch.no_grad():
+            model.head.mul_(-1.0003)
+
+
+def test_packed_weights_are_refused_where_there_are_no_such_products():
+    with pytest.raises(UserError, match="--packed=true: float32 weights on an x86 CPU only"):
+        complete(tiny_model().bfloat16(), PROMPTS, replace(PLAIN, packed=True))
+
+
+# -----------------------------------------------------------------------------
+# conversations with an environment
+
+def say(tokenizer):
+    return lambda text: encode_chat(tokenizer, [[dict(role="user", content=text)]], reply=True)[0][0]
+
+
+def test_a_model_uses_a_calculator_and_the_answer_has_both_turns():
+    tokenizer = Tokenizer("bytes")
+    prompt = say(tokenizer)("What is 12 + 30?")
+    turns = ["=12+30", "<answer>42</answer>"]
+    ids = [tokenizer.encode(text) + [tokenizer.end] for text in turns]
+    model = Scripted(ids[0] + ids[1], tokenizer.vocab_size)
+    cfg = replace(PLAIN, temperature=0.0)
+    answer, = rollout(model, tokenizer, [prompt], cfg, env_step=calculator, say=say(tokenizer))
+    feedback = say(tokenizer)("42")
+    assert answer.tokens == ids[0] + feedback + ids[1] and answer.ended
+    assert answer.learned == [True] * len(ids[0]) + [False] * len(feedback) + [True] * len(ids[1])
+    assert len(answer.logps) == len(ids[0] + ids[1])
+    assert answer.texts(tokenizer) == ("=12+30<end><user>42<end><assistant><answer>42</answer>", [
+        *turns[0], "<end>", *turns[1], "<end>"])
+
+
+def test_what_the_environment_says_counts_but_is_not_learned():
+    """Rows that go on, end and are cut, in two turns and more; log-probs are those of the whole sequence."""
+    model = tiny_model(vocab_size=270, seq_len=64)
+    tokenizer, seen = Tokenizer("bytes"), []
+    cfg = for_vocabulary(replace(PLAIN, temperature=1.0, max_new_tokens=30), model, tokenizer)
+
+    def env_step(text):
+        seen.append(text)
+        return text.count("<assistant>") == 3, "go"
+    with torch.no_grad():
+        model.head[tokenizer.end] += 2 * model.head.std()               # now and then an answer ends
+    prompts = [say(tokenizer)(text) for text in ("one", "three", "4")]
+    answers = rollout(model, tokenizer, prompts, cfg, 40, 3, [5, 1, 9], env_step, say(tokenizer))
+    turns = [sum(not own for own in a.learned) // len(say(tokenizer)("go")) for a in answers]
+    assert set(turns) >= {0, 1, 2} and {a.ended for a in answers} == {True, False}
+    for a, n in zip(answers, turns):
+        assert len(a.tokens) <= 30 and (n == 2 or not a.ended) and len(a.logps) == sum(a.learned)
+    for i in [*range(0, 120, 9)]:
+        a, prompt = answers[i], prompts[i // 40]
+        whole = torch.tensor(logps_of(model, prompt, a.tokens, suppress=cfg.suppress))
+        torch.testing.assert_close(whole[torch.tensor(a.learned)], torch.tensor(a.logps), atol=2e-5, rtol=0)
+        alone = rollout(model, tokenizer, [prompt], cfg, 40, 3, [[5, 1, 9][i // 40]], env_step,
+                        say(tokenizer))[i % 40]
+        assert alone.tokens == a.tokens                                 # in another batch
+    rows, sampled, _, index = one_row(prompts, answers)
+    own = [token for a in answers for token, learned in zip(a.tokens, a.learned) if learned]
+    assert rows.targets[rows.mask].tolist() == own and len(sampled) == len(own) == index.shape[1]
+    with torch.no_grad():
+        assert ((answer_logps(model, rows, None, cfg) - sampled).exp() - 1).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("env_step, message", [
+    (lambda text: 1 / 0, "--env: raised ZeroDivisionError: division by zero; the conversation was '<user>hi"),
+    (lambda text: True, "--env: raised TypeError"),
+    (lambda text: (False, None), r"--env: returned \(False, None\), expected \(done, feedback\)")])
+def test_an_environment_that_fails_is_shown_with_the_conversation(env_step, message):
+    tokenizer = Tokenizer("bytes")
+    model = Scripted([65, tokenizer.end], tokenizer.vocab_size)
+    with pytest.raises(UserError, match=message):
+        rollout(model, tokenizer, [say(tokenizer)("hi")], PLAIN, env_step=env_step, say=say(tokenizer))
 
 
 def naive_probs(logits, cfg, seen):
@@ -394,7 +500,7 @@ def naive_probs(logits, cfg, seen):
     dict(suppress=(7,), repetition_penalty=1.3, top_k=8, top_p=0.9)], ids=str)
 def test_logps_are_those_of_an_uncached_forward_under_the_same_processors(options):
     model, cfg = tiny_model(), replace(PLAIN, temperature=0.9, max_new_tokens=8, **options)
-    tokens, logps = complete(model, PROMPTS, cfg, num_samples=2)
+    tokens, logps, _ = complete(model, PROMPTS, cfg, num_samples=2)
     for row in range(6):
         ids = PROMPTS[row // 2] + tokens[row]
         with torch.no_grad():
@@ -414,7 +520,7 @@ def record_shapes(model):
 def test_each_prompt_is_prefilled_once_for_all_its_samples_which_differ():
     model = tiny_model()
     shapes = record_shapes(model)
-    tokens, _ = complete(model, PROMPTS[:2], replace(PLAIN, max_new_tokens=4), num_samples=8)
+    tokens, _, _ = complete(model, PROMPTS[:2], replace(PLAIN, max_new_tokens=4), num_samples=8)
     assert shapes == [(2, 3)] + [(16, 1)] * 3            # the last token needs no forward after it
     for prompt in (tokens[:8], tokens[8:]):
         assert len({row[0] for row in prompt}) > 2       # not one first token for the whole group
@@ -423,18 +529,18 @@ def test_each_prompt_is_prefilled_once_for_all_its_samples_which_differ():
 
 def test_rows_leave_the_batch_after_their_end_token_and_the_others_go_on_unchanged():
     model, cfg = tiny_model(), replace(PLAIN, max_new_tokens=12)
-    free, free_logps = complete(model, PROMPTS, cfg, num_samples=2, seed=1)
+    free, free_logps, _ = complete(model, PROMPTS, cfg, num_samples=2, seed=1)
     end = free[2][3]  # so that row 2 ends at its fourth token at the latest
     lengths = [row.index(end) + 1 if end in row else 12 for row in free]
     assert min(lengths) < max(lengths)
     shapes = record_shapes(model)
     steps = list(generate(model, PROMPTS, cfg, end, num_samples=2, seed=1))
-    for n, (rows, tokens, logps) in enumerate(steps):
-        assert rows == [row for row in range(6) if lengths[row] > n]
+    for n, (rows, tokens, logps, _) in enumerate(steps):
+        assert sorted(rows) == [row for row in range(6) if lengths[row] > n]
         assert tokens == [free[row][n] for row in rows]
         assert logps == pytest.approx([free_logps[row][n] for row in rows], abs=1e-5)
     assert len(steps) == max(lengths)
-    assert shapes == [(3, 7)] + [(len(rows), 1) for rows, _, _ in steps[1:]]
+    assert shapes == [(3, 7)] + [(len(rows), 1) for rows, *_ in steps[1:]]
 
 
 def test_rows_stop_when_the_context_is_full_each_at_its_own_time():
@@ -466,7 +572,7 @@ def test_training_state_and_random_state_are_left_alone(training, leave):
     before = torch.get_rng_state()
     tokens = []
     try:
-        for n, (_, step, _) in enumerate(generate(model, PROMPTS, CONFIGS["plain"])):
+        for n, (_, step, *_) in enumerate(generate(model, PROMPTS, CONFIGS["plain"])):
             assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()  # in the caller's loop
             tokens.append(step)
             if n == 3 and leave == "break":
@@ -499,7 +605,7 @@ def test_generation_changes_no_gradient_of_a_training_step():
 def test_logps_under_autocast_are_as_exact_as_those_that_training_computes():
     model = tiny_model()
     with torch.autocast("cpu", torch.bfloat16):
-        tokens, logps = complete(model, PROMPTS, CONFIGS["plain"], seed=4)
+        tokens, logps, _ = complete(model, PROMPTS, CONFIGS["plain"], seed=4)
         training = [logps_of(model, prompt, row) for prompt, row in zip(PROMPTS, tokens)]
     exact = torch.tensor([logps_of(model, prompt, row) for prompt, row in zip(PROMPTS, tokens)])
     error, rounding = (torch.tensor(logps) - exact).abs(), (torch.tensor(training) - exact).abs()
@@ -521,6 +627,14 @@ class Scripted(torch.nn.Module):
         cache.add(tokens.shape[1])
         return 100 * self.head[self.ids[len(self.fed) - 1]].expand(1, tokens.shape[1], -1)
 
+    untied_head = "not asked"
+
+    def __deepcopy__(self, _):
+        return self
+
+    def logits(self, hidden):
+        return hidden @ self.head.T
+
     def new_cache(self, B, T):
         return CountingCache(T)
 
@@ -533,9 +647,6 @@ class CountingCache:
     def add(self, T):
         self.used += T
         assert self.used <= self.capacity, f"{self.used} positions in a cache of {self.capacity}"
-
-    def set_lengths(self, lengths):
-        self.used = int(lengths.max())
 
     def select(self, rows):
         assert len(rows) == 1
@@ -621,7 +732,7 @@ def test_a_prompt_of_ids_is_not_changed_and_is_the_prompt_of_its_text(tokenizer)
 def test_a_model_streams_what_it_completes(tokenizer):
     model, cfg = tiny_model(vocab_size=tokenizer.vocab_size, seq_len=64), replace(PLAIN, max_new_tokens=30)
     for seed in range(3):
-        (tokens,), _ = complete(model, [tokenizer.encode("Grüße")], cfg, tokenizer.end, seed=seed)
+        (tokens,), *_ = complete(model, [tokenizer.encode("Grüße")], cfg, tokenizer.end, seed=seed)
         text = "".join(stream(model, tokenizer, "Grüße", cfg, seed))
         assert text == tokenizer.decode(tokens, continues=True)
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from conftest import ROOT, run
 
-TIMINGS = {"ms", "tok_per_s", "mfu", "rollout_s", "update_s"}
+TIMINGS = {"ms", "tok_per_s", "mfu", "rollout_s", "reward_s", "update_s"}
 TINY = ["--model.n_layer=2", "--model.n_head=2", "--model.n_kv_head=1", "--model.n_embd=16", "--seq_len=32",
         "--batch_size=8", "--warmup_steps=5", "--lr=1e-2", "--eval_seqs=20", "--log_every=1", "--device=cpu"]
 # stage -> how to run it on a small set: the fixture that makes the set, options
@@ -41,6 +41,9 @@ VARIANTS = [("train_pretrain.py", ["--doc_mask=true"]), ("train_pretrain.py", ["
             ("train_grpo.py", ["--reward=tests/some_rewards.py:letters,tests/some_rewards.py:short",
                                "--reward_weights=1,0.1", "--missing_end_penalty=0.1",
                                "--drop_flat_groups=true", "--suppress=98,99"]),
+            ("train_grpo.py", ["--top_k=200", "--top_p=0.95", "--updates_per_rollout=2", "--eval_every=10"]),
+            ("train_grpo.py", ["--env=tests/some_rewards.py:twice", "--packed=true",
+                               "--reward=tests/some_rewards.py:one_a_token", "--reward_weights=0.2"]),
             *((script, ["--activation_checkpointing=true", "--model.attn_dropout=0.1"])
               for script in STAGES if script != "train_grpo.py"),
             *((script, ["--critical_ids=97,49", "--critical_alpha=3", *["--nll_coef=1"] * ("dpo" in script)])
@@ -477,17 +480,43 @@ def grpo(request, tmp_path):
     return make_stage("train_grpo.py", request, tmp_path)
 
 
+@pytest.mark.parametrize("cut", [[], ["--top_k=50", "--top_p=0.9"]], ids=["whole", "cut"])
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 1.3])
-def test_the_sampler_and_the_first_update_are_one_policy(grpo, temperature):
+def test_the_sampler_and_the_first_update_are_one_policy(grpo, temperature, cut):
     grpo("run", "--num_steps=8", "--updates_per_rollout=2", "--micro_batch_size=2",
          f"--temperature={temperature}", "--suppress=98", "--eval_every=0", "--save_every=0",
-         "--model.vocab_size=300")
+         "--model.vocab_size=300", *cut)
     rows = [r for r in records(grpo.folder / "run") if "loss" in r]
     assert all(r["mismatch"] < 1e-5 for r in rows)             # of log-probs, sampler's against the update's
     assert all(r["clip_frac"] == 0 for r in rows[::2])         # before the first update the ratio is 1
     assert all(abs(r["loss"]) < 1e-5 for r in rows[::2])       # advantages of a group sum to 0
     assert any(abs(r["loss"]) > 1e-4 for r in rows[1::2])      # and not once the policy has moved
     assert all(r["reward"] == s["reward"] for r, s in zip(rows[::2], rows[1::2]))   # scored once a rollout
+
+
+@pytest.mark.parametrize("place", ["common.sampling:sample_next", "common.rewards:score",
+                                   "common.zero1:ShardedOptimizer.step"])
+def test_kill_9_in_rollout_reward_or_update_costs_nothing_that_was_saved(grpo, place):
+    options = ["--num_steps=12", "--save_every=4", "--eval_every=4", "--updates_per_rollout=2"]
+    grpo("straight", *options)
+    module, name = place.split(":")
+    calls = {"sample_next": 60, "score": 6, "ShardedOptimizer.step": 7}[name]          # in the third rollout
+    code = (f"import importlib, os, runpy, sys\nsys.path.insert(0, {str(ROOT)!r})\n"
+            f"owner = importlib.import_module({module!r})\n*path, name = {name!r}.split('.')\n"
+            "for part in path:\n    owner = getattr(owner, part)\n"
+            "real, calls = getattr(owner, name), [0]\n"
+            "def killed(*args, **kwargs):\n    calls[0] += 1\n"
+            f"    if calls[0] == {calls}:\n        os.kill(os.getpid(), 9)\n"
+            "    return real(*args, **kwargs)\n"
+            f"setattr(owner, name, killed)\nrunpy.run_path({grpo.script!r}, run_name='__main__')\n")
+    (grpo.folder / "killed.py").write_text(code)
+    arguments = [*grpo.options, f"--data_dir={grpo.data}", f"--out_dir={grpo.folder / 'killed'}", *options]
+    assert run(grpo.folder / "killed.py", *arguments, check=False).returncode == -signal.SIGKILL
+    before = losses(grpo.folder / "killed")
+    assert 4 <= len(before) < 12
+    grpo("killed", *options, "--resume=true")
+    assert records(grpo.folder / "killed") == records(grpo.folder / "straight")
+    assert same_weights(grpo.folder / "killed", grpo.folder / "straight")
 
 
 def test_answers_that_were_cut_are_left_out_on_request(grpo):
@@ -509,6 +538,8 @@ def test_groups_of_equal_rewards_teach_nothing(grpo):
 
 @pytest.mark.parametrize("options, message", [
     (["--reward=tests/some_rewards.py:broken"], "raised RuntimeError: no reward today"),
+    (["--env=tests/some_rewards.py:nothing"], "--env=tests/some_rewards.py:nothing: "),
+    (["--top_p=0"], "--top_p=0.0: expected above 0"),
     (["--reward=tests/some_rewards.py:nan"], "returned nan for the prompt"),
     (["--reward=tests/some_rewards.py:too_few"], "expected 8 numbers"),
     (["--reward=tests/some_rewards.py:absent"], "has no function absent"),

@@ -64,7 +64,7 @@ def lines_met(run, temperature, num_samples):
     requests = [messages[0]["content"] for messages in rows]
     prompts = [ids for ids, _ in encode_chat(tokenizer, [messages[:1] for messages in rows], reply=True)]
     cfg = SamplingConfig(max_new_tokens=48, temperature=temperature)
-    replies, _ = complete(model, prompts, cfg, tokenizer.end, num_samples)
+    replies, *_ = complete(model, prompts, cfg, tokenizer.end, num_samples)
     met = [lines.met(requests[i // num_samples], tokenizer.decode(ids)) for i, ids in enumerate(replies)]
     shares = {part: sum(m[part] for m in met) / len(met) for part in lines.PARTS}
     return {**shares, "all": sum(all(m.values()) for m in met) / len(met)}, len(requests)
