@@ -8,6 +8,7 @@ Every row draws from a random stream of its own, seeded by (seed, row): its text
 share the batch, nor on the training random state, which is left alone.
 """
 import copy
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import torch
@@ -110,10 +111,12 @@ def for_sampling(model, packed):
     if fast.untied_head is None:
         fast.untied_head = nn.Linear(weight.shape[1], len(weight), bias=False, device="meta")
         fast.untied_head.weight = weight                      # the embedding; only this copy's logits ask it
-    for module in list(fast.modules()):
-        for name, child in module.named_children():
-            if isinstance(child, nn.Linear):
-                setattr(module, name, SamplingLinear(child, packed))
+    linears = [(module, name, child) for module in fast.modules() for name, child in module.named_children()
+               if isinstance(child, nn.Linear)]
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # packing one takes one thread
+        for (module, name, _), fast_one in zip(linears, pool.map(
+                lambda linear: SamplingLinear(linear, packed), [child for *_, child in linears])):
+            setattr(module, name, fast_one)
     return fast
 
 

@@ -13,6 +13,8 @@ Speed and memory as ratios against named references, both measured in the same r
     optimizer              one rank's ShardedOptimizer against clip_grad_norm_ + torch.optim.AdamW(fused=True)
     malloc                 a training step with and without the allocator setting of dist.tune_malloc
     generate               128 tokens with the KV cache against the whole context again for each, context 512
+    rollout                sampling for GRPO against transformers.generate, with the same weights
+    grpo_step              a whole GRPO step against trl's
     overlap                two ranks: how much of the gradients' travel lies inside backward
 
 The machine must be otherwise idle. Absolute times do not travel between machines; ratios nearly do.
@@ -349,6 +351,11 @@ def child(*args, **env):
                           capture_output=True, text=True, check=True).stdout
 
 
+def bench_peer(name):
+    import peers
+    getattr(peers, f"bench_{name}")()
+
+
 BENCHES = {"step_26m": lambda: bench_step("step_26m", MODEL_26M, 8),
            "step_384": lambda: bench_step("step_384", MODEL_384, 16),
            "profile": bench_profile,
@@ -356,6 +363,7 @@ BENCHES = {"step_26m": lambda: bench_step("step_26m", MODEL_26M, 8),
            "loss_512": lambda: bench_loss("loss_512", 512, 2048),
            "packing": bench_packing, "pairs": bench_pairs, "loader": bench_loader,
            "optimizer": bench_optimizer, "malloc": bench_malloc, "generate": bench_generate,
+           "rollout": lambda: bench_peer("rollout"), "grpo_step": lambda: bench_peer("grpo_step"),
            "overlap": bench_overlap}
 
 if __name__ == "__main__":
