@@ -90,9 +90,15 @@ def words_of(line):
 
 
 def verse_share(line):
-    """The share of a line's words that occur in the corpus and have not come twice before in the line"""
-    words = words_of(line)
-    good = [word in corpus_words() and words[:i].count(word) < 2 for i, word in enumerate(words)]
+    """
+    The share of a line's words that occur in the corpus and have come neither twice nor just before; 0 where
+    marks stand side by side or after more than half of the words: what a policy finds that is paid for less
+    """
+    words, inside = words_of(line), re.findall(r"[.,?!;:]|--", line[:-1])
+    if re.search(r"[.,?!;:]['\s]*[.,?!;:]", line) or 2 * len(inside) > len(words):
+        return 0.0
+    good = [word in corpus_words() and word not in words[max(0, i - 2):i] and words[:i].count(word) < 2
+            for i, word in enumerate(words)]
     return sum(good) / max(1, len(good))
 
 

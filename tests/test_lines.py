@@ -139,10 +139,14 @@ def rewards_of(*rows):
 def test_a_real_line_of_its_request_gets_the_whole_reward_with_tags_or_without(made):
     rows = [(row["prompt"], row["answer"]) for split in SPLITS for row in made[f"{split}_prompts.jsonl"]]
     values = rewards_of(*rows)
-    for (_, line), value in zip(rows, values):               # a few say a word three times or more
-        counts = Counter(lines.words_of(line)).values()
-        assert value == pytest.approx(1 - sum(max(0, n - 2) for n in counts) / sum(counts))
-    assert sum(value == 1 for value in values) > 0.98 * len(rows)
+    for (_, line), value in zip(rows, values):               # a few say a word again, or are full of marks
+        words, inside = lines.words_of(line), sum(line[:-1].count(mark) for mark in [*lines.MARKS, "--"])
+        again = sum(words[:i].count(word) > 1 or word in words[max(i - 2, 0):i]
+                    for i, word in enumerate(words))
+        close = line.replace(" ", "").replace("'", "")
+        full = inside > len(words) / 2 or any({a, b} <= set(lines.MARKS) for a, b in zip(close, close[1:]))
+        assert value == pytest.approx(0 if full else 1 - again / len(words))
+    assert sum(value == 1 for value in values) > 0.93 * len(rows) and sum(values) > 0.97 * len(rows)
     assert rewards_of(*((text, f"<answer>{line}</answer>") for text, line in rows)) == values
 
 
@@ -157,7 +161,10 @@ def test_prompts_are_a_splits_requests_with_their_lines(made, splits):
     ("to be, or not to;", 2, 1), ("To be, or not;", 2, 1), ("To be, or not to.", 2, 1),
     ("To be, or not to be that", 1, 1), ("to be or", 0, 1), ("To be,\nor not to;", 2, 1),
     ("To be, xyzzy not to;", 3, 4 / 5), ("To qwqw, xyzzy not to;", 3, 3 / 5), ("Tq qw, xy zz qx;", 3, 0),
-    ("To to, be not to;", 3, 4 / 5), ("To to, TO to to;", 3, 2 / 5), ("To be, be to not;", 3, 1),
+    # what a policy would find that is paid for the parts alone
+    ("To to, be not to;", 3, 3 / 5), ("To to, TO to to;", 3, 1 / 5), ("To be, be to not;", 3, 4 / 5),
+    ("To,, be or not;", 3, 0), ("To be, , or not;", 3, 0), ("To be or not so,;", 3, 0),
+    ("To, be, or not, so;", 3, 0), ("To be.--Or not so;", 2, 1), ("To, be, or not so;", 3, 1),
     ("T 1 2 3 ;", 3, 1), ("", 0, 0), ("<answer></answer>", 0, 0), ("   ", 0, 0), ("- - - - ;", 2, 0)])
 def test_rewards_are_thirds_of_the_parts_met_times_the_share_of_good_words(completion, thirds, share):
     request = lines.request(("T", 5, ";"), 2)

@@ -65,8 +65,10 @@ def lines_met(run, temperature, num_samples):
     prompts = [ids for ids, _ in encode_chat(tokenizer, [messages[:1] for messages in rows], reply=True)]
     cfg = SamplingConfig(max_new_tokens=48, temperature=temperature)
     replies, *_ = complete(model, prompts, cfg, tokenizer.end, num_samples)
-    met = [lines.met(requests[i // num_samples], tokenizer.decode(ids)) for i, ids in enumerate(replies)]
+    texts = [tokenizer.decode(ids) for ids in replies]
+    met = [lines.met(requests[i // num_samples], text) for i, text in enumerate(texts)]
     shares = {part: sum(m[part] for m in met) / len(met) for part in lines.PARTS}
+    shares["verse"] = sum(map(lines.verse_share, texts)) / len(texts)
     return {**shares, "all": sum(all(m.values()) for m in met) / len(met)}, len(requests)
 
 
@@ -89,10 +91,11 @@ def pretrain():
 
 
 def prepare_lines():
-    """The lines-to-order task, as conversations and as pairs."""
+    """The lines-to-order task, as conversations, pairs and prompts."""
     if not (ROOT / OUT / "lines").exists():
         run("data/lines.py", f"--corpus={CORPUS}", f"--out_dir={OUT}/lines")
-    for kind, train, val in (("chat", "train", "val"), ("pairs", "train_pairs", "val_pairs")):
+    for kind, train, val in (("chat", "train", "val"), ("pairs", "train_pairs", "val_pairs"),
+                             ("prompts", "train_prompts", "val_prompts")):
         if not (ROOT / OUT / kind).exists():
             run("data/prepare.py", kind, f"--input={OUT}/lines/{train}.jsonl",
                 f"--val_input={OUT}/lines/{val}.jsonl", f"--tokenizer={OUT}/pretrain",
@@ -121,7 +124,15 @@ def dpo():
     return rows + [measure(f"whole request met, T = 1, {n} x 4", before["all"], after["all"])]
 
 
-STAGES = {"prepare": prepare, "pretrain": pretrain, "sft": sft, "dpo": dpo}
+def grpo():
+    run("train_grpo.py", "configs/demo/grpo.py", "--resume=true")
+    before, n = lines_met("dpo", 1.0, 4)
+    after, _ = lines_met("grpo", 1.0, 4)
+    return [measure(f"whole request met, T = 1, {n} x 4", before["all"], after["all"]),
+            measure("words that are verse, T = 1", before["verse"], after["verse"])]
+
+
+STAGES = {"prepare": prepare, "pretrain": pretrain, "sft": sft, "dpo": dpo, "grpo": grpo}
 
 if __name__ == "__main__":
     dist.tune_malloc()
@@ -131,7 +142,7 @@ if __name__ == "__main__":
         run("sample.py", f"--init_from={OUT}/pretrain", f"--prompt={prompt}", "--max_new_tokens=120",
             "--top_k=50", "--temperature=0.7")
     for request in REQUESTS:
-        run("sample.py", f"--init_from={OUT}/sft", "--chat=true", f"--prompt={request}", "--num_samples=3")
+        run("sample.py", f"--init_from={OUT}/grpo", "--chat=true", f"--prompt={request}", "--num_samples=3")
     print(f"\n{'stage':<12}{'measured on held-out data':<40}{'before':>10}{'after':>10}{'seconds':>10}")
     for name, row in summary.items():
         print(f"{name:<12}{row['measure']:<40}{row['before']:>10.3f}{row['after']:>10.3f}"
