@@ -494,6 +494,21 @@ def test_the_sampler_and_the_first_update_are_one_policy(grpo, temperature, cut)
     assert all(r["reward"] == s["reward"] for r, s in zip(rows[::2], rows[1::2]))   # scored once a rollout
 
 
+@pytest.mark.parametrize("options", [
+    ["--top_k=50", "--top_p=0.9", "--beta=0.05", "--scale_rewards=batch", "--updates_per_rollout=2"],
+    ["--env=tests/some_rewards.py:twice", "--reward=tests/some_rewards.py:one_a_token", "--aggregate=dapo"]],
+    ids=["cut", "turns"])
+def test_cut_distributions_turns_and_rewards_of_tokens_do_not_depend_on_the_layout(grpo, options):
+    common = ["--num_steps=10", "--eval_every=10", "--max_new_tokens=16", "--schedule=constant", *options]
+    grpo("whole", *common)
+    grpo("ranks", *common, "--micro_batch_size=2", "--zero1=true", ranks=2)
+    assert_same_curve(grpo.folder / "whole", grpo.folder / "ranks")
+    rows = [[r for r in records(grpo.folder / name) if "loss" in r] for name in ("whole", "ranks")]
+    for name in ("grad_norm", "entropy", "length", "kl"):
+        assert [r[name] for r in rows[0]] == pytest.approx([r[name] for r in rows[1]], rel=1e-3, abs=1e-5)
+    assert len({r["length"] for r in rows[0]}) > 1
+
+
 @pytest.mark.parametrize("place", ["common.sampling:sample_next", "common.rewards:score",
                                    "common.zero1:ShardedOptimizer.step"])
 def test_kill_9_in_rollout_reward_or_update_costs_nothing_that_was_saved(grpo, place):
