@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 
-def chunk_rows(device, n, chunk_size):
+def chunk_rows(device, n, chunk_size, part=1):
     """
-    Positions per chunk: equal chunks of at most 512 on a CPU, 4096 on a GPU. More makes better matrix
-    products and takes more memory.
+    Positions per chunk: equal chunks of at most 512 on a CPU, 4096 on a GPU, or that part of it. More makes
+    better matrix products and takes more memory.
     """
-    most = 512 if device.type == "cpu" else 4096
+    most = (512 if device.type == "cpu" else 4096) // part
     return chunk_size or -(-n // -(-n // most)) if n else 1
 
 
@@ -198,7 +198,7 @@ def linear_kd_loss(hidden, weight, teacher, targets, mask=None, token_weight=Non
 
     hidden (B, T, C), weight (V, C); targets int64, mask bool, token_weight float (B, T); teacher: a function
     of positions (n,) int64, counted row after row from 0 to B T - 1, that gives its logits there, (n, V):
-    `head_logits`, `top_k_logits`, or your own.
+    `head_logits`, or your own.
 
     As in `linear_cross_entropy` the gradients are formed in forward. Memory: one chunk of logits of both
     models and one gradient of weight.
@@ -212,10 +212,10 @@ def linear_kd_loss(hidden, weight, teacher, targets, mask=None, token_weight=Non
     if mask is not None and not mask.all():                   # what does not count is not computed
         at = mask.reshape(-1).nonzero()[:, 0]
         hidden, targets, scale = hidden[at], targets[at], scale[at]
-    # two models' logits: smaller chunks than one's, at little cost
-    chunk = chunk_rows(hidden.device, len(hidden), chunk_size or (128 if hidden.device.type == "cpu" else 2048))
-    return _LinearKD.apply(hidden, weight, teacher, at, targets, scale, kd_frac, (temperature, kind, jsd_beta),
-                           chunk, compute_dtype(hidden), torch.is_grad_enabled())
+    chunk = chunk_rows(hidden.device, len(hidden), chunk_size, part=4)      # two models' logits, and more
+    return _LinearKD.apply(hidden, weight, teacher, at, targets, scale, kd_frac,
+                           (temperature, kind, jsd_beta), chunk, compute_dtype(hidden),
+                           torch.is_grad_enabled())
 
 
 class _LinearKD(torch.autograd.Function):
@@ -233,9 +233,9 @@ class _LinearKD(torch.autograd.Function):
             logits = torch.mm(h, w.T, out=buffer[:len(h)]).float()                         # (N, V)
             parts = (logits, teacher(at[here]), targets[here, None], scale[here, None])
             for z, t, target, s in zip(*(part.split(few) for part in parts)):
-                nll, divergence = _kd_rows(z, t.float(), target, kd_frac, *how)            # (n, 1); z: gradient
-                sums += torch.cat([nll, divergence], dim=1).mul_(s).sum(dim=0)
-                z.mul_(s)
+                both = _kd_rows(z, t.float(), target, kd_frac, *how)                       # (n, 1) each
+                sums += torch.cat(both, dim=1).mul_(s).sum(dim=0)
+                z.mul_(s)                                                                  # the gradient
             g = logits.to(dtype)                                                           # d loss / d logits
             if need_hidden:
                 torch.mm(g, w, out=d_hidden[here])
@@ -252,7 +252,8 @@ class _LinearKD(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad, *_):
         if ctx.gradients is None:
-            raise RuntimeError("linear_kd_loss: a second backward; the first has scaled its gradients in place")
+            raise RuntimeError("linear_kd_loss: a second backward; the first has scaled its gradients "
+                               "in place")
         gradients, ctx.gradients = ctx.gradients, None
         return *(None if g is None else g.mul_(grad).to(dtype)
                  for g, dtype in zip(gradients, ctx.dtypes)), *[None] * 9
@@ -260,8 +261,8 @@ class _LinearKD(torch.autograd.Function):
 
 def _kd_rows(z, t, target, kd_frac, temperature, kind, jsd_beta):
     """
-    z, t (n, V) float32: logits of student and teacher; target (n, 1) -> nll (n, 1), kd (n, 1); the gradient of
-    (1 - kd_frac) nll + kd_frac kd takes the place of z. With d = log p - log q and r = log m - log q, the
+    z, t (n, V) float32: logits of student and teacher; target (n, 1) -> nll (n, 1), kd (n, 1); the gradient
+    of (1 - kd_frac) nll + kd_frac kd takes the place of z. With d = log p - log q and r = log m - log q, the
     gradients in the student's logits / temperature are q - p; -q (d + KL); (1 - b) q (sum q r - r).
     """
     log_q = torch.log_softmax(z / temperature, dim=-1)
@@ -291,15 +292,6 @@ def head_logits(hidden, weight):
     """-> function of positions (n,) for `linear_kd_loss`: a teacher's hidden (B, T, C) @ weight (V, C)"""
     hidden = hidden.reshape(-1, hidden.shape[-1])
     return lambda at: hidden[at] @ weight.T
-
-
-def top_k_logits(ids, logps, rest, vocab_size):
-    """
-    The same of what is kept of a teacher: its k likeliest tokens ids (B, T, k) int64 with log-probs logps
-    (B, T, k), and rest (B, T), the log-prob of each other token as if these were equally likely.
-    """
-    ids, logps, rest = ids.flatten(0, 1), logps.flatten(0, 1), rest.reshape(-1, 1)
-    return lambda at: rest[at].repeat(1, vocab_size).scatter_(1, ids[at], logps[at])
 
 
 # -----------------------------------------------------------------------------
