@@ -9,7 +9,6 @@ Reads   data_dir, made by `python data/prepare.py text ...` or `chat`; teacher, 
         set's tokenizer, or the function teacher_logits below; init_from, a run to start the student from
 Writes  out_dir/{config.json, code/, metrics.jsonl, samples.jsonl, step_NNNNNN/}, and with cache_top_k a cache
 Expect  `python configs/demo/kd_seeds.py`: the student with and without its teacher, in README.md, "Results"
-Papers  Hinton et al. 1503.02531; generalised JSD, on-policy distillation (GKD) 2306.13649
 """
 import hashlib
 import inspect
@@ -50,7 +49,7 @@ class Config:
     divergence: Literal["forward", "reverse", "jsd"] = "forward"  # KL(teacher, student), KL the other way
     jsd_beta: float = 0.5              # jsd: weight of the teacher in the mixture, above 0 and below 1
     temperature: float = 1.0           # of both distributions in the divergence
-    on_policy_frac: float = 0.0        # of the steps, on the student's own answers; no cross-entropy there
+    on_policy_frac: float = 0.0        # of steps, on the student's own answers, without cross-entropy (GKD)
     max_new_tokens: int = 64           # tokens of such an answer; text: they continue the row's beginning
     cut_vocab: bool = False            # ignore the tail of the teacher's vocabulary that the student lacks
     cache_top_k: int = 0               # ask the teacher once, keep k tokens a position; 0 = at every step
@@ -164,8 +163,8 @@ if __name__ == "__main__":
     # data, which teacher
     chat = meta["kind"] == "chat"
     if meta["kind"] not in ("text", "chat") or (cfg.doc_mask if chat else not cfg.mask_prompt):
-        raise UserError(f"--data_dir={cfg.data_dir}: a set of kind {meta['kind']}, expected text (--doc_mask is "
-                        "for these) or chat (--mask_prompt is for these)")
+        raise UserError(f"--data_dir={cfg.data_dir}: a set of kind {meta['kind']}, expected text (only this "
+                        "has --doc_mask) or chat (only this has --mask_prompt)")
     for name, ok, expected in (("kd_frac", 0 <= cfg.kd_frac <= 1, "0 to 1"),
                                ("on_policy_frac", 0 <= cfg.on_policy_frac <= 1, "0 to 1"),
                                ("jsd_beta", 0 < cfg.jsd_beta < 1, "above 0 and below 1"),
@@ -175,8 +174,8 @@ if __name__ == "__main__":
         if not ok:
             raise UserError(f"--{name}={getattr(cfg, name)}: expected {expected}")
     if cfg.on_policy_frac and cfg.cache_top_k or cfg.cache_dir and not cfg.cache_top_k:
-        raise UserError("--cache_top_k: --cache_dir needs it, --on_policy_frac must be 0 with it, as no cache has "
-                        "what the student will say")
+        raise UserError("--cache_top_k: --cache_dir needs it; with it --on_policy_frac must be 0, since no "
+                        "cache has what the student will say")
 
     def load(split, seed):
         return (ChatData if chat else TokenData)(
@@ -246,14 +245,13 @@ if __name__ == "__main__":
         raise UserError(f"--cache_top_k={cfg.cache_top_k}: expected 0 to {V - 1}, less than the vocabulary")
     for whose in (model_config, teacher_config or model_config):
         whose.check_data(0, 0, train_data.doc_mask or cfg.on_policy_frac, [])  # documents that share a row
-    cache_dir, cache, teacher = cfg.cache_dir or os.path.join(cfg.out_dir, "teacher_top_k"), None, None
     sets = dict(train=train_data, **dict(val=val_data) if val_data else {})
     cache_key = json.dumps([V, cfg.cache_top_k, str(dtype), cfg.seq_len, train_data.view,
                             [meta["splits"][split]["sha256"] for split in sets]])
-    if cfg.cache_top_k:                                                       # None: not made yet
-        cache = open_cache(cache_dir, cache_key, V, device)
-    if cfg.teacher and not cache:
-        teacher = load_teacher(teacher_from, device)
+    cache_dir = cfg.cache_dir or os.path.join(cfg.out_dir, "teacher_top_k")
+    cache = open_cache(cache_dir, cache_key, V, device) if cfg.cache_top_k else None
+    teacher = load_teacher(teacher_from, device) if cfg.teacher and not cache else None
+    if teacher:
         token_flops += teacher.flops_per_token(train_data.mean_context, train_data.target_frac) / 3
     kd_options = dict(temperature=cfg.temperature, kind=cfg.divergence, jsd_beta=cfg.jsd_beta)
 
@@ -264,8 +262,7 @@ if __name__ == "__main__":
         with torch.no_grad():
             if teacher:
                 return losses.head_logits(teacher(tokens, docs), teacher.head[:V])
-            logits = teacher_logits(tokens, docs)[..., :V].flatten(0, 1)
-            return lambda at: logits[at]
+            return teacher_logits(tokens, docs)[..., :V].flatten(0, 1).__getitem__
 
     # -------------------------------------------------------------------------
     # run directory (identical in every stage)
