@@ -43,7 +43,8 @@ VARIANTS = [("train_pretrain.py", ["--doc_mask=true"]), ("train_pretrain.py", ["
                                "--reward_weights=1,0.1", "--missing_end_penalty=0.1",
                                "--drop_flat_groups=true", "--suppress=98,99"]),
             ("train_kd.py", ["--divergence=reverse", "--kd_frac=0.9", "--mask_prompt=false"]),
-            ("train_kd.py", ["--divergence=jsd", "--temperature=2", "--data_dir=token_set", "--doc_mask=true"]),
+            ("train_kd.py", ["--data_dir=token_set", "--doc_mask=true", "--divergence=jsd",
+                             "--temperature=2"]),
             ("train_kd.py", ["--on_policy_frac=0.5", "--micro_batch_size=4"]),
             ("train_kd.py", ["--on_policy_frac=0.5", "--data_dir=token_set"]),
             ("train_kd.py", ["--cache_top_k=20"]),
@@ -561,9 +562,10 @@ def test_without_a_teachers_share_it_is_pretraining_or_sft(request, tmp_path):
 
 @pytest.mark.parametrize("options", [[], ["--on_policy_frac=1"]])
 def test_a_student_that_starts_as_its_teacher_has_nothing_to_learn(kd, teacher_run, options):
-    kd("run", "--num_steps=3", "--kd_frac=1", "--weight_decay=0", f"--init_from={teacher_run}", *options)
+    kd("run", "--num_steps=3", "--kd_frac=1", "--weight_decay=0", f"--init_from={teacher_run}",
+       "--model.n_kv_head=2", "--model.n_embd=32", *options)
     rows = [r for r in records(kd.folder / "run") if "loss" in r]
-    assert all(abs(r["loss"]) < 1e-6 and r["grad_norm"] < 1e-5 for r in rows[:1])
+    assert abs(rows[0]["loss"]) < 1e-6 and rows[0]["grad_norm"] < 1e-5
     assert records(kd.folder / "run")[0]["val_kd"] == pytest.approx(0, abs=1e-6)
 
 
@@ -591,11 +593,10 @@ def test_kd_logs_what_the_saved_student_and_the_teacher_give(kd, teacher_run, to
         ce, kl = ((weight * x).sum().item() / weight.sum().item() for x in (nll, divergence))
         rows = [r for r in records(kd.folder / "run") if ("loss" in r) == (split == "train")]
         if split == "train":
-            assert rows[6]["ce"] == pytest.approx(ce, abs=1e-5) and rows[6]["kd"] == pytest.approx(kl, abs=1e-5)
-            assert rows[6]["loss"] == pytest.approx(0.7 * ce + 0.3 * kl, abs=1e-5)
+            expected, row = dict(ce=ce, kd=kl, loss=0.7 * ce + 0.3 * kl), rows[6]
         else:
-            row = next(r for r in rows if r["step"] == 6)
-            assert row["val_loss"] == pytest.approx(ce, abs=1e-5) and row["val_kd"] == pytest.approx(kl, abs=1e-5)
+            expected, row = dict(val_loss=ce, val_kd=kl), next(r for r in rows if r["step"] == 6)
+        assert {name: row[name] for name in expected} == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.parametrize("data", [[], ["--data_dir=token_set"], ["--data_dir=token_set", "--doc_mask=true"]])
@@ -619,7 +620,7 @@ def test_a_cache_serves_the_next_run_without_its_teacher(kd, data, teacher_run):
     assert before == {path: path.stat().st_mtime_ns for path in cache.iterdir()}
     made, used, asked = (records(kd.folder / name) for name in ("made", "used", "asked"))
     assert_same_curve(kd.folder / "made", kd.folder / "used")
-    assert made[0]["cache_mass"] == pytest.approx(used[0]["cache_mass"]) and 0.9 < used[0]["cache_mass"] < 1
+    assert made[0]["cache_mass"] == pytest.approx(used[0]["cache_mass"]) and 0.7 < used[0]["cache_mass"] < 1
     assert 0 < used[0]["cache_kl"] < 0.1
     losses_of = [[r["loss"] for r in rows if "loss" in r] for rows in (used, asked)]
     assert losses_of[0] == pytest.approx(losses_of[1], abs=0.05) and losses_of[0] != losses_of[1]
@@ -636,14 +637,15 @@ def test_a_teacher_can_be_a_function_of_yours(kd, teacher_run):
     folder = max(teacher_run.glob("step_*"))
     mine = text.replace(stock, f"    model = load_teacher({str(folder)!r}, 'cpu')\n"
                                "    return model(tokens, docs) @ model.head.T\n")
-    path = kd.folder / "mine.py"
-    path.write_text(mine.replace("import hashlib\n", f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport hashlib\n"))
+    path, here = kd.folder / "mine.py", f"import hashlib, sys\nsys.path.insert(0, {str(ROOT)!r})\n"
+    path.write_text(mine.replace("import hashlib\n", here))
     options = [*kd.options, f"--data_dir={kd.data}", f"--out_dir={kd.folder / 'mine'}", "--teacher="]
     run(path, *options, "--num_steps=4")
     kd("run", "--num_steps=4")
     assert_same_curve(kd.folder / "mine", kd.folder / "run")
     path.write_text(path.read_text().replace("model.head.T\n", "model.head.T * 2\n"))
-    assert_one_line(run(path, *options, "--num_steps=6", "--resume=true", check=False), "give it the same options")
+    result = run(path, *options, "--num_steps=6", "--resume=true", check=False)
+    assert_one_line(result, "give it the same options and data")
 
 
 def test_a_resume_with_another_teacher_is_refused(kd, request):
@@ -658,16 +660,17 @@ def test_another_vocabulary_is_refused_or_cut_when_asked(kd, request, corpus):
     padded = make_stage("train_pretrain.py", request, kd.folder)
     padded("padded", "--num_steps=2", "--seq_len=150", "--model.vocab_size=300")
     teacher = [f"--teacher={kd.folder / 'padded'}", "--num_steps=2"]
-    assert_one_line(kd("run", *teacher, check=False), "vocabulary of 300, the student's has 265; set --model.vocab_size")
+    assert_one_line(kd("run", *teacher, check=False), "vocabulary of 300, the student's has 266; set --model")
     kd("cut", *teacher, "--cut_vocab=true")
     kd("whole", *teacher, "--model.vocab_size=300")
     assert_one_line(kd("run", "--num_steps=2", "--model.vocab_size=300", "--cut_vocab=true", check=False),
-                    "vocabulary of 265, the student's has 300")
+                    "vocabulary of 266, the student's has 300")
     run("data/prepare.py", "tokenizer", f"--input={corpus}/corpus.jsonl", "--vocab_size=320",
         f"--out={kd.folder}/t.model")
     run("data/prepare.py", "text", f"--input={corpus}/corpus.jsonl", "--val_frac=0.2",
         f"--out_dir={kd.folder}/set", f"--tokenizer={kd.folder}/t.model")
-    assert_one_line(kd("run", "--num_steps=2", f"--data_dir={kd.folder}/set", check=False), "has another tokenizer than")
+    result = kd("run", "--num_steps=2", f"--data_dir={kd.folder}/set", check=False)
+    assert_one_line(result, "has another tokenizer than")
 
 
 @pytest.mark.parametrize("options, message", [
@@ -681,7 +684,7 @@ def test_another_vocabulary_is_refused_or_cut_when_asked(kd, request, corpus):
     (["--on_policy_frac=1", "--max_new_tokens=200"], "--max_new_tokens=200: expected 1 to --seq_len=150"),
     (["--on_policy_frac=1", "--cache_top_k=5"], "with it --on_policy_frac must be 0"),
     (["--cache_dir=x"], "--cache_top_k: --cache_dir needs it"),
-    (["--cache_top_k=265"], "--cache_top_k=265: expected 0 to 264"),
+    (["--cache_top_k=266"], "--cache_top_k=266: expected 0 to 265"),
     (["--cache_top_k=5", "--cache_dir=tests"], "--cache_dir=tests: no cache of a teacher"),
     (["--doc_mask=true"], "a set of kind chat, expected text (only this has --doc_mask)"),
     (["--data_dir=token_set", "--mask_prompt=false"], "or chat (only this has --mask_prompt)"),
