@@ -145,6 +145,22 @@ class TokenData:
         position = positions(i, self)
         return samples_at(position, self), position < self.total
 
+    def places(self, i):
+        """-> (B, T) int64: where micro-batch i's tokens lie in the file"""
+        ids, _ = self.sample_ids(i)
+        return torch.from_numpy(ids[:, None] * self.seq_len + np.arange(self.seq_len))
+
+    def prompts(self, i, max_new_tokens):
+        """
+        What micro-batch i's rows start with, for a model to continue with max_new_tokens -> list of arrays,
+        numbers (of the rows in the run), which of them count. With doc_mask the last document only.
+        """
+        ids, counts = self.sample_ids(i)
+        starts = self.windows[ids * self.seq_len][:, :self.seq_len + 1 - max_new_tokens]
+        if self.doc_mask:
+            starts = [row[np.append(-1, np.flatnonzero(row[:-1] == self.end))[-1] + 1:] for row in starts]
+        return starts, positions(i, self), counts
+
     def batch(self, i):
         ids, counts = self.sample_ids(i)
         rows = self.windows[ids * self.seq_len].astype(np.int64)                  # (B, T + 1)
@@ -171,6 +187,20 @@ def open_examples(data_dir, split, num_tokens, num_examples):
     if np.diff(offsets.astype(np.int64)).min() < 1 or offsets[0] != 0 or offsets[-1] != len(tokens):
         raise UserError(f"{path}: its offsets do not fit; prepare the set again")
     return path, tokens, learn, offsets.astype(np.int64)
+
+
+def continuations(prompts, answers, counts, seq_len, device):
+    """
+    Prompts with answers to them (lists of lists of ids), cut to seq_len positions, next to each other ->
+    tokens, targets (1, T) int64, mask (1, T): answers to prompts that count (counts), docs (1, T)
+    """
+    rows = [np.append(prompt, answer).astype(np.int64)[:seq_len + 1]
+            for prompt, answer in zip(prompts, answers)]
+    mask = [counted & (np.arange(1, len(row)) >= len(prompt))
+            for row, prompt, counted in zip(rows, prompts, counts)]
+    docs = np.repeat(np.arange(len(rows)), [len(row) - 1 for row in rows])
+    parts = (*(np.concatenate(part) for part in ([r[:-1] for r in rows], [r[1:] for r in rows], mask)), docs)
+    return to_device(device, *(part[None] for part in parts))
 
 
 class ChatData:
@@ -219,14 +249,45 @@ class ChatData:
             self.rows = [order[rows[k]] for k in generator.permutation(len(rows))]
         return self.rows
 
+    def examples(self, i):
+        """-> list of (epoch, conversations in it) of the rows of micro-batch i, which rows count"""
+        position = positions(i, self)
+        rows = [(epoch, self._rows(epoch)[k]) for epoch, k in zip(*np.divmod(position, self.num_samples))]
+        return rows, position < self.total
+
+    def places(self, i):
+        """-> (B, T) int64: where micro-batch i's tokens lie in the file; 0 for padding"""
+        rows, _ = self.examples(i)
+        places = torch.zeros(len(rows), self.seq_len, dtype=torch.int64)
+        for row, (_, examples) in enumerate(rows):
+            at = np.concatenate([np.arange(self.offsets[e], self.offsets[e + 1] - 1) for e in examples])
+            places[row, :len(at)] = torch.from_numpy(at)
+        return places
+
+    def prompts(self, i, max_new_tokens):
+        """
+        The conversations of micro-batch i up to their last answer, for a model to give it -> list of arrays,
+        numbers (of the conversations in the run), which of them count
+        """
+        prompts, numbers, counted = [], [], []
+        for (epoch, examples), counts in zip(*self.examples(i)):
+            for e in examples:
+                start, end = self.offsets[e:e + 2].tolist()
+                learn = self.learn[start:end] != 0
+                first = np.flatnonzero(np.diff(learn, prepend=False) & learn)     # of the answers
+                if len(first) and first[-1]:
+                    prompts.append(np.asarray(self.tokens[start:start + first[-1]]))
+                    numbers.append(int(epoch) * len(self.lengths) + int(e))
+                    counted.append(bool(counts))
+        return prompts, np.array(numbers), np.array(counted)
+
     def batch(self, i):
-        position, T = positions(i, self), self.seq_len
-        counts = position < self.total
-        tokens, targets, docs = (np.full((len(position), T), x) for x in (self.pad, self.pad, 0))
-        mask = np.zeros((len(position), T), dtype=bool)
-        for row, (epoch, k) in enumerate(zip(*np.divmod(position, self.num_samples))):
+        (rows, counts), T = self.examples(i), self.seq_len
+        tokens, targets, docs = (np.full((len(rows), T), x) for x in (self.pad, self.pad, 0))
+        mask = np.zeros((len(rows), T), dtype=bool)
+        for row, (_, examples) in enumerate(rows):
             at = 0
-            for number, example in enumerate(self._rows(epoch)[k]):
+            for number, example in enumerate(examples):
                 start, end = self.offsets[example:example + 2].tolist()
                 here = slice(at, at + end - start - 1)
                 tokens[row, here] = self.tokens[start:end - 1]

@@ -5,17 +5,19 @@ whole.
 Everything returns sums or unreduced values; the training script divides once, by the count over all
 micro-batches and ranks, so that results do not depend on the layout.
 """
+import math
+
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 
-def chunk_rows(device, n, chunk_size):
+def chunk_rows(device, n, chunk_size, part=1):
     """
-    Positions per chunk: equal chunks of at most 512 on a CPU, 4096 on a GPU. More makes better matrix
-    products and takes more memory.
+    Positions per chunk: equal chunks of at most 512 on a CPU, 4096 on a GPU, or that part of it. More makes
+    better matrix products and takes more memory.
     """
-    most = 512 if device.type == "cpu" else 4096
+    most = (512 if device.type == "cpu" else 4096) // part
     return chunk_size or -(-n // -(-n // most)) if n else 1
 
 
@@ -169,6 +171,141 @@ def critical_weights(targets, critical_ids, alpha):
     targets (B, T), critical_ids (N,) int64, alpha float -> (B, T) float32
     """
     return torch.where(torch.isin(targets, critical_ids), float(alpha), 1.0)
+
+
+# -----------------------------------------------------------------------------
+# distillation: a student's distribution over the vocabulary against a teacher's
+
+def kd_loss(student_logits, teacher_logits, temperature=1.0, kind="forward", jsd_beta=0.5):
+    """
+    temperature^2 times the divergence of the student's distribution q from the teacher's p, both at that
+    temperature, of every position. The square keeps the gradient's size as the temperature grows (Hinton et
+    al., 1503.02531, section 2). For logits that may be held whole; else `linear_kd_loss`.
+
+    student_logits, teacher_logits (B, T, V) -> (B, T), unreduced
+
+    forward   KL(p || q): the student covers what the teacher may say
+    reverse   KL(q || p): the student keeps to what the teacher is likely to say (MiniLLM, 2306.08543)
+    jsd       b KL(p || m) + (1 - b) KL(q || m), m = b p + (1 - b) q, b = jsd_beta in (0, 1): generalised
+              Jensen-Shannon divergence (GKD, 2306.13649 eq. 1)
+    """
+    log_q, log_p = ((logits / temperature).log_softmax(-1) for logits in (student_logits, teacher_logits))
+    if kind == "forward":
+        divergence = (log_p.exp() * (log_p - log_q)).sum(-1)
+    elif kind == "reverse":
+        divergence = (log_q.exp() * (log_q - log_p)).sum(-1)
+    elif kind == "jsd":
+        log_m = torch.logaddexp(log_p + math.log(jsd_beta), log_q + math.log1p(-jsd_beta))
+        divergence = (jsd_beta * log_p.exp() * (log_p - log_m)
+                      + (1 - jsd_beta) * log_q.exp() * (log_q - log_m)).sum(-1)
+    else:
+        raise ValueError(f"kind {kind!r}: expected forward, reverse or jsd")
+    return temperature**2 * divergence
+
+
+def linear_kd_loss(hidden, weight, teacher, targets, mask=None, token_weight=None, kd_frac=0.5,
+                   temperature=1.0, kind="forward", jsd_beta=0.5, chunk_size=0):
+    """
+    Sums over positions where mask is True, times token_weight if given: ce, of -log softmax(hidden @
+    weight.T)[target]; kd, of `kd_loss` against the teacher; and loss = (1 - kd_frac) ce + kd_frac kd, the one
+    to differentiate (in hidden and weight). -> loss, ce, kd: scalar float32 SUMS. Divide by the global count.
+
+    hidden (B, T, C), weight (V, C); targets int64, mask bool, token_weight float (B, T); teacher: a function
+    of positions (n,) int64, counted row after row from 0 to B T - 1, that gives its logits there, (n, V):
+    `head_logits`, or your own.
+
+    As in `linear_cross_entropy` the gradients are formed in forward. Memory: one chunk of logits of both
+    models and one gradient of weight.
+    """
+    if kind not in ("forward", "reverse", "jsd"):
+        raise ValueError(f"kind {kind!r}: expected forward, reverse or jsd")
+    hidden, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+    scale = torch.ones(len(hidden), device=hidden.device) if token_weight is None else \
+        token_weight.reshape(-1).float()
+    at = torch.arange(len(hidden), device=hidden.device)
+    if mask is not None and not mask.all():                   # what does not count is not computed
+        at = mask.reshape(-1).nonzero()[:, 0]
+        hidden, targets, scale = hidden[at], targets[at], scale[at]
+    chunk = chunk_rows(hidden.device, len(hidden), chunk_size, part=4)      # two models' logits, and more
+    return _LinearKD.apply(hidden, weight, teacher, at, targets, scale, kd_frac,
+                           (temperature, kind, jsd_beta), chunk, compute_dtype(hidden),
+                           torch.is_grad_enabled())
+
+
+class _LinearKD(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, teacher, at, targets, scale, kd_frac, how, chunk, dtype, grad_enabled):
+        need_hidden, need_weight = (needed and grad_enabled for needed in ctx.needs_input_grad[:2])
+        h_all, w = hidden.to(dtype), weight.to(dtype)
+        d_hidden = torch.empty_like(h_all) if need_hidden else None
+        d_weight = torch.zeros(weight.shape, device=w.device) if need_weight else None     # summed in fp32
+        buffer = w.new_empty(min(chunk, len(h_all)), len(w))
+        few = max(1, 2**20 // len(w)) if w.device.type == "cpu" else chunk      # rows: what stays in cache
+        sums = torch.zeros(2, device=w.device)                                             # ce, kd
+        for i in range(0, len(h_all), chunk):
+            h, here = h_all[i:i + chunk], slice(i, i + chunk)
+            logits = torch.mm(h, w.T, out=buffer[:len(h)]).float()                         # (N, V)
+            parts = (logits, teacher(at[here]), targets[here, None], scale[here, None])
+            for z, t, target, s in zip(*(part.split(few) for part in parts)):
+                both = _kd_rows(z, t.float(), target, kd_frac, *how)                       # (n, 1) each
+                sums += torch.cat(both, dim=1).mul_(s).sum(dim=0)
+                z.mul_(s)                                                                  # the gradient
+            g = logits.to(dtype)                                                           # d loss / d logits
+            if need_hidden:
+                torch.mm(g, w, out=d_hidden[here])
+            if need_weight and dtype == torch.float32:
+                d_weight.addmm_(g.T, h)
+            elif need_weight:
+                d_weight += g.T @ h
+        ctx.gradients, ctx.dtypes = (d_hidden, d_weight), (hidden.dtype, weight.dtype)
+        ce, kd = sums.unbind()
+        ctx.mark_non_differentiable(ce, kd)
+        return (1 - kd_frac) * ce + kd_frac * kd, ce, kd
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad, *_):
+        if ctx.gradients is None:
+            raise RuntimeError("linear_kd_loss: a second backward; the first has scaled its gradients "
+                               "in place")
+        gradients, ctx.gradients = ctx.gradients, None
+        return *(None if g is None else g.mul_(grad).to(dtype)
+                 for g, dtype in zip(gradients, ctx.dtypes)), *[None] * 9
+
+
+def _kd_rows(z, t, target, kd_frac, temperature, kind, jsd_beta):
+    """
+    z, t (n, V) float32: logits of student and teacher; target (n, 1) -> nll (n, 1), kd (n, 1); the gradient
+    of (1 - kd_frac) nll + kd_frac kd takes the place of z. With d = log p - log q and r = log m - log q, the
+    gradients in the student's logits / temperature are q - p; -q (d + KL); (1 - b) q (sum q r - r).
+    """
+    log_q = torch.log_softmax(z / temperature, dim=-1)
+    log_p = torch.log_softmax(t / temperature, dim=-1)
+    q, p = log_q.exp(), log_p.exp()
+    d = log_p.sub_(log_q)
+    if temperature == 1:
+        nll, softmax = -log_q.gather(1, target), q
+    else:
+        nll, softmax = z.logsumexp(-1, keepdim=True) - z.gather(1, target), z.softmax(dim=-1)
+    if kind == "forward":
+        kd, g = (p * d).sum(-1, keepdim=True), q - p
+    elif kind == "reverse":
+        kd = -(q * d).sum(-1, keepdim=True)
+        g = q * (d + kd).neg_()
+    else:  # r = log(b p / q + 1 - b), exactly 0 where d is, without overflow where it is large
+        r = d.relu() + torch.log1p(torch.where(d > 0, 1 - jsd_beta, jsd_beta) * torch.expm1(-d.abs()))
+        q_r = (q * r).sum(-1, keepdim=True)
+        kd = jsd_beta * (p * (d - r)).sum(-1, keepdim=True) - (1 - jsd_beta) * q_r
+        g = q * (q_r - r).mul_(1 - jsd_beta)
+    torch.mul(softmax, 1 - kd_frac, out=z)
+    z.scatter_add_(1, target, torch.full_like(nll, kd_frac - 1.0)).add_(g, alpha=kd_frac * temperature)
+    return nll, kd.mul_(temperature**2)
+
+
+def head_logits(hidden, weight):
+    """-> function of positions (n,) for `linear_kd_loss`: a teacher's hidden (B, T, C) @ weight (V, C)"""
+    hidden = hidden.reshape(-1, hidden.shape[-1])
+    return lambda at: hidden[at] @ weight.T
 
 
 # -----------------------------------------------------------------------------

@@ -78,3 +78,13 @@ def prompt_set(tmp_path_factory):
     """Prompts of several lengths"""
     return prepared(tmp_path_factory, "prompts", [
         dict(prompt=f"{i % 10}" * (1 + i % 4), answer="a") for i in range(100)])
+
+
+@pytest.fixture(scope="session")
+def teacher_run(token_set, tmp_path_factory):
+    """A run to learn from, a little trained, with room for conversations of 150 tokens"""
+    out = tmp_path_factory.mktemp("teacher") / "run"
+    run("train_pretrain.py", f"--data_dir={token_set}", f"--out_dir={out}", "--model.n_layer=2",
+        "--model.n_head=2", "--model.n_embd=32", "--seq_len=150", "--batch_size=8", "--num_steps=60",
+        "--lr=1e-2", "--warmup_steps=5", "--eval_seqs=0", "--device=cpu")
+    return out

@@ -15,8 +15,11 @@ from common.losses import (
     dpo_loss,
     group_advantages,
     grpo_token_loss,
+    head_logits,
     k3,
+    kd_loss,
     linear_cross_entropy,
+    linear_kd_loss,
     log1mexp,
     orpo_loss,
     simpo_loss,
@@ -840,3 +843,148 @@ def test_policy_losses_equal_those_of_trl(episodes, loss_type, how, delta, level
         lambda x: aggregate(grpo_token_loss(x, old, ref, A, mask, LOW, HIGH, delta, beta, level, kind),
                             mask, how, 9),
         lambda x: trl_grpo(episodes, loss_type, level, delta, beta, x, 9), logps)
+
+
+# -----------------------------------------------------------------------------
+# distillation (PITFALLS 16)
+
+KINDS = ["forward", "reverse", "jsd"]
+
+
+def divergence64(student, teacher, temperature, kind, beta):
+    """temperature^2 times the divergence at each position, by torch's kl_div in float64: (..., V) -> (...)"""
+    q, p = ((x.double() / temperature).softmax(-1) for x in (student, teacher))
+
+    def kl(a, b):                                                       # KL(a || b)
+        return F.kl_div(b.log(), a, reduction="none").sum(-1)
+    m = beta * p + (1 - beta) * q
+    return temperature**2 * {"forward": lambda: kl(p, q), "reverse": lambda: kl(q, p),
+                             "jsd": lambda: beta * kl(p, m) + (1 - beta) * kl(q, m)}[kind]()
+
+
+@pytest.fixture
+def teacher():
+    """hidden (B, T, C + 3), weight (V, C + 3): wider than the student"""
+    torch.manual_seed(1)
+    return torch.randn(B, T, C + 3), torch.randn(V, C + 3)
+
+
+@pytest.mark.parametrize("kind, beta", [("forward", 0.5), ("reverse", 0.5), ("jsd", 0.1), ("jsd", 0.9)])
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_kd_loss_of_every_position_equals_kl_div_in_float64(kind, beta, temperature):
+    student, teacher = torch.randn(B, T, V) * 3, torch.randn(B, T, V) * 3
+    ours, theirs = leaf(student), leaf(student.double())
+    loss = kd_loss(ours, teacher, temperature, kind, beta)
+    expected = divergence64(theirs, teacher, temperature, kind, beta)
+    weights = torch.rand(B, T)
+    (loss * weights).sum().backward()
+    (expected * weights).sum().backward()
+    assert loss.shape == (B, T)
+    assert_close((loss.detach(), ours.grad), (expected.detach().float(), theirs.grad.float()))
+
+
+@pytest.mark.parametrize("chunk", CHUNKS)
+@pytest.mark.parametrize("kind, beta", [("forward", 0.5), ("reverse", 0.5), ("jsd", 0.1), ("jsd", 0.9)])
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@pytest.mark.parametrize("kd_frac", [0.0, 0.3, 1.0])
+def test_linear_kd_loss_and_its_gradients_equal_the_textbook_loss(batch, teacher, kind, beta, temperature,
+                                                                  kd_frac, chunk):
+    (hidden, weight, targets), mask, token_weight = batch, torch.rand(B, T) < 0.6, torch.rand(B, T) + 0.5
+    scale = (mask * token_weight).double()
+    h64, w64 = leaf(hidden.double()), leaf(weight.double())
+    logits, teachers = h64 @ w64.T, teacher[0].double() @ teacher[1].double().T
+    ce = (F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(B, T) * scale).sum()
+    kd = (divergence64(logits, teachers, temperature, kind, beta) * scale).sum()
+    (0.37 * ((1 - kd_frac) * ce + kd_frac * kd)).backward()
+    h, w = leaf(hidden), leaf(weight)
+    loss, *parts = linear_kd_loss(h, w, head_logits(*teacher), targets, mask, token_weight, kd_frac,
+                                  temperature, kind, beta, chunk)
+    (0.37 * loss).backward()
+    assert not any(part.requires_grad for part in parts)
+    assert_close((loss.detach(), *parts), tuple(x.detach().float() for x in
+                                                ((1 - kd_frac) * ce + kd_frac * kd, ce, kd)))
+    assert_close((h.grad, w.grad), (h64.grad.float(), w64.grad.float()))
+    assert (h.grad[~mask] == 0).all()                                   # a masked position has no gradient
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_a_student_that_is_its_teacher_has_neither_loss_nor_gradient(batch, kind, temperature):
+    hidden, weight, targets = batch
+    h, w = leaf(hidden), leaf(weight)
+    loss, _, kd = linear_kd_loss(h, w, head_logits(hidden, weight), targets, kd_frac=1.0,
+                                 temperature=temperature, kind=kind)
+    loss.backward()
+    assert loss == kd == 0 and h.grad.abs().max() == w.grad.abs().max() == 0
+    assert kd_loss(hidden @ weight.T, hidden @ weight.T, temperature, kind).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_gradient_keeps_its_size_as_the_temperature_grows(kind):
+    """T^2 KL tends to (z - t)^2 / 2V of centred logits (1503.02531 eq. 4), jsd to b (1 - b) of that"""
+    torch.manual_seed(0)
+    student, teacher = torch.randn(1, 1, V), torch.randn(1, 1, V)
+    z = leaf(student)
+    kd_loss(z, teacher, 200.0, kind, 0.5).sum().backward()
+    difference = student - teacher
+    limit = (difference - difference.mean()) / V * (0.25 if kind == "jsd" else 1)
+    torch.testing.assert_close(z.grad, limit, rtol=0.03, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_distributions_that_are_far_apart_give_finite_numbers(kind):
+    hidden, weight = torch.eye(3)[None], torch.tensor([[300., 0, 0], [0, 300, 0], [0, 0, -300], [0, 0, 0]])
+    h, w = leaf(hidden), leaf(weight)
+    loss, _, kd = linear_kd_loss(h, w, head_logits(hidden, weight.flip(0)), torch.zeros(1, 3).long(),
+                                 kd_frac=1.0, kind=kind)
+    loss.backward()
+    assert_close(kd, divergence_of_far(hidden @ weight.T, hidden @ weight.flip(0).T, kind))
+    assert h.grad.isfinite().all() and w.grad.isfinite().all()
+
+
+def divergence_of_far(student, teacher, kind):
+    log_q, log_p = student.double().log_softmax(-1), teacher.double().log_softmax(-1)
+    log_m = torch.logaddexp(log_p, log_q) - math.log(2)
+    pairs = {"forward": [(1, log_p, log_q)], "reverse": [(1, log_q, log_p)],
+             "jsd": [(0.5, log_p, log_m), (0.5, log_q, log_m)]}[kind]
+    return sum(weight * (a.exp() * (a - b)).sum() for weight, a, b in pairs).float()
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_a_masked_position_poisons_no_distillation(batch, teacher, poison):
+    hidden, weight, targets = batch
+    mask = torch.ones(B, T, dtype=torch.bool)
+    mask[1, 2] = False
+    results = []
+    for value in (0.0, poison):
+        h, w, t = leaf(hidden), leaf(weight), teacher[0].clone()
+        h.data[1, 2] = t[1, 2] = value
+        loss, ce, kd = linear_kd_loss(h, w, head_logits(t, teacher[1]), targets, mask, chunk_size=4)
+        loss.backward()
+        results.append((loss.detach(), ce, kd, h.grad, w.grad))
+    assert_close(results[1], results[0])
+
+
+def test_an_unknown_divergence_is_refused_by_name(batch, teacher):
+    with pytest.raises(ValueError, match="kind 'js': expected forward, reverse or jsd"):
+        kd_loss(torch.zeros(1, 1, V), torch.zeros(1, 1, V), kind="js")
+    with pytest.raises(ValueError, match="kind 'js': expected forward, reverse or jsd"):
+        linear_kd_loss(*batch[:2], head_logits(*teacher), batch[2], kind="js")
+
+
+def test_distillation_holds_no_logits_of_the_whole_batch(batch, teacher):
+    class Largest(TorchDispatchMode):
+        numel = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **kwargs or {})
+            if torch.is_tensor(out):
+                self.numel = max(self.numel, out.numel())
+            return out
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(2, 256, 4, requires_grad=True), torch.randn(1000, 4, requires_grad=True)
+    with Largest() as largest:
+        loss, _, _ = linear_kd_loss(hidden, weight, head_logits(torch.randn(2, 256, 6), torch.randn(1000, 6)),
+                                    torch.randint(1000, (2, 256)))
+        loss.backward()
+    assert largest.numel <= 128 * 1000

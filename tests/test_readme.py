@@ -13,6 +13,7 @@ SMALL = {"train_pretrain.py": ["--num_steps=3", "--eval_seqs=4", "--batch_size=2
          "train_sft.py": ["--num_steps=2", "--eval_seqs=2", "--batch_size=2"],
          "train_dpo.py": ["--num_steps=2", "--eval_seqs=2", "--batch_size=2"],
          "train_grpo.py": ["--num_steps=1", "--eval_seqs=2", "--batch_size=2", "--num_samples=2"],
+         "train_kd.py": ["--num_steps=1", "--eval_seqs=2", "--batch_size=2"],
          "sample.py": ["--max_new_tokens=20"]}
 
 
@@ -27,7 +28,7 @@ def test_the_commands_run_in_their_order(tmp_path):
 
 
 def test_there_are_runnable_blocks():
-    assert len(BLOCKS) == 5
+    assert len(BLOCKS) == 6
 
 
 def test_the_python_example_streams(tmp_path):

@@ -24,7 +24,8 @@ STAGES = {"train_pretrain.py": ("token_set", TINY),
           "train_sft.py": ("chat_set", [*TINY, "--seq_len=150"]),  # longer than what a dense mask is used for
           "train_dpo.py": ("pair_set", [*TINY, "--beta=0.5"]),
           "train_grpo.py": ("prompt_set", [*TINY, "--num_samples=4", "--max_new_tokens=8",
-                                           "--reward=tests/some_rewards.py:letters"])}
+                                           "--reward=tests/some_rewards.py:letters"]),
+          "train_kd.py": ("chat_set", [*TINY, "--seq_len=150", "--max_new_tokens=8"])}
 # options that change what a step computes: of every stage once, and of one stage
 VARIANTS = [("train_pretrain.py", ["--doc_mask=true"]), ("train_pretrain.py", ["--optimizer=muon"]),
             ("train_pretrain.py", ["--optimizer=lion", "--lr=5e-3"]),
@@ -44,6 +45,13 @@ VARIANTS = [("train_pretrain.py", ["--doc_mask=true"]), ("train_pretrain.py", ["
             ("train_grpo.py", ["--top_k=200", "--top_p=0.95", "--updates_per_rollout=2", "--eval_every=10"]),
             ("train_grpo.py", ["--env=tests/some_rewards.py:twice", "--packed=true",
                                "--reward=tests/some_rewards.py:one_a_token", "--reward_weights=0.2"]),
+            ("train_kd.py", ["--divergence=reverse", "--kd_frac=0.9", "--mask_prompt=false"]),
+            ("train_kd.py", ["--data_dir=token_set", "--doc_mask=true", "--divergence=jsd",
+                             "--temperature=2"]),
+            ("train_kd.py", ["--on_policy_frac=0.5", "--micro_batch_size=4"]),
+            ("train_kd.py", ["--on_policy_frac=0.5", "--data_dir=token_set"]),
+            ("train_kd.py", ["--cache_top_k=20"]),
+            ("train_kd.py", ["--cache_top_k=20", "--data_dir=token_set", "--temperature=0.7"]),
             *((script, ["--activation_checkpointing=true", "--model.attn_dropout=0.1"])
               for script in STAGES if script != "train_grpo.py"),
             *((script, ["--critical_ids=97,49", "--critical_alpha=3", *["--nll_coef=1"] * ("dpo" in script)])
@@ -55,7 +63,12 @@ def make_stage(script, request, folder):
     fixture, tiny = STAGES[script]
     data = request.getfixturevalue(fixture)
 
+    if script == "train_kd.py":
+        tiny = [*tiny, f"--teacher={request.getfixturevalue('teacher_run')}"]
+
     def start(out, *options, ranks=1, check=True, **kwargs):
+        options = [f"--data_dir={request.getfixturevalue('token_set')}" if option == "--data_dir=token_set"
+                   else option for option in options]
         return run(script, *tiny, f"--data_dir={data}", f"--out_dir={folder / out}", *options, ranks=ranks,
                    check=check, **kwargs)
     start.script, start.folder, start.data, start.options = script, folder, data, tiny
@@ -134,12 +147,14 @@ def start_and_signal(stage, out, *options, number, ranks=1, when):
 
 def test_it_overfits_one_batch(stage):
     stage("run", "--num_steps=120", "--schedule=constant", "--eval_every=0", "--num_epochs=0", "--seed=1",
-          "--batch_size=2", "--seq_len=16", f"--data_dir={small_set(stage)}", "--eval_seqs=0")
+          "--batch_size=2", "--seq_len=16", f"--data_dir={small_set(stage)}", "--eval_seqs=0",
+          *["--kd_frac=1"] * (stage.script == "train_kd.py"))  # its targets contradict the teacher
     curve = progress(stage.folder / "run")
     if stage.script == "train_grpo.py":                        # sampled rewards: a mean, not every one
         assert curve[0] > 0.6 and sum(curve[-8:]) / 8 < 0.2
     else:
-        assert curve[0] > (0.6 if stage.script == "train_dpo.py" else 5) and max(curve[-4:]) < 0.1
+        assert curve[0] > {"train_dpo.py": 0.6, "train_kd.py": 1}.get(stage.script, 5)
+        assert max(curve[-4:]) < 0.1
 
 
 def small_set(stage):
@@ -217,6 +232,10 @@ def test_options_learn_and_resume_bit_for_bit(script, options, request, tmp_path
     curve = progress(stage.folder / "straight")
     if script in ("train_pretrain.py", "train_sft.py"):
         assert curve[-1] < curve[0] - 1
+    elif "--on_policy_frac=0.5" in options:                    # steps of two kinds
+        kinds = {r["on_policy"] for r in records(stage.folder / "straight") if "loss" in r}
+        val = [r["val_kd"] for r in records(stage.folder / "straight") if "val_kd" in r]
+        assert kinds == {False, True} and val[-1] < 0.9 * val[0]
     else:                                                      # small batches of margins and rewards: noisier
         assert sum(curve[-5:]) / 5 < 0.9 * curve[0]
     assert records(stage.folder / "straight") == records(stage.folder / "halves")
@@ -567,6 +586,159 @@ def test_mistakes_of_rollouts_are_answered_by_one_line(grpo, options, message):
     result = grpo("run", "--num_steps=2", *options, check=False)
     assert result.returncode == 2 and message in result.stderr, result.stderr
     assert "Traceback" not in result.stderr
+
+
+# -----------------------------------------------------------------------------
+# the teacher of a distillation
+
+@pytest.fixture
+def kd(request, tmp_path):
+    return make_stage("train_kd.py", request, tmp_path)
+
+
+def test_without_a_teachers_share_it_is_pretraining_or_sft(request, tmp_path):
+    for script, data in (("train_pretrain.py", ["--data_dir=token_set"]), ("train_sft.py", [])):
+        options = ["--num_steps=5", "--seq_len=150", *data]
+        make_stage(script, request, tmp_path)(script, *options)
+        make_stage("train_kd.py", request, tmp_path)(f"kd of {script}", *options, "--kd_frac=0")
+        assert_same_curve(tmp_path / script, tmp_path / f"kd of {script}")
+        assert [r["val_loss"] for r in records(tmp_path / script) if "val_loss" in r] == pytest.approx(
+            [r["val_loss"] for r in records(tmp_path / f"kd of {script}") if "val_loss" in r], abs=1e-5)
+
+
+@pytest.mark.parametrize("options", [[], ["--on_policy_frac=1"]])
+def test_a_student_that_starts_as_its_teacher_has_nothing_to_learn(kd, teacher_run, options):
+    kd("run", "--num_steps=3", "--kd_frac=1", "--weight_decay=0", f"--init_from={teacher_run}",
+       "--model.n_kv_head=2", "--model.n_embd=32", *options)
+    rows = [r for r in records(kd.folder / "run") if "loss" in r]
+    assert abs(rows[0]["loss"]) < 1e-6 and rows[0]["grad_norm"] < 1e-5
+    assert records(kd.folder / "run")[0]["val_kd"] == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("options", [[], ["--critical_ids=49,50,51", "--critical_alpha=3", "--temperature=2"],
+                                     ["--data_dir=token_set", "--doc_mask=true", "--divergence=jsd"]])
+def test_kd_logs_what_the_saved_student_and_the_teacher_give(kd, teacher_run, token_set, options):
+    from common.data import ChatData, TokenData
+    from common.losses import kd_loss
+    kd("run", "--num_steps=7", "--save_every=6", "--micro_batch_size=2", "--kd_frac=0.3", *options)
+    student, teacher = load_model(kd.folder / "run/step_000006"), load_model(max(teacher_run.glob("step_*")))
+    text = "--doc_mask=true" in options
+    kind = (TokenData, token_set) if text else (ChatData, kd.data)
+    temperature = 2.0 if "--temperature=2" in options else 1.0
+    for split, seed, size in (("train", 1337, 8), ("val", 0, 20)):
+        data = kind[0](str(kind[1]), split, 150, size, seed=seed, **dict(doc_mask=True) if text else {})
+        data.total = 8 * 7 if split == "train" else min(20, data.num_samples)
+        tokens, targets, mask, docs = data.batch(6 if split == "train" else 0)
+        with torch.no_grad():
+            z, t = (model(tokens, docs) @ model.head.T for model in (student, teacher))
+        nll = torch.nn.functional.cross_entropy(z[mask], targets[mask], reduction="none")
+        divergence = kd_loss(z.double(), t.double(), temperature, "jsd" if text else "forward")[mask]
+        weight = torch.ones_like(nll)
+        if split == "train" and any("critical" in option for option in options):
+            weight[torch.isin(targets[mask], torch.tensor([49, 50, 51]))] = 3.0
+        ce, kl = ((weight * x).sum().item() / weight.sum().item() for x in (nll, divergence))
+        rows = [r for r in records(kd.folder / "run") if ("loss" in r) == (split == "train")]
+        if split == "train":
+            expected, row = dict(ce=ce, kd=kl, loss=0.7 * ce + 0.3 * kl), rows[6]
+        else:
+            expected, row = dict(val_loss=ce, val_kd=kl), next(r for r in rows if r["step"] == 6)
+        assert {name: row[name] for name in expected} == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("data", [[], ["--data_dir=token_set"], ["--data_dir=token_set", "--doc_mask=true"]])
+def test_what_a_student_says_does_not_depend_on_the_layout(kd, data):
+    common = ["--num_steps=8", "--on_policy_frac=0.7", "--eval_every=4", *data]
+    kd("1x8", *common)
+    kd("4x2", *common, "--micro_batch_size=2")
+    kd("2 ranks", *common, "--micro_batch_size=2", "--zero1=true", ranks=2)
+    for name in ("4x2", "2 ranks"):
+        assert_same_curve(kd.folder / "1x8", kd.folder / name)
+
+
+@pytest.mark.parametrize("data", [[], ["--data_dir=token_set"]])
+def test_a_cache_serves_the_next_run_without_its_teacher(kd, data, teacher_run):
+    cache = kd.folder / "cache"
+    options = [*data, "--num_steps=6", "--eval_every=3", f"--cache_dir={cache}"]
+    kd("asked", *data, "--num_steps=6", "--eval_every=3")
+    kd("made", *options, "--cache_top_k=100", "--micro_batch_size=2", ranks=2)
+    before = {path: path.stat().st_mtime_ns for path in cache.iterdir()}
+    kd("used", *options, "--cache_top_k=100")
+    assert before == {path: path.stat().st_mtime_ns for path in cache.iterdir()}
+    made, used, asked = (records(kd.folder / name) for name in ("made", "used", "asked"))
+    assert_same_curve(kd.folder / "made", kd.folder / "used")
+    assert made[0]["cache_mass"] == pytest.approx(used[0]["cache_mass"]) and 0.7 < used[0]["cache_mass"] < 1
+    assert 0 < used[0]["cache_kl"] < 0.1
+    losses_of = [[r["loss"] for r in rows if "loss" in r] for rows in (used, asked)]
+    assert losses_of[0] == pytest.approx(losses_of[1], abs=0.05) and losses_of[0] != losses_of[1]
+    result = kd("other", *options, "--cache_top_k=50", check=False)
+    assert_one_line(result, f"--cache_dir={cache}: is of another teacher, other data or other options")
+    (cache / "train_ids.npy").write_bytes((cache / "train_ids.npy").read_bytes()[:-100])
+    assert_one_line(kd("damaged", *options, "--cache_top_k=100", check=False), "damaged")
+
+
+def test_a_teacher_can_be_a_function_of_yours(kd, teacher_run):
+    """Here one that asks the same teacher; a resume with another function is refused."""
+    text = (ROOT / "train_kd.py").read_text()
+    stock = re.search(r"    raise UserError\(\"--teacher: name a run.*?\n", text)[0]
+    folder = max(teacher_run.glob("step_*"))
+    mine = text.replace(stock, f"    model = load_teacher({str(folder)!r}, 'cpu')\n"
+                               "    return model(tokens, docs) @ model.head.T\n")
+    path, here = kd.folder / "mine.py", f"import hashlib, sys\nsys.path.insert(0, {str(ROOT)!r})\n"
+    path.write_text(mine.replace("import hashlib\n", here))
+    options = [*kd.options, f"--data_dir={kd.data}", f"--out_dir={kd.folder / 'mine'}", "--teacher="]
+    run(path, *options, "--num_steps=4")
+    kd("run", "--num_steps=4")
+    assert_same_curve(kd.folder / "mine", kd.folder / "run")
+    path.write_text(path.read_text().replace("model.head.T\n", "model.head.T * 2\n"))
+    result = run(path, *options, "--num_steps=6", "--resume=true", check=False)
+    assert_one_line(result, "give it the same options and data")
+
+
+def test_a_resume_with_another_teacher_is_refused(kd, request):
+    kd("run", "--num_steps=2")
+    other = make_stage("train_pretrain.py", request, kd.folder)
+    other("other", "--num_steps=1", "--seq_len=150")
+    result = kd("run", "--num_steps=4", "--resume=true", f"--teacher={kd.folder / 'other'}", check=False)
+    assert_one_line(result, "give it the same options and data")
+
+
+def test_another_vocabulary_is_refused_or_cut_when_asked(kd, request, corpus):
+    padded = make_stage("train_pretrain.py", request, kd.folder)
+    padded("padded", "--num_steps=2", "--seq_len=150", "--model.vocab_size=300")
+    teacher = [f"--teacher={kd.folder / 'padded'}", "--num_steps=2"]
+    assert_one_line(kd("run", *teacher, check=False), "vocabulary of 300, the student's has 266; set --model")
+    kd("cut", *teacher, "--cut_vocab=true")
+    kd("whole", *teacher, "--model.vocab_size=300")
+    assert_one_line(kd("run", "--num_steps=2", "--model.vocab_size=300", "--cut_vocab=true", check=False),
+                    "vocabulary of 266, the student's has 300")
+    run("data/prepare.py", "tokenizer", f"--input={corpus}/corpus.jsonl", "--vocab_size=320",
+        f"--out={kd.folder}/t.model")
+    run("data/prepare.py", "text", f"--input={corpus}/corpus.jsonl", "--val_frac=0.2",
+        f"--out_dir={kd.folder}/set", f"--tokenizer={kd.folder}/t.model")
+    result = kd("run", "--num_steps=2", f"--data_dir={kd.folder}/set", check=False)
+    assert_one_line(result, "has another tokenizer than")
+
+
+@pytest.mark.parametrize("options, message", [
+    (["--teacher="], "--teacher: name a run to learn from, or write teacher_logits() in train_kd.py"),
+    (["--teacher=nowhere"], "nowhere: no such run or checkpoint"),
+    (["--seq_len=151"], "--seq_len=151: longer than the teacher's 150"),
+    (["--kd_frac=1.5"], "--kd_frac=1.5: expected 0 to 1"),
+    (["--on_policy_frac=-1"], "--on_policy_frac=-1.0: expected 0 to 1"),
+    (["--jsd_beta=1"], "--jsd_beta=1.0: expected above 0 and below 1"),
+    (["--temperature=0"], "--temperature=0.0: expected above 0"),
+    (["--on_policy_frac=1", "--max_new_tokens=200"], "--max_new_tokens=200: expected 1 to --seq_len=150"),
+    (["--on_policy_frac=1", "--cache_top_k=5"], "with it --on_policy_frac must be 0"),
+    (["--cache_dir=x"], "--cache_top_k: --cache_dir needs it"),
+    (["--cache_top_k=266"], "--cache_top_k=266: expected 0 to 265"),
+    (["--cache_top_k=5", "--cache_dir=tests"], "--cache_dir=tests: no cache of a teacher"),
+    (["--doc_mask=true"], "a set of kind chat, expected text (only this has --doc_mask)"),
+    (["--data_dir=token_set", "--mask_prompt=false"], "or chat (only this has --mask_prompt)"),
+    (["--divergence=js"], "--divergence=js: expected forward or reverse or jsd"),
+    (["--model.rope_scaling=dynamic"], "--model.rope_scaling=dynamic")])
+def test_mistakes_with_a_teacher_are_answered_by_one_line(kd, options, message):
+    assert_one_line(kd("run", "--num_steps=2", *options, check=False), message)
+    assert not (kd.folder / "run").exists()
 
 
 def test_tokens_per_second_are_tokens_over_wall_time(one_stage):

@@ -132,7 +132,19 @@ def grpo():
             measure("words that are verse, T = 1", before["verse"], after["verse"])]
 
 
-STAGES = {"prepare": prepare, "pretrain": pretrain, "sft": sft, "dpo": dpo, "grpo": grpo}
+def student(name, taught, seed=1337):
+    """-> validation loss of a small model after the run out/demo/NAME, with the pretrained teacher or alone"""
+    script = ["train_kd.py", "configs/demo/student.py", "configs/demo/kd.py"] if taught else \
+        ["train_pretrain.py", "configs/demo/student.py"]
+    run(*script, f"--out_dir={OUT}/{name}", f"--seed={seed}", "--resume=true")
+    return metrics(name, "val_loss")[-1]
+
+
+def kd():
+    return [measure("student's val loss: alone, taught", student("kd_alone", False), student("kd", True))]
+
+
+STAGES = {"prepare": prepare, "pretrain": pretrain, "sft": sft, "dpo": dpo, "grpo": grpo, "kd": kd}
 
 if __name__ == "__main__":
     dist.tune_malloc()

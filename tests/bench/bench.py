@@ -6,6 +6,8 @@ Speed and memory as ratios against named references, both measured in the same r
     step_26m, step_384     FLOP/s of a training step as a fraction of a large matrix product's
     profile                where the time of those steps goes
     loss_128, loss_512     linear_cross_entropy against plain logits + F.cross_entropy, V = 50,304
+    kd                     linear_kd_loss against plain logits of both models, cross_entropy and kd_loss,
+                           V = 151,936, 1024 tokens
     packing                target tokens a second of packed conversations against padded ones; needs the set
                            out/gsm8k (README, "Results", says how to make it)
     pairs                  a DPO step on prompt | chosen | rejected against two rows a pair, and its memory
@@ -149,6 +151,52 @@ def child_memory(kind, C, N):
     loss = {"ours": losses.linear_cross_entropy, "plain": plain_cross_entropy}.get(kind)
     if loss:
         loss(hidden, weight, targets).backward()
+    print(peak_memory())
+
+
+def kd_inputs(V=151_936, N=1024, C=256, teacher_C=512):
+    torch.manual_seed(0)
+    return (torch.randn(N, C, requires_grad=True), (torch.randn(V, C) * 0.02).requires_grad_(),
+            torch.randn(N, teacher_C), torch.randn(V, teacher_C) * 0.02, torch.randint(0, V, (N,)))
+
+
+def ours_kd(hidden, weight, teacher_hidden, teacher_weight, targets, temperature=2.0):
+    return losses.linear_kd_loss(hidden, weight, losses.head_logits(teacher_hidden, teacher_weight), targets,
+                                 temperature=temperature)[0]
+
+
+def plain_kd(hidden, weight, teacher_hidden, teacher_weight, targets, temperature=2.0):
+    logits, teacher_logits = hidden @ weight.T, teacher_hidden @ teacher_weight.T
+    kd = losses.kd_loss(logits, teacher_logits, temperature).sum()
+    return 0.5 * F.cross_entropy(logits, targets, reduction="sum") + 0.5 * kd
+
+
+def bench_kd():
+    memory = {kind: int(child("kd", kind)) for kind in ("nothing", "ours", "plain")}
+    above = {kind: (memory[kind] - memory["nothing"]) / 2**20 for kind in ("ours", "plain")}
+    inputs = kd_inputs()
+
+    def backward(loss, temperature):
+        inputs[0].grad = inputs[1].grad = None
+        loss(*inputs, temperature).backward()
+    print(f"kd: 1024 tokens, V = 151,936, 256 channels against the teacher's 512: peak memory above weights "
+          f"and inputs {above['plain']:.0f} -> {above['ours']:.0f} MiB, "
+          f"{above['ours'] / above['plain']:.2f} of plain's")
+    for temperature in (1.0, 2.0):
+        ours_s, plain_s = alternate(lambda: backward(ours_kd, temperature),
+                                    lambda: backward(plain_kd, temperature), repeats=5)
+        print(f"kd: temperature {temperature}: plain {plain_s:.2f} s, ours {ours_s:.2f} s, "
+              f"{plain_s / ours_s:.2f}x")
+
+
+def child_kd(kind):
+    """Peak RSS of a fresh process; weight and gradient buffers are there from the start, as in training."""
+    inputs = kd_inputs()
+    for x in inputs[:2]:
+        x.grad = torch.zeros_like(x)
+    loss = {"ours": ours_kd, "plain": plain_kd}.get(kind)
+    if loss:
+        loss(*inputs).backward()
     print(peak_memory())
 
 
@@ -361,7 +409,7 @@ BENCHES = {"step_26m": lambda: bench_step("step_26m", MODEL_26M, 8),
            "profile": bench_profile,
            "loss_128": lambda: bench_loss("loss_128", 128, 768),
            "loss_512": lambda: bench_loss("loss_512", 512, 2048),
-           "packing": bench_packing, "pairs": bench_pairs, "loader": bench_loader,
+           "kd": bench_kd, "packing": bench_packing, "pairs": bench_pairs, "loader": bench_loader,
            "optimizer": bench_optimizer, "malloc": bench_malloc, "generate": bench_generate,
            "rollout": lambda: bench_peer("rollout"), "grpo_step": lambda: bench_peer("grpo_step"),
            "overlap": bench_overlap}
@@ -371,7 +419,7 @@ if __name__ == "__main__":
         name = sys.argv[2]
         if name != "overlap":
             dist.init("cpu")
-        {"memory": child_memory, "pairs": child_pairs, "loss": child_loss,
+        {"memory": child_memory, "kd": child_kd, "pairs": child_pairs, "loss": child_loss,
          "malloc": child_malloc, "overlap": child_overlap}[name](*sys.argv[3:])
     else:
         dist.init("cpu")

@@ -1,0 +1,136 @@
+"""
+What a teacher says to every token of a set, kept on disk: its k likeliest next tokens and their log-probs,
+the rest of its probability spread evenly over the other tokens. Then a run needs no teacher in memory.
+
+    folder/
+        arrays.json                       what it was made from, and how far it is from the teacher; last
+        train_ids.npy, train_logps.npy    (N, k) for the N tokens of the split; uint16 or int32, float16
+        train_rest.npy                    (N,) float32, the log-prob of each other token
+
+It appears whole or not at all (made aside, renamed) and is memory-mapped: it may be larger than memory.
+"""
+import json
+import math
+import os
+import shutil
+
+import numpy as np
+import torch
+
+from common import dist
+from common.dist import UserError
+
+
+def top_k(logits, k):
+    """logits (n, V), k < V -> ids and log-probs (n, k) of the k likeliest, rest (n,): of each other token"""
+    logps = logits.log_softmax(-1)
+    top, ids = logps.topk(k)
+    rest = logps.scatter(1, ids, -torch.inf).logsumexp(-1) - math.log(logits.shape[-1] - k)
+    return ids, top, rest
+
+
+def top_k_logits(ids, logps, rest, vocab_size):
+    """The way back: ids int64, logps (n, k), rest (n,) -> (n, V) log-probs, which may serve as logits"""
+    return rest[:, None].repeat(1, vocab_size).scatter_(1, ids, logps)
+
+
+class TeacherCache:
+    """info: {"mass", "kl"}, see `write`; logits(split, places) -> a teacher for losses.linear_kd_loss"""
+
+    def __init__(self, info, arrays, vocab_size, device):
+        self.info, self.arrays, self.vocab_size, self.device = info, arrays, vocab_size, device
+
+    def logits(self, split, places):
+        """places (B, T) int64 of tokens in the split's file -> function of positions (n,) to logits (n, V)"""
+        def at(positions):
+            rows = places.flatten()[positions.cpu()].numpy()
+            kinds = dict(ids="int64", logps="float32", rest="float32")
+            parts = (self.arrays[f"{split}_{name}"][rows].astype(kind) for name, kind in kinds.items())
+            return top_k_logits(*(torch.from_numpy(part).to(self.device) for part in parts), self.vocab_size)
+        return at
+
+
+def open_cache(folder, key, vocab_size, device):
+    """-> the TeacherCache that `write` left in folder for this key (str), None where there is no folder"""
+    def read():
+        if not os.path.exists(folder):
+            return None
+        try:
+            with open(os.path.join(folder, "arrays.json"), encoding="utf-8") as file:
+                return json.load(file)
+        except (OSError, ValueError) as error:
+            raise UserError(f"--cache_dir={folder}: no cache of a teacher ({error}); "
+                            "name another folder") from None
+    content = dist.from_rank_zero(read)
+    if content is None:
+        return None
+    if content["key"] != key:
+        raise UserError(f"--cache_dir={folder}: is of another teacher, other data or other options; "
+                        "name another folder, or remove it")
+    try:
+        arrays = {name: np.load(os.path.join(folder, f"{name}.npy"), mmap_mode="r", allow_pickle=False)
+                  for name in content["shapes"]}
+    except (OSError, ValueError) as error:
+        raise UserError(f"--cache_dir={folder}: damaged ({error}); remove it, and it is made again") from None
+    for name, shape in content["shapes"].items():
+        if list(arrays[name].shape) != shape:
+            raise UserError(f"--cache_dir={folder}: damaged, {name} is {arrays[name].shape}; remove it")
+    return TeacherCache(content["info"], arrays, vocab_size, device)
+
+
+@torch.no_grad()
+def write_cache(folder, key, k, vocab_size, sets, ask, autocast):
+    """
+    Ask the teacher about every target of the sets, all ranks together. sets: dict split -> TokenData or
+    ChatData; ask(split, i, tokens, docs) -> what it says to micro-batch i, as
+    losses.linear_kd_loss takes it. Kept with it, averaged over the targets: mass, the probability of the k
+    tokens; kl, the divergence KL(teacher || cache).
+    """
+    aside = folder.rstrip("/") + ".partial"
+    kinds = dict(ids=([k], "uint16" if vocab_size <= 2**16 else "int32"), logps=([k], "float16"),
+                 rest=([], "float32"))
+    shapes = {f"{split}_{name}": [len(data.tokens), *shape]
+              for split, data in sets.items() for name, (shape, _) in kinds.items()}
+
+    def create():
+        try:
+            shutil.rmtree(aside, ignore_errors=True)          # of a run that was killed
+            os.makedirs(aside)
+            for name, shape in shapes.items():
+                path, (_, kind) = os.path.join(aside, f"{name}.npy"), kinds[name.rsplit("_", 1)[1]]
+                np.lib.format.open_memmap(path, "w+", kind, tuple(shape)).flush()
+        except OSError as error:
+            raise UserError(f"--cache_dir={folder}: cannot be written ({error.strerror})") from None
+    dist.from_rank_zero(create)
+    arrays = {name: np.load(os.path.join(aside, f"{name}.npy"), mmap_mode="r+") for name in shapes}
+    total = torch.zeros(3, dtype=torch.float64)               # mass, divergence, targets
+    for split, data in sets.items():
+        data.total = data.num_samples                         # each sample once
+        for i in range(-(-data.num_samples // (data.micro_batch_size * data.world_size))):
+            tokens, _, mask, docs = data.batch(i)
+            places = data.places(i).flatten()
+            with autocast:
+                logits_at = ask(split, i, tokens, docs)
+                for at in mask.flatten().nonzero()[:, 0].split(128):
+                    logps = logits_at(at).float().log_softmax(-1)                          # (n, V)
+                    ids, top, rest = top_k(logps, k)
+                    kept = top_k_logits(ids, top.half().float(), rest, vocab_size).log_softmax(-1)
+                    kl = (logps.exp() * (logps - kept)).sum()
+                    total += torch.stack([top.exp().sum(), kl, kl.new_tensor(len(at))]).double().cpu()
+                    place = places[at.cpu()].numpy()
+                    for name, values in (("ids", ids), ("logps", top), ("rest", rest)):
+                        arrays[f"{split}_{name}"][place] = values.cpu().numpy()
+    for array in arrays.values():
+        array.flush()
+    mass, kl, n = dist.all_sum(total).tolist()                # and every rank is done
+
+    def publish():
+        try:
+            with open(os.path.join(aside, "arrays.json"), "w", encoding="utf-8") as file:
+                json.dump(dict(key=key, info=dict(mass=mass / n, kl=kl / n), shapes=shapes), file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.rename(aside, folder)
+        except OSError as error:
+            raise UserError(f"--cache_dir={folder}: cannot be written ({error.strerror})") from None
+    dist.from_rank_zero(publish)

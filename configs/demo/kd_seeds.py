@@ -1,0 +1,24 @@
+"""
+Distillation against the same student on text alone, same steps and tokens, over several seeds.
+
+    python configs/demo/kd_seeds.py [seeds]         # after the demo; 3 seeds if not told otherwise
+
+A seed decides on the student's first weights and the order of the data. Runs go to out/demo/kd_seeds and are
+not run again. Prints the final validation loss (cross-entropy per token) of each.
+"""
+import statistics
+import sys
+
+import run as demo
+
+if __name__ == "__main__":
+    seeds = range(1, 1 + int(sys.argv[1] if sys.argv[1:] else 3))
+    results = {name: [demo.student(f"kd_seeds/{name}_{seed}", name == "taught", seed) for seed in seeds]
+               for name in ("alone", "taught")}
+    print(f"\nvalidation loss per token, {len(seeds)} seeds")
+    for name, values in results.items():
+        spread = statistics.stdev(values) if len(values) > 1 else 0.0
+        print(f"{name:<8}" + " ".join(f"{value:.4f}" for value in values)
+              + f"   mean {statistics.mean(values):.4f}, standard deviation {spread:.4f}")
+    better = [alone - taught for alone, taught in zip(results["alone"], results["taught"])]
+    print(f"the teacher is worth {statistics.mean(better):.4f} on average, {min(better):.4f} at least")
