@@ -133,7 +133,7 @@ def grpo():
 
 
 def student(name, taught, seed=1337):
-    """-> validation loss of a small model after the run out/demo/NAME, taught by the pretrained one or alone"""
+    """-> validation loss of a small model after the run out/demo/NAME, taught by the pretrained or alone"""
     script = ["train_kd.py", "configs/demo/student.py", "configs/demo/kd.py"] if taught else \
         ["train_pretrain.py", "configs/demo/student.py"]
     run(*script, f"--out_dir={OUT}/{name}", f"--seed={seed}", "--resume=true")
