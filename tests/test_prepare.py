@@ -73,7 +73,7 @@ def texts(split="train", out="set"):
 
 def write_jsonl(path, docs):
     content = "".join(json.dumps({"text": text, "id": i}) + "\n" for i, text in enumerate(docs)).encode()
-    Path(path).write_bytes(gzip.compress(content) if path.endswith(".gz") else content)
+    Path(path).write_bytes(gzip.compress(content, mtime=0) if path.endswith(".gz") else content)
 
 
 # -----------------------------------------------------------------------------
@@ -84,7 +84,7 @@ def write_as(kind):
     encoded = [list(text.encode()) for text in DOCS]
     if kind in ("a.txt", "a.txt.gz"):
         content = DOCS[1].encode()
-        Path(kind).write_bytes(gzip.compress(content) if kind.endswith(".gz") else content)
+        Path(kind).write_bytes(gzip.compress(content, mtime=0) if kind.endswith(".gz") else content)
         return kind, [encoded[1]]
     if kind in ("a.jsonl", "a.jsonl.gz"):
         write_jsonl(kind, DOCS)
@@ -323,7 +323,8 @@ def test_empty_documents_are_counted_and_get_no_end_token(capsys):
 
 @pytest.mark.parametrize("name, content", [("a.txt", b""), ("a.jsonl", b""), ("a.jsonl", b"\n\n"),
                                            ("a.jsonl", b'{"text": ""}\n'), ("a.pkl", pickle.dumps([])),
-                                           ("a.pkl", pickle.dumps([[]])), ("a.txt.gz", gzip.compress(b""))])
+                                           ("a.pkl", pickle.dumps([[]])),
+                                           ("a.txt.gz", gzip.compress(b"", mtime=0))])
 def test_a_set_of_nothing_is_refused(name, content):
     Path(name).write_bytes(content)
     assert "no documents left to train on" in refusal(name)
@@ -608,7 +609,7 @@ BYTES = load_tokenizer("bytes")
 
 def write_rows(path, rows):
     content = "".join(json.dumps(row) + "\n" for row in rows).encode()
-    Path(path).write_bytes(gzip.compress(content) if path.endswith(".gz") else content)
+    Path(path).write_bytes(gzip.compress(content, mtime=0) if path.endswith(".gz") else content)
 
 
 def make_chat(*inputs, out="set", **options):
