@@ -1,6 +1,6 @@
 """
-A decoder-only transformer in the form of Llama and Qwen3: RMSNorm before each block, rotary positions,
-grouped-query attention, SwiGLU, no biases.
+A decoder-only transformer in the form of Llama, Qwen2 and Qwen3: RMSNorm before each block, rotary
+positions, grouped-query attention, SwiGLU.
 
     model = GPT(ModelConfig(vocab_size=6400, seq_len=512))
     hidden = model(tokens)                         # (B, T) int64 -> (B, T, C), after the final norm
@@ -46,13 +46,16 @@ class ModelConfig:
     seq_len: int = 0                   # longest sequence, in tokens; 0 = the run's seq_len
     tie_embeddings: bool = True        # the output head is the token embedding
     qk_norm: bool = False              # RMSNorm on every query and key head, as in Qwen3
+    attn_bias: bool = False            # biases on queries, keys and values, as in Qwen2
     attn_dropout: float = 0.0          # probability of dropping an attention weight in training
     norm_eps: float = 1e-6             # added to the mean square in RMSNorm
     rope_theta: float = 10_000.0       # base of the rotary wavelengths
     partial_rotary_factor: float = 1.0  # fraction of head_dim that is rotated
-    rope_scaling: Literal["none", "linear", "dynamic", "yarn"] = "none"  # positions past the original length
+    rope_scaling: Literal["none", "linear", "dynamic", "yarn", "llama3"] = "none"  # of long contexts
     rope_factor: float = 0.0           # stretch of the context; 0 = seq_len / rope_original_len
     rope_original_len: int = 0         # sequence length before the stretch, in tokens; 0 = seq_len
+    rope_low_freq_factor: float = 1.0  # llama3: pairs that turn less often are stretched
+    rope_high_freq_factor: float = 4.0  # llama3: pairs that turn more often stay
     yarn_beta_fast: float = 32.0       # pairs that turn more often than this in the original length stay
     yarn_beta_slow: float = 1.0        # pairs that turn less often than this are stretched by rope_factor
     yarn_attention_factor: float = 0.0  # multiplies cos and sin; 0 = from the mscales, or 0.1 ln(factor) + 1
@@ -75,6 +78,9 @@ class ModelConfig:
         if not self.head_dim and self.n_embd % self.n_head:
             raise UserError(f"--model.n_head={self.n_head}: must divide n_embd={self.n_embd}, "
                             "or set --model.head_dim")
+        if self.rope_high_freq_factor <= self.rope_low_freq_factor:
+            raise UserError(f"--model.rope_high_freq_factor={self.rope_high_freq_factor}: must be above "
+                            f"rope_low_freq_factor={self.rope_low_freq_factor}")
         original = self.rope_original_len or self.seq_len
         c = replace(self, n_kv_head=self.n_kv_head or self.n_head,
                     head_dim=self.head_dim or self.n_embd // self.n_head,
@@ -134,7 +140,8 @@ def rope_frequencies(c, length):
     Angle per position of each rotated channel pair, and what multiplies cos and sin.
 
     c: resolved ModelConfig; length: number of positions in the sequence (only dynamic scaling looks at it)
-    -> (D'/2,) float32 on the CPU, float. Formulas: RoPE eq. 15; "dynamic NTK"; YaRN eq. 17-22.
+    -> (D'/2,) float32 on the CPU, float. Formulas: RoPE eq. 15; "dynamic NTK"; YaRN eq. 17-22;
+    Llama 3.1's, as in transformers.
     """
     d = int(c.head_dim * c.partial_rotary_factor)
     theta = c.rope_theta
@@ -145,6 +152,11 @@ def rope_frequencies(c, length):
     inv = theta ** (-2 * i / d)
     if c.rope_scaling == "linear":
         inv = inv / c.rope_factor
+    if c.rope_scaling == "llama3":
+        turns = c.rope_original_len * inv / (2 * math.pi)             # in the original length
+        low, high = c.rope_low_freq_factor, c.rope_high_freq_factor
+        keep = ((turns - low) / (high - low)).clamp(0, 1)             # 1: as trained, 0: stretched
+        inv = keep * inv + (1 - keep) * inv / c.rope_factor
     if c.rope_scaling != "yarn":
         return inv.float(), 1.0
 
@@ -218,7 +230,7 @@ class Attention(nn.Module):
         super().__init__()
         self.n_head, self.n_kv_head, self.head_dim = c.n_head, c.n_kv_head, c.head_dim
         self.dropout = c.attn_dropout
-        self.qkv = nn.Linear(c.n_embd, (c.n_head + 2 * c.n_kv_head) * c.head_dim, bias=False)
+        self.qkv = nn.Linear(c.n_embd, (c.n_head + 2 * c.n_kv_head) * c.head_dim, bias=c.attn_bias)
         self.out = nn.Linear(c.n_head * c.head_dim, c.n_embd, bias=False)
         self.q_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else None
         self.k_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else None
@@ -392,6 +404,8 @@ class GPT(nn.Module):
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=0.02)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
 
     @property
     def head(self):

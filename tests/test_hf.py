@@ -1,0 +1,315 @@
+"""
+common/hf.py against transformers: the logits of every family, there and back again, files in several pieces,
+fields that are not supported, and a run that is exported.
+"""
+import json
+import subprocess
+import sys
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+from conftest import ROOT, run
+
+import sample
+from common import hf
+from common.dist import UserError
+from common.model import GPT, ModelConfig
+
+transformers = pytest.importorskip("transformers", reason="the authority on these folders; a dev extra")
+pytest.importorskip("safetensors", reason="the extra hf")
+
+SIZES = dict(vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+             num_key_value_heads=2, max_position_embeddings=64, rms_norm_eps=1e-5, initializer_range=0.3,
+             tie_word_embeddings=False, bos_token_id=None, eos_token_id=3, pad_token_id=None)
+FAMILIES = {"Llama": {}, "Llama, wide heads": dict(head_dim=16), "Llama, MHA": dict(num_key_value_heads=4),
+            "Qwen2": {}, "Qwen2, MQA": dict(num_key_value_heads=1), "Qwen3": dict(head_dim=16)}
+ROPES = {"default": dict(rope_type="default"), "linear": dict(rope_type="linear", factor=3.0),
+         "dynamic": dict(rope_type="dynamic", factor=3.0),
+         "yarn": dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=16, beta_fast=8.0),
+         "yarn, attention": dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=16,
+                                 attention_factor=0.7),
+         "yarn, mscale": dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=16, mscale=2.0,
+                              mscale_all_dim=0.5),
+         "llama3": dict(rope_type="llama3", factor=8.0, original_max_position_embeddings=32,
+                        low_freq_factor=1.0, high_freq_factor=4.0)}
+
+
+def make(folder, family="Llama", rope="default", shard_size="5GB", dtype=torch.float32, **changes):
+    """A random transformers model, its norms and biases too, saved in folder -> the model"""
+    torch.manual_seed(0)
+    family, changes = family.split(",")[0], SIZES | FAMILIES[family] | changes
+    config = getattr(transformers, family + "Config")(
+        **changes, rope_parameters={"rope_theta": 100.0} | ROPES[rope])
+    model = getattr(transformers, family + "ForCausalLM")(config).eval()
+    for name, p in model.named_parameters():
+        if p.ndim == 1:
+            torch.nn.init.normal_(p, mean=float("norm" in name), std=0.3)
+    model = model.to(dtype)
+    model.save_pretrained(folder, max_shard_size=shard_size)
+    return model
+
+
+def load(folder, vocab_size=0):
+    """Ours of the same folder"""
+    model = GPT(ModelConfig(**hf.read_config(folder, vocab_size))).eval()
+    model.load_state_dict(hf.read_weights(folder, vocab_size))
+    return model
+
+
+def export(model, folder, **how):
+    hf.write(str(folder), asdict(model.config), model.state_dict(), 3, {}, **how)
+    return str(folder)
+
+
+def tokens(T, vocab_size=60):
+    return torch.randint(vocab_size, (2, T), generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def logits(model, x):
+    return model(x) @ model.head.T if isinstance(model, GPT) else model(x).logits
+
+
+@torch.no_grad()
+def cached_logits(model, x):
+    """A prefill, then two tokens, then one at a time"""
+    cache, sizes = model.new_cache(*x.shape), [x.shape[1] // 2, 2]
+    sizes += [1] * (x.shape[1] - sum(sizes))
+    return torch.cat([model(part, cache=cache) for part in x.split(sizes, dim=1)], dim=1) @ model.head.T
+
+
+def assert_close(actual, expected):
+    assert expected.std() > 0.5                               # else 1e-4 would mean little
+    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=0)
+
+
+def edit(folder, **changes):
+    """Change config.json; None removes a field"""
+    path = folder / "config.json"
+    config = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({name: value for name, value in config.items() if value is not None}))
+
+
+# -----------------------------------------------------------------------------
+# logits, there and back
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_has_the_logits_of_transformers(tmp_path, family, tied):
+    theirs = make(tmp_path, family, tie_word_embeddings=tied)
+    ours, x = load(str(tmp_path)), tokens(40)
+    assert_close(logits(ours, x), logits(theirs, x))
+    assert_close(cached_logits(ours, x), logits(theirs, x))
+
+
+@pytest.mark.parametrize("family", ["Llama", "Qwen2", "Qwen3"])
+@pytest.mark.parametrize("rope", ROPES)
+def test_every_rope_scaling_has_the_logits_of_transformers(tmp_path, rope, family):
+    theirs = make(tmp_path, family, rope)
+    ours, x = load(str(tmp_path)), tokens(90 if rope == "dynamic" else 60)
+    expected = logits(theirs, x)
+    assert_close(logits(ours, x), expected)
+    assert_close(cached_logits(ours, x), expected)
+    if rope != "default":                                     # it is seen in the logits at all
+        ours.config = replace(ours.config, rope_scaling="none")
+        assert (logits(ours, x) - expected).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("rope", ROPES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_transformers_loads_what_is_exported_and_has_the_same_logits(tmp_path, family, rope):
+    theirs = make(tmp_path / "in", family, rope, tie_word_embeddings=family == "Qwen2")
+    folder = export(load(str(tmp_path / "in")), tmp_path / "out")
+    again, info = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert type(again) is type(theirs) and not any(info.values()), info
+    assert again.config.eos_token_id == again.generation_config.eos_token_id == 3
+    x = tokens(90 if rope == "dynamic" else 60)
+    torch.testing.assert_close(logits(again, x), logits(theirs, x), atol=1e-5, rtol=0)
+    assert ModelConfig(**hf.read_config(folder)) == ModelConfig(**hf.read_config(str(tmp_path / "in")))
+
+
+@pytest.mark.parametrize("shard_bytes", [10**9, 9000], ids=["single", "sharded"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", [
+    dict(), dict(attn_bias=True, n_kv_head=1), dict(qk_norm=True, head_dim=12), dict(tie_embeddings=False)])
+def test_what_is_exported_is_imported_bit_by_bit(tmp_path, options, dtype, shard_bytes):
+    torch.manual_seed(0)
+    model = GPT(ModelConfig(vocab_size=50, n_layer=3, n_head=4, n_embd=32, seq_len=24, **options)).to(dtype)
+    for p in model.parameters():
+        torch.nn.init.normal_(p)
+    folder = export(model, tmp_path / "out", shard_bytes=shard_bytes)
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 3 or shard_bytes > 9000
+    assert ModelConfig(**hf.read_config(folder)) == model.config
+    weights, expected = hf.read_weights(folder), model.state_dict()
+    assert weights.keys() == expected.keys()
+    assert all(weights[name].equal(expected[name]) and weights[name].dtype == dtype for name in weights)
+    assert not any(transformers.AutoModelForCausalLM.from_pretrained(
+        folder, output_loading_info=True)[1].values())
+
+
+def test_sharded_and_single_files_hold_the_same(tmp_path):
+    make(tmp_path / "one", "Qwen2", dtype=torch.bfloat16)
+    make(tmp_path / "many", "Qwen2", shard_size="9KB", dtype=torch.bfloat16)
+    assert len(list((tmp_path / "many").glob("*.safetensors"))) > 3
+    one, many = (hf.read_weights(str(tmp_path / name)) for name in ("one", "many"))
+    assert one.keys() == many.keys() and all(torch.equal(one[name], many[name]) for name in one)
+    assert one["embed.weight"].dtype == torch.bfloat16        # as in the files
+
+
+def test_rows_for_new_tokens_are_average_ones_and_leave_the_others(tmp_path):
+    theirs = make(tmp_path)
+    grown, x = load(str(tmp_path), vocab_size=70), tokens(20)
+    assert grown.config.vocab_size == 70
+    assert_close(logits(grown, x)[:, :, :60], logits(theirs, x))
+    for weight in (grown.embed.weight, grown.head):
+        torch.testing.assert_close(weight[60:], weight[:60].mean(0).expand(10, -1))
+    assert load(str(tmp_path), vocab_size=50).config.vocab_size == 60      # rows to spare stay
+
+
+# -----------------------------------------------------------------------------
+# config.json of other ages, and what is refused
+
+def test_files_from_before_transformers_5_mean_the_same(tmp_path):
+    theirs = make(tmp_path, rope="llama3")
+    new = hf.read_config(str(tmp_path))
+    edit(tmp_path, rope_parameters=None, rope_theta=100.0, rope_scaling=ROPES["llama3"], head_dim=None,
+         torch_dtype="float32")
+    assert hf.read_config(str(tmp_path)) == new
+    old_name = {"type" if name == "rope_type" else name: value for name, value in ROPES["llama3"].items()}
+    edit(tmp_path, rope_scaling=old_name)
+    assert hf.read_config(str(tmp_path)) == new
+    edit(tmp_path, rope_scaling=None)
+    assert hf.read_config(str(tmp_path))["rope_scaling"] == "none"
+    assert theirs.config.rope_parameters["rope_theta"] == new["rope_theta"] == 100
+
+
+def test_yarn_of_published_configs_goes_to_the_stretched_length(tmp_path):
+    """Qwen2.5's: max_position_embeddings stays the original length"""
+    make(tmp_path, "Qwen2")
+    edit(tmp_path, rope_parameters=None, max_position_embeddings=32768, rope_theta=1e6,
+         rope_scaling=dict(factor=4.0, original_max_position_embeddings=32768, type="yarn"))
+    config = ModelConfig(**hf.read_config(str(tmp_path)))
+    assert (config.seq_len, config.rope_original_len, config.rope_factor) == (131072, 32768, 4.0)
+    edit(tmp_path, max_position_embeddings=65536, rope_scaling=dict(type="yarn", factor=None,
+                                                                     original_max_position_embeddings=16384))
+    assert hf.read_config(str(tmp_path))["rope_factor"] == 4.0
+
+
+@pytest.mark.parametrize("family, changes, message", [
+    ("Llama", dict(hidden_act="gelu"), 'hidden_act="gelu"'),
+    ("Llama", dict(attention_bias=True), "attention_bias=true"),
+    ("Llama", dict(mlp_bias=True), "mlp_bias=true"),
+    ("Llama", dict(model_type="mixtral"), 'model_type="mixtral": not supported; expected llama or qwen2'),
+    ("Qwen3", dict(model_type="qwen3_moe"), 'model_type="qwen3_moe"'),
+    ("Llama", dict(architectures=["LlamaForSequenceClassification"]), "LlamaForSequenceClassification"),
+    ("Qwen2", dict(use_sliding_window=True, sliding_window=8), "use_sliding_window=true"),
+    ("Qwen3", dict(layer_types=["full_attention", "sliding_attention"]), "sliding_attention"),
+    ("Llama", dict(logit_scale=0.5), "logit_scale=0.5"),
+    ("Llama", dict(quantization_config={"bits": 4}), 'quantization_config={"bits": 4}'),
+    ("Llama", dict(partial_rotary_factor=0.5), "partial_rotary_factor=0.5"),
+    ("Llama", dict(rope_parameters=dict(rope_type="longrope", factor=2.0)), 'rope_type="longrope"'),
+    ("Llama", dict(rope_parameters=dict(rope_type="linear", factor=2.0, original=8)), "original=8"),
+    ("Llama", dict(rope_parameters=dict(rope_type="linear")), "factor: missing"),
+    ("Llama", dict(rope_parameters=dict(rope_type="yarn", factor=2.0, truncate=False)), "truncate=false"),
+    ("Llama", dict(rope_parameters=dict(full_attention=dict(rope_type="default"))), "full_attention={"),
+    ("Llama", dict(rope_scaling=dict(type="linear", factor=2.0)), 'rope_scaling.rope_type="linear"'),
+    ("Llama", dict(rope_parameters=dict(rope_type="linear", factor="2")), 'factor="2"'),
+    ("Llama", dict(hidden_size="32"), 'hidden_size="32"'), ("Qwen2", dict(num_key_value_heads=None),
+                                                           "num_key_value_heads is missing"),
+    ("Llama", dict(tie_word_embeddings="no"), 'tie_word_embeddings="no"')])
+def test_fields_that_are_not_supported_are_named_with_their_value(tmp_path, family, changes, message):
+    make(tmp_path, family)
+    edit(tmp_path, **changes)
+    with pytest.raises(UserError) as error:
+        hf.read_config(str(tmp_path))
+    assert message in str(error.value) and "\n" not in str(error.value), error.value
+
+
+def rewrite(folder, change):
+    """The tensors of folder's one file after change(dict)"""
+    from safetensors.torch import load_file, save_file
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda t: t.pop("model.layers.1.mlp.up_proj.weight"), "model.layers.1.mlp.up_proj.weight is missing"),
+    (lambda t: t.update({"model.layers.0.mlp.up_proj.bias": torch.ones(48)}), "mlp.up_proj.bias: unknown"),
+    (lambda t: t.update({"model.embed_tokens.weight": torch.ones(59, 32)}), "59 rows; config.json says 60"),
+    (lambda t: t.pop("lm_head.weight"), "lm_head.weight is missing")])
+def test_tensors_must_be_those_that_the_config_describes(tmp_path, change, message):
+    make(tmp_path)
+    rewrite(tmp_path, change)
+    with pytest.raises(UserError, match=message):
+        hf.read_weights(str(tmp_path))
+
+
+def test_tensors_of_older_files_that_say_nothing_new_are_passed_over(tmp_path):
+    make(tmp_path, tie_word_embeddings=True)
+    rewrite(tmp_path, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone(),
+                                          "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}))
+    assert load(str(tmp_path)).untied_head is None
+
+
+def test_files_that_are_missing_or_damaged_are_named(tmp_path):
+    make(tmp_path, shard_size="9KB")
+    shard = sorted(tmp_path.glob("*.safetensors"))[1]
+    whole = shard.read_bytes()
+    for damage in (lambda: shard.write_bytes(whole[:100]), shard.unlink):
+        damage()
+        with pytest.raises(UserError, match=f"{shard.name}: missing or damaged"):
+            hf.read_weights(str(tmp_path))
+    shard.write_bytes(whole)
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps(dict(weight_map={"model.norm.weight": "../x.safetensors"})))
+    with pytest.raises(UserError, match="files beside it"):
+        hf.read_weights(str(tmp_path))
+    index.unlink()
+    with pytest.raises(UserError, match="no model.safetensors"):
+        hf.read_weights(str(tmp_path))
+
+
+def test_what_no_family_computes_is_not_exported(tmp_path):
+    for options, name in ((dict(partial_rotary_factor=0.5), "partial_rotary_factor=0.5"),
+                          (dict(attn_bias=True, qk_norm=True), "qk_norm=true")):
+        with pytest.raises(UserError, match=name):
+            export(GPT(ModelConfig(vocab_size=9, n_layer=1, n_head=2, n_embd=16, seq_len=8, **options)),
+                   tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "out").mkdir()
+    with pytest.raises(UserError, match="already there"):
+        export(GPT(ModelConfig(vocab_size=9, n_layer=1, n_head=2, n_embd=16, seq_len=8)), tmp_path / "out")
+
+
+def test_without_safetensors_the_extra_is_named(tmp_path, monkeypatch):
+    import sys
+    make(tmp_path)
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    with pytest.raises(UserError, match='its extra "hf"'):
+        hf.read_weights(str(tmp_path))
+
+
+def test_a_run_is_exported_from_the_command_line(tmp_path):
+    (tmp_path / "t.txt").write_text("To be, or not to be, that is the question.\n" * 20)
+    run("data/prepare.py", "text", f"--input={tmp_path}/t.txt", f"--out_dir={tmp_path}/set")
+    run("train_pretrain.py", f"--data_dir={tmp_path}/set", f"--out_dir={tmp_path}/run", "--num_steps=2",
+        "--seq_len=16", "--batch_size=2", "--eval_seqs=0", "--model.n_layer=2", "--model.n_head=4",
+        "--model.n_kv_head=2", "--model.n_embd=16", "--model.qk_norm=true", "--model.attn_bias=false")
+
+    def command(*options):
+        return subprocess.run([sys.executable, "-m", "common.hf", *options], cwd=ROOT, capture_output=True,
+                              text=True, timeout=100)
+    options = ["export", f"--init_from={tmp_path}/run", f"--hf_dir={tmp_path}/out"]
+    result = command(*options)
+    assert result.returncode == 0 and "parameters of" in result.stdout, result.stderr
+    ours, _ = sample.load(str(tmp_path / "run"), "cpu")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    x = tokens(16, 256)
+    torch.testing.assert_close(logits(theirs, x), logits(ours, x), atol=1e-5, rtol=0)
+    assert theirs.config.eos_token_id == 256
+    for arguments, message in ((options, "already there"), (options[:2], "expected: python -m common.hf"),
+                               (["import"], "expected: python -m common.hf")):
+        result = command(*arguments)
+        assert result.returncode == 2 and message in result.stderr and result.stderr.count("\n") == 1
