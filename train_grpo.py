@@ -137,7 +137,7 @@ def as_branches(episodes, cfg, device):
     """
     G, learned = cfg.num_samples, episodes["counts"]                          # (P,)
     if cfg.drop_flat_groups:
-        learned = learned & (episodes["rewards"].std(dim=1) > 0)
+        learned = learned & (episodes["to_go"] != episodes["to_go"][:, :1]).flatten(1).any(dim=1)
     learned = learned.repeat_interleave(G) & (episodes["ended"] | (not cfg.mask_truncated))         # (B,)
     parts = [(np.array(a.tokens), np.array(a.learned) & bool(keep))
              for a, keep in zip(episodes["answers"], learned)]
@@ -179,9 +179,10 @@ if __name__ == "__main__":
     # -------------------------------------------------------------------------
     # data, rewards
     updates = cfg.updates_per_rollout
-    if updates < 1 or any(number % updates for number in (cfg.save_every, cfg.num_steps, cfg.eval_every)):
+    steps = (cfg.save_every, cfg.num_steps, cfg.eval_every)
+    if updates < 1 or any(number % updates for number in steps) or updates > 1 and cfg.num_epochs:
         raise UserError(f"--updates_per_rollout={updates}: at least 1, and --save_every, --eval_every and "
-                        "--num_steps must be multiples of it, as checkpoints hold no rollout")
+                        "--num_steps (not --num_epochs) multiples of it, as checkpoints hold no rollout")
     if cfg.max_new_tokens >= cfg.seq_len or cfg.temperature <= 0 or cfg.num_samples < 2:
         raise UserError("--max_new_tokens, --temperature, --num_samples: expected < --seq_len, > 0, >= 2")
     rewards = {name: load_function("reward", name) for name in cfg.reward}
@@ -297,11 +298,11 @@ if __name__ == "__main__":
                 old_logps = [None] * num_micro                                # the first update's own
                 ref_logps = [answer_logps(reference, r, k, sampling_cfg) if reference else None
                              for r, k in zip(rows, kept)]
-            ours = [torch.cat([e[name] for e in episodes]) for name in ("rewards", "to_go")]
-            everyone = [torch.cat(x) for x in zip(*dist.gather_objects(ours))]            # of every rank
-            advantages = losses.group_advantages(everyone[0], cfg.scale_rewards, everyone[1])
-            advantages = [a.flatten(0, 1)[tuple(which)].to(device) for a, which in        # (N,) each
-                          zip(advantages.chunk(world_size)[rank].chunk(num_micro), index)]
+            ours = torch.cat([e["to_go"][e["counts"]] for e in episodes])
+            everyone = torch.cat(dist.gather_objects(ours)) if cfg.scale_rewards == "batch" else None
+            advantages = [losses.group_advantages(e["rewards"], cfg.scale_rewards, e["to_go"], everyone)
+                          for e in episodes]                                  # (P, G, max_new_tokens) each
+            advantages = [a.flatten(0, 1)[tuple(which)].to(device) for a, which in zip(advantages, index)]
             n_answers, n_targets, n_tokens = dist.all_sum(sum(                # of each step, all ranks
                 torch.stack([r.padded(r.mask[r.mask]).any(dim=1).sum(), r.mask.sum(), (r.tokens >= 0).sum()])
                 for r in rows)).clamp(min=1)

@@ -5,14 +5,12 @@ cross-entropy, on the text or conversations of a set, or on what the student say
     python train_kd.py --teacher=out/pretrain --data_dir=out/data --model.n_layer=4       # one CPU or GPU
     torchrun --standalone --nproc_per_node=8 train_kd.py --teacher=out/sft --data_dir=out/chat
 
-Reads   data_dir, made by `python data/prepare.py text ...` or `chat`; teacher, a run or checkpoint with the
-        set's tokenizer, or the function teacher_logits below; init_from, a run to start the student from
+Reads   data_dir, made by `python data/prepare.py text ...` or `chat`; teacher; init_from, a student's run
 Writes  out_dir/{config.json, code/, metrics.jsonl, samples.jsonl, step_NNNNNN/}, and with cache_top_k a cache
 Expect  `python configs/demo/kd_seeds.py`: the student with and without its teacher, in README.md, "Results"
 """
 import hashlib
 import inspect
-import json
 import math
 import os
 from dataclasses import asdict, dataclass, replace
@@ -21,7 +19,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from common import checkpoint, dist, losses, optim, sampling
+from common import checkpoint, dist, hf, losses, optim, sampling
 from common.config import as_dict, build, check_batch, parse_config, read_overrides
 from common.data import ChatData, TokenData, continuations, read_meta
 from common.dist import UserError
@@ -44,7 +42,7 @@ class Config:
     init_from: str = ""                # run or checkpoint to take the student from; "" = random weights
     resume: bool = False               # continue out_dir from its latest whole checkpoint, if it has one
     # teacher
-    teacher: str = ""                  # run or checkpoint to learn from; "" = teacher_logits in this script
+    teacher: str = ""                  # run, or folder of transformers; "" = teacher_logits in this script
     kd_frac: float = 0.5               # share of the divergence from the teacher; the rest is cross-entropy
     divergence: Literal["forward", "reverse", "jsd"] = "forward"  # KL(teacher, student), KL the other way
     jsd_beta: float = 0.5              # jsd: weight of the teacher in the mixture, above 0 and below 1
@@ -106,11 +104,21 @@ def teacher_logits(tokens, docs):
     raise UserError("--teacher: name a run to learn from, or write teacher_logits() in train_kd.py")
 
 
-def load_teacher(folder, device):
-    """-> the model of a checkpoint folder, not to be trained"""
-    model = GPT(ModelConfig(**checkpoint.read_manifest(folder)["model"])).to(device)
-    checkpoint.load_weights(folder, model)
-    return model.eval().requires_grad_(False)
+def find_teacher(path, fingerprint):
+    """
+    path: a run, a folder of transformers, or "": teacher_logits; fingerprint: of the tokenizer to have (a
+    folder's is not read) -> ModelConfig, what identifies the weights, function that fills a model
+    """
+    if not path:
+        return None, hashlib.sha256(inspect.getsource(teacher_logits).encode()).hexdigest(), None
+    if hf.is_folder(path):
+        return ModelConfig(**hf.read_config(path)), hf.fingerprint(path), \
+            lambda model: model.load_state_dict(hf.read_weights(path))
+    theirs = checkpoint.read_manifest(folder := checkpoint.find(path))
+    if theirs["fingerprint"] != fingerprint:
+        raise UserError(f"--teacher={path}: has another tokenizer than --data_dir")
+    return ModelConfig(**theirs["model"]), theirs["files"]["model.pt"]["sha256"], \
+        lambda model: checkpoint.load_weights(folder, model)
 
 
 def student_rows(model, tokenizer, data, i, cfg):
@@ -165,12 +173,12 @@ if __name__ == "__main__":
     if meta["kind"] not in ("text", "chat") or (cfg.doc_mask if chat else not cfg.mask_prompt):
         raise UserError(f"--data_dir={cfg.data_dir}: a set of kind {meta['kind']}, expected text (only this "
                         "has --doc_mask) or chat (only this has --mask_prompt)")
+    answer_fits = 0 < cfg.max_new_tokens <= cfg.seq_len or not cfg.on_policy_frac
     for name, ok, expected in (("kd_frac", 0 <= cfg.kd_frac <= 1, "0 to 1"),
                                ("on_policy_frac", 0 <= cfg.on_policy_frac <= 1, "0 to 1"),
                                ("jsd_beta", 0 < cfg.jsd_beta < 1, "above 0 and below 1"),
                                ("temperature", cfg.temperature > 0, "above 0"),
-                               ("max_new_tokens", 0 < cfg.max_new_tokens <= cfg.seq_len or
-                                not cfg.on_policy_frac, f"1 to --seq_len={cfg.seq_len}")):
+                               ("max_new_tokens", answer_fits, f"1 to --seq_len={cfg.seq_len}")):
         if not ok:
             raise UserError(f"--{name}={getattr(cfg, name)}: expected {expected}")
     if cfg.on_policy_frac and cfg.cache_top_k or cfg.cache_dir and not cfg.cache_top_k:
@@ -182,21 +190,13 @@ if __name__ == "__main__":
             cfg.data_dir, split, cfg.seq_len, micro_batch_size, rank, world_size, device, seed,
             cfg.mask_prompt if chat else cfg.doc_mask)
     train_data, val_data = load("train", cfg.seed), load("val", 0) if cfg.eval_seqs else None
-    eval_prompts = [ids for ids, _ in encode_chat(
-        tokenizer, [[{"role": "user", "content": prompt}] for prompt in cfg.eval_prompts], reply=True)
-        ] if chat else [tokenizer.encode(prompt) for prompt in cfg.eval_prompts]
+    eval_prompts = [encode_chat(tokenizer, [[{"role": "user", "content": prompt}]], reply=True)[0][0] if chat
+                    else tokenizer.encode(prompt) for prompt in cfg.eval_prompts]
     critical_ids = torch.tensor(cfg.critical_ids, dtype=torch.int64, device=device)
 
-    if cfg.teacher:
-        theirs = checkpoint.read_manifest(teacher_from := checkpoint.find(cfg.teacher))
-        teacher_config, teacher_id = ModelConfig(**theirs["model"]), theirs["files"]["model.pt"]["sha256"]
-        if theirs["fingerprint"] != tokenizer.fingerprint:
-            raise UserError(f"--teacher={cfg.teacher}: has another tokenizer than --data_dir={cfg.data_dir}")
-        if teacher_config.seq_len < cfg.seq_len:
-            raise UserError(f"--seq_len={cfg.seq_len}: longer than the teacher's {teacher_config.seq_len}")
-    else:
-        teacher_id = hashlib.sha256(inspect.getsource(teacher_logits).encode()).hexdigest()
-        teacher_config = None
+    teacher_config, teacher_id, fill = find_teacher(cfg.teacher, tokenizer.fingerprint)
+    if teacher_config and teacher_config.seq_len < cfg.seq_len:
+        raise UserError(f"--seq_len={cfg.seq_len}: longer than the teacher's {teacher_config.seq_len}")
     train_data.view = {**train_data.view, "teacher": teacher_id}              # the same after a resume
 
     # -------------------------------------------------------------------------
@@ -246,12 +246,14 @@ if __name__ == "__main__":
     for whose in (model_config, teacher_config or model_config):
         whose.check_data(0, 0, train_data.doc_mask or cfg.on_policy_frac, [])  # documents that share a row
     sets = dict(train=train_data, **dict(val=val_data) if val_data else {})
-    cache_key = json.dumps([V, cfg.cache_top_k, str(dtype), cfg.seq_len, train_data.view,
-                            [meta["splits"][split]["sha256"] for split in sets]])
+    cache_key = str([V, cfg.cache_top_k, dtype, cfg.seq_len, train_data.view,
+                     [meta["splits"][split]["sha256"] for split in sets]])
     cache_dir = cfg.cache_dir or os.path.join(cfg.out_dir, "teacher_top_k")
     cache = open_cache(cache_dir, cache_key, V, device) if cfg.cache_top_k else None
-    teacher = load_teacher(teacher_from, device) if cfg.teacher and not cache else None
-    if teacher:
+    teacher = None
+    if cfg.teacher and not cache:
+        teacher = GPT(teacher_config).to(device).eval().requires_grad_(False)
+        fill(teacher)
         token_flops += teacher.flops_per_token(train_data.mean_context, train_data.target_frac) / 3
     kd_options = dict(temperature=cfg.temperature, kind=cfg.divergence, jsd_beta=cfg.jsd_beta)
 
@@ -284,8 +286,6 @@ if __name__ == "__main__":
     if cache:
         log.print(f"teacher: {cfg.cache_top_k} tokens a position in {cache_dir} have "
                   "{mass:.2%} of its probability; KL {kl:.5f}".format(**cache.info))
-        if not start_step:
-            log.metrics(0, cache_mass=cache.info["mass"], cache_kl=cache.info["kl"])
     dist.watch_signals()
     skipped, val_loss = 0, None
     for step in range(start_step, num_steps + 1):
@@ -341,10 +341,10 @@ if __name__ == "__main__":
                                      cfg.warmup_steps, cfg.initial_lr, cfg.restart_steps, cfg.restart_mul,
                                      cfg.wsd_decay_frac)
         grad_norm = optimizer.step(cfg.grad_clip, apply=math.isfinite(step_loss))  # clip, update, gather
-        ce, kd = (dist.all_sum(sums) / n_targets.clamp(min=1)).tolist()
-        also = dict(ce=ce, on_policy=on_policy)
+        means = (dist.all_sum(sums) / n_targets.clamp(min=1)).tolist()
+        also = dict(zip(("ce", "kd"), means), on_policy=on_policy)
         log.train_step(step, n_tokens.item(), timer.lap(), token_flops, peak_flops, also,
-                       loss=step_loss, kd=kd, lr=optimizer.lr, grad_norm=grad_norm)
+                       loss=step_loss, kd=also.pop("kd"), lr=optimizer.lr, grad_norm=grad_norm)
         skipped = log.count_skipped(step, math.isfinite(grad_norm) and math.isfinite(step_loss), skipped,
                                     cfg.max_bad_steps)
     dist.finish()

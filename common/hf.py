@@ -18,6 +18,7 @@ model that computes something else than its authors' would be worse than none. H
     and rope_scaling (before), of rope_type default, linear, dynamic, yarn, llama3
 """
 import contextlib
+import hashlib
 import importlib
 import json
 import os
@@ -50,6 +51,22 @@ ROPE_FIELDS = {                                               # rope_type: its f
                  beta_fast="yarn_beta_fast", beta_slow="yarn_beta_slow", mscale="yarn_mscale",
                  attention_factor="yarn_attention_factor", mscale_all_dim="yarn_mscale_all_dim")}
 SHARD_BYTES = 5 * 10**9                                       # of an exported file, about
+
+
+def is_folder(path):
+    """Whether path is a folder in Hugging Face's format"""
+    return os.path.isfile(os.path.join(path, "config.json")) and \
+        "model_type" in _read_json(os.path.join(path, "config.json"))
+
+
+def fingerprint(folder):
+    """-> sha256 of config and weights, as hex"""
+    sha = hashlib.sha256()
+    for name in sorted(os.listdir(folder)):
+        if name == "config.json" or name.endswith(".safetensors"):
+            with open(os.path.join(folder, name), "rb") as file:
+                sha.update(name.encode() + hashlib.file_digest(file, "sha256").digest())
+    return sha.hexdigest()
 
 
 # -----------------------------------------------------------------------------

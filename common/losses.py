@@ -357,13 +357,14 @@ def log1mexp(x):
 # -----------------------------------------------------------------------------
 # policy gradients
 
-def group_advantages(rewards, scale="group", to_go=None):
+def group_advantages(rewards, scale="group", to_go=None, everyone=None):
     """
     (r - mean of the group) / (std + 1e-4) (DeepSeekMath, 2402.03300, section 4.1.2). rewards (P, G): of G
     samples for each of P prompts -> (P, G). scale: std of the group, of the batch, or none (2503.20783)
 
     to_go (P, G, T): what of its reward a sample still gets from each of its tokens on, where rewards are of
-    tokens; then each token is compared with the group's mean at its place -> (P, G, T)
+    tokens; then each token is compared with the group's mean at its place, in units of the largest standard
+    deviation of a place -> (P, G, T). everyone (..., G, T): the batch of scale="batch", if to_go is a part
     """
     if scale not in ("group", "batch", "none"):
         raise ValueError(f"scale {scale!r}: expected group, batch or none")
@@ -372,8 +373,13 @@ def group_advantages(rewards, scale="group", to_go=None):
     centred = centred - centred.mean(dim=1, keepdim=True)
     if scale == "none" or rewards.shape[1] == 1:              # a sample alone has no deviation
         return centred
-    std = rewards.std(dim=1, keepdim=True) if scale == "group" else rewards.std()
-    return centred / ((std if to_go is None or scale == "batch" else std[..., None]) + 1e-4)
+    if scale == "batch":
+        everyone = to_go if everyone is None else everyone
+        std = rewards.std() if to_go is None else everyone.flatten(0, 1).std(dim=0).max()
+    else:
+        std = rewards.std(dim=1, keepdim=True) if to_go is None else \
+            to_go.std(dim=1, keepdim=True).amax(dim=2, keepdim=True)
+    return centred / (std + 1e-4)
 
 
 def grpo_token_loss(logps, old_logps, ref_logps, advantages, mask, clip_low=0.2, clip_high=0.2, delta=None,

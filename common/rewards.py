@@ -24,7 +24,11 @@ from common.dist import UserError
 
 
 def answer_of(completion):
-    """What stands between <answer> and </answer>, or all where there are no such tags; thoughts aside."""
+    """
+    What stands between <answer> and </answer>, or all where there are no such tags; thoughts aside; only of
+    the last turn
+    """
+    completion = completion.rsplit("<assistant>", 1)[-1]
     text = re.sub(r"<think>.*?</think>", "", completion, flags=re.DOTALL)
     found = re.search(r"<answer>(.*?)</answer>", text, re.DOTALL)
     return (found[1] if found else text).strip()
@@ -109,16 +113,16 @@ def as_number(value):
 
 def summarize(episodes):
     """
-    What rollouts were like, over all ranks. episodes: list of dicts with rewards (P, G), counts (P,): which
-    prompts count (the first ones), lengths (P * G,): tokens of the answers, ended (P * G,): not cut
+    What rollouts were like, over all ranks. episodes: list of dicts with rewards (P, G), to_go (P, G, T),
+    counts (P,): which prompts count (the first ones), lengths (P * G,), ended (P * G,): not cut
     -> dict of means over answers; pass: reward 1 or more; flat_groups: all rewards of the group are the same
     """
     total = torch.zeros(7, dtype=torch.float64)
     for e in episodes:
-        r = e["rewards"][e["counts"]].double()                                # (P, G)
+        r, to_go = e["rewards"][e["counts"]].double(), e["to_go"][e["counts"]]    # (P, G), (P, G, T)
         total += torch.stack([torch.tensor(r.numel()), r.sum(), (r**2).sum(), (r >= 1 - 1e-6).sum(),
                               e["lengths"][:r.numel()].sum(), (~e["ended"][:r.numel()]).sum(),
-                              (r == r[:, :1]).all(dim=1).sum() * r.shape[1]])
+                              (to_go == to_go[:, :1]).flatten(1).all(dim=1).sum() * r.shape[1]])
     n, *sums = dist.all_sum(total).tolist()
     mean, square, *others = (x / n for x in sums)
     return dict(zip(("reward", "reward_std", "pass", "length", "truncated", "flat_groups"),

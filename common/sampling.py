@@ -102,10 +102,11 @@ def for_sampling(model, packed):
     packed ones hold the weights as they are now. Anywhere but in fp32 on a CPU: model itself.
     """
     weight = model.head
-    if packed and (weight.device.type != "cpu" or weight.dtype != torch.float32
-                   or "fbgemm" not in torch.backends.quantized.supported_engines):
-        raise UserError("--packed=true: float32 weights on an x86 CPU only; leave it out")
-    if weight.device.type != "cpu" or weight.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
+    fp32 = weight.device.type == "cpu" and weight.dtype == torch.float32 and \
+        not torch.is_autocast_enabled("cpu")
+    if packed and not (fp32 and "fbgemm" in torch.backends.quantized.supported_engines):
+        raise UserError("--packed=true: for float32 on an x86 CPU only; leave it out")
+    if not fp32:
         return model
     fast = copy.deepcopy(model, {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]})
     if fast.untied_head is None:
@@ -254,17 +255,21 @@ def rollout(model, tokenizer, prompts, cfg, num_samples=1, seed=0, numbers=None,
 def ask(env_step, text):
     """-> (done, feedback) of the user's function; UserError shows what it raised or returned instead"""
     try:
-        done, feedback = result = env_step(text)
+        result = env_step(text)
     except Exception as error:  # whatever the user's function raises
-        raise UserError(f"--env: raised {type(error).__name__}: {error}; the conversation was "
-                        f"{text!r}") from error
-    if not done and not isinstance(feedback, str):
+        raise UserError(f"--env: raised {type(error).__name__}: {' '.join(str(error).split())}; the "
+                        f"conversation was {text!r}") from error
+    if not isinstance(result, (tuple, list)) or len(result) != 2 or \
+            not result[0] and not isinstance(result[1], str):
         raise UserError(f"--env: returned {result!r}, expected (done, feedback), feedback a text")
-    return done, feedback
+    return result
 
 
 def for_vocabulary(cfg, model, tokenizer):
     """cfg, with what stands for nothing suppressed: rows of a head padded beyond the vocabulary"""
+    for token in cfg.suppress:
+        if not 0 <= token < tokenizer.vocab_size:
+            raise UserError(f"--suppress={token}: no such token, expected 0 to {tokenizer.vocab_size - 1}")
     return replace(cfg, suppress=cfg.suppress + tuple(range(tokenizer.vocab_size, len(model.head))))
 
 

@@ -92,10 +92,11 @@ def words_of(line):
 def verse_share(line):
     """
     The share of a line's words that occur in the corpus and have come neither twice nor just before; 0 where
-    marks stand side by side or after more than half of the words: what a policy finds that is paid for less
+    there are digits or symbols, or marks side by side or after more than half of the words: what a policy
+    finds that is paid for less
     """
-    words, inside = words_of(line), re.findall(r"[.,?!;:]|--", line[:-1])
-    if re.search(r"[.,?!;:]['\s]*[.,?!;:]", line) or 2 * len(inside) > len(words):
+    words, inside = words_of(line), re.findall(r"[.,?!;:]|(?<!\w)-+|--", line[:-1])
+    if re.search(r"[.,?!;:]['\s]*[.,?!;:]|[^\w\s.,?!;:'-]|[\d_]", line) or 2 * len(inside) > len(words):
         return 0.0
     good = [word in corpus_words() and word not in words[max(0, i - 2):i] and words[:i].count(word) < 2
             for i, word in enumerate(words)]

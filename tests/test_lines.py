@@ -165,11 +165,10 @@ def test_prompts_are_a_splits_requests_with_their_lines(made, splits):
     ("To to, be not to;", 3, 3 / 5), ("To to, TO to to;", 3, 1 / 5), ("To be, be to not;", 3, 4 / 5),
     ("To,, be or not;", 3, 0), ("To be, , or not;", 3, 0), ("To be or not so,;", 3, 0),
     ("To, be, or not, so;", 3, 0), ("To be.--Or not so;", 2, 1), ("To, be, or not so;", 3, 1),
-    ("T 1 2 3 ;", 3, 1), ("", 0, 0), ("<answer></answer>", 0, 0), ("   ", 0, 0), ("- - - - ;", 2, 0)])
+    ("T 1 2 3 ;", 3, 0), ("The * * * so;", 3, 0), ("The - - - so;", 3, 0),
+    ("", 0, 0), ("<answer></answer>", 0, 0), ("   ", 0, 0), ("- - - - ;", 2, 0)])
 def test_rewards_are_thirds_of_the_parts_met_times_the_share_of_good_words(completion, thirds, share):
     request = lines.request(("T", 5, ";"), 2)
-    if completion.startswith("T 1"):                         # "t" may be a word there: of 'tis
-        share = float("t" in lines.corpus_words())
     assert rewards_of((request, completion)) == [pytest.approx(thirds / 3 * share)]
 
 

@@ -626,14 +626,24 @@ def test_an_unknown_scale_is_refused_by_name():
 
 
 def test_rewards_of_tokens_are_compared_at_their_place():
-    """Two samples of two and three tokens: 1 for the first, 4 for the last and 0.5 for each token."""
-    to_go = torch.tensor([[[1.0, 1.0, 1.0], [5.5, 5.0, 4.5]]])
-    rewards = to_go[:, :, 0]                                  # mean 3.25, std 4.5 / sqrt(2)
-    deviation = torch.tensor([[[-2.25, -2.0, -1.75], [2.25, 2.0, 1.75]]])
+    """Two samples: all of 1 at the last place, and 0.5 for each of three tokens after 4 for the first."""
+    to_go = torch.tensor([[[1.0, 1.0, 1.0], [5.5, 1.0, 0.5]]])
+    rewards = to_go[:, :, 0]
+    deviation = torch.tensor([[[-2.25, 0.0, 0.25], [2.25, 0.0, -0.25]]])
     torch.testing.assert_close(group_advantages(rewards, "none", to_go), deviation)
+    for scale in ("group", "batch"):                          # the largest deviation is the first place's
+        torch.testing.assert_close(group_advantages(rewards, scale, to_go), deviation / (4.5 / 2**0.5 + 1e-4))
+    everyone = torch.cat([to_go, torch.zeros(1, 2, 3)])
+    std = torch.tensor([1.0, 5.5, 0.0, 0.0]).std()
+    torch.testing.assert_close(group_advantages(rewards, "batch", to_go, everyone), deviation / (std + 1e-4))
+
+
+def test_rewards_of_tokens_that_come_to_the_same_sum_are_no_division_by_nothing():
+    to_go = torch.tensor([[[1.0, 0.0], [1.0, 1.0], [1.0, 0.0], [1.0, 1.0]]])
     for scale in ("group", "batch"):
-        torch.testing.assert_close(group_advantages(rewards, scale, to_go),
-                                   deviation / (4.5 / 2**0.5 + 1e-4))
+        advantages = group_advantages(to_go[:, :, 0], scale, to_go)
+        assert not advantages[..., 0].any()
+        assert advantages[0, :, 1].tolist() == pytest.approx([-3**0.5 / 2, 3**0.5 / 2] * 2, abs=1e-3)
 
 
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])

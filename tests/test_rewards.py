@@ -168,7 +168,7 @@ def test_numbers_for_tokens_must_be_as_many_and_finite():
 
 def episode(rewards, lengths, ended, counts):
     return dict(rewards=torch.tensor(rewards), counts=torch.tensor(counts), ended=torch.tensor(ended),
-                lengths=torch.tensor(lengths))
+                lengths=torch.tensor(lengths), to_go=torch.tensor(rewards)[..., None])
 
 
 def test_the_statistics_of_rollouts_are_those_of_a_table_by_hand():
