@@ -182,7 +182,7 @@ if __name__ == "__main__":
     steps = (cfg.save_every, cfg.num_steps, cfg.eval_every)
     if updates < 1 or any(number % updates for number in steps) or updates > 1 and cfg.num_epochs:
         raise UserError(f"--updates_per_rollout={updates}: at least 1, and --save_every, --eval_every and "
-                        "--num_steps (not --num_epochs) multiples of it, as checkpoints hold no rollout")
+                        "--num_steps (not --num_epochs) must be multiples of it: checkpoints hold no rollout")
     if cfg.max_new_tokens >= cfg.seq_len or cfg.temperature <= 0 or cfg.num_samples < 2:
         raise UserError("--max_new_tokens, --temperature, --num_samples: expected < --seq_len, > 0, >= 2")
     rewards = {name: load_function("reward", name) for name in cfg.reward}

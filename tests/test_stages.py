@@ -580,6 +580,9 @@ def test_groups_of_equal_rewards_teach_nothing(grpo):
     (["--reward=nowhere.py:f"], "no file nowhere.py"),
     (["--reward_weights=1,2"], "--reward_weights: 2 for 1 functions"),
     (["--updates_per_rollout=3", "--num_steps=4"], "must be multiples of it"),
+    (["--updates_per_rollout=2", "--num_steps=0", "--num_epochs=1", "--save_every=0", "--eval_every=0"],
+     "--num_steps (not --num_epochs) must be multiples of it"),
+    (["--suppress=9999"], "--suppress=9999: no such token, expected 0 to 265"),
     (["--max_new_tokens=32"], "expected < --seq_len"),
     (["--model.attn_dropout=0.1"], "--model.attn_dropout: must be 0")])
 def test_mistakes_of_rollouts_are_answered_by_one_line(grpo, options, message):
