@@ -4,6 +4,7 @@ import shlex
 import subprocess
 import sys
 
+import pytest
 from conftest import ROOT, launch
 
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -33,7 +34,7 @@ def test_there_are_runnable_blocks():
 
 def test_the_python_example_streams(tmp_path):
     """The example under "More text from Python", on a model made here."""
-    code = re.search(r"```python\n(.*?)```", TEXT, re.S)[1]
+    code = re.search(r"```python\n(from sample .*?)```", TEXT, re.S)[1]
     from conftest import run
     (tmp_path / "t.txt").write_text("To be, or not to be, that is the question.\n" * 20)
     run("data/prepare.py", "text", f"--input={tmp_path}/t.txt", f"--out_dir={tmp_path}/set")
@@ -44,6 +45,18 @@ def test_the_python_example_streams(tmp_path):
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
                             timeout=100)
     assert result.returncode == 0 and len(result.stdout) > 20, result.stderr
+
+
+def test_the_example_rewards_and_environment_are_what_the_stage_takes():
+    from common.rewards import score
+    from common.sampling import ask
+    names = {}
+    exec(re.search(r"```python\n(def short.*?)```", TEXT, re.S)[1], names)
+    rewards = {name: names[name] for name in ("short", "no_digits")}
+    total, to_go = score(rewards, [1.0, 1.0], [[]], ["a1"], [""], [["a", "1", "<end>"]], 3)
+    assert total.tolist() == pytest.approx([1 / 3 - 1])
+    assert to_go.tolist() == [pytest.approx([1 / 3 - 1, 1 / 3 - 1, 1 / 3])]
+    assert ask(names["again"], "<user>?<end><assistant>4<end>") == (False, "Are you sure?")
 
 
 def test_files_that_the_readme_names_exist():
