@@ -7,12 +7,14 @@ the rest of its probability spread evenly over the other tokens. Then a run need
         train_ids.npy, train_logps.npy    (N, k) for the N tokens of the split; uint16 or int32, float16
         train_rest.npy                    (N,) float32, the log-prob of each other token
 
-It appears whole or not at all (made aside, renamed) and is memory-mapped: it may be larger than memory.
+It appears whole or not at all (made in folder.*.partial, renamed) and is memory-mapped: it may be larger than
+memory. Runs that make the same one at once keep the first; a killed run leaves its .partial behind.
 """
 import json
 import math
 import os
 import shutil
+import uuid
 
 import numpy as np
 import torch
@@ -45,7 +47,10 @@ class TeacherCache:
         def at(positions):
             rows = places.flatten()[positions.cpu()].numpy()
             kinds = dict(ids="int64", logps="float32", rest="float32")
-            parts = (self.arrays[f"{split}_{name}"][rows].astype(kind) for name, kind in kinds.items())
+            parts = [self.arrays[f"{split}_{name}"][rows].astype(kind) for name, kind in kinds.items()]
+            if np.isnan(parts[2]).any():
+                raise UserError("--cache_dir: the teacher was not asked about all of these tokens; remove "
+                                "the cache, and it is made again")
             return top_k_logits(*(torch.from_numpy(part).to(self.device) for part in parts), self.vocab_size)
         return at
 
@@ -86,22 +91,25 @@ def write_cache(folder, key, k, vocab_size, sets, ask, autocast):
     losses.linear_kd_loss takes it. Kept with it, averaged over the targets: mass, the probability of the k
     tokens; kl, the divergence KL(teacher || cache).
     """
-    aside = folder.rstrip("/") + ".partial"
     kinds = dict(ids=([k], "uint16" if vocab_size <= 2**16 else "int32"), logps=([k], "float16"),
                  rest=([], "float32"))
     shapes = {f"{split}_{name}": [len(data.tokens), *shape]
               for split, data in sets.items() for name, (shape, _) in kinds.items()}
 
     def create():
+        aside = f"{folder.rstrip('/')}.{uuid.uuid4().hex[:8]}.partial"    # another run may be making one, too
         try:
-            shutil.rmtree(aside, ignore_errors=True)          # of a run that was killed
             os.makedirs(aside)
             for name, shape in shapes.items():
                 path, (_, kind) = os.path.join(aside, f"{name}.npy"), kinds[name.rsplit("_", 1)[1]]
-                np.lib.format.open_memmap(path, "w+", kind, tuple(shape)).flush()
+                array = np.lib.format.open_memmap(path, "w+", kind, tuple(shape))
+                if kind == "float32":
+                    array[:] = np.nan                         # not asked yet: never to be taught
+                array.flush()
+            return aside
         except OSError as error:
             raise UserError(f"--cache_dir={folder}: cannot be written ({error.strerror})") from None
-    dist.from_rank_zero(create)
+    aside = dist.from_rank_zero(create)
     arrays = {name: np.load(os.path.join(aside, f"{name}.npy"), mmap_mode="r+") for name in shapes}
     total = torch.zeros(3, dtype=torch.float64)               # mass, divergence, targets
     for split, data in sets.items():
@@ -132,5 +140,8 @@ def write_cache(folder, key, k, vocab_size, sets, ask, autocast):
                 os.fsync(file.fileno())
             os.rename(aside, folder)
         except OSError as error:
+            shutil.rmtree(aside, ignore_errors=True)
+            if os.path.exists(os.path.join(folder, "arrays.json")):
+                return                                        # another run was first; its key is checked next
             raise UserError(f"--cache_dir={folder}: cannot be written ({error.strerror})") from None
     dist.from_rank_zero(publish)
