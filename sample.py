@@ -55,7 +55,7 @@ def answer(model, tokenizer, ids, cfg, seed):
     completions = None
     if not cfg.stream:
         completions, *_ = complete(model, [ids or [tokenizer.end]], for_vocabulary(cfg, model, tokenizer),
-                                  tokenizer.end, cfg.num_samples, seed)
+                                   tokenizer.end, cfg.num_samples, seed)
     for i in range(cfg.num_samples):
         if cfg.num_samples > 1:
             print(f"{'' if i == 0 else chr(10)}--- sample {i + 1} of {cfg.num_samples}")

@@ -133,7 +133,7 @@ def as_branches(episodes, cfg, device):
     """
     The answers of a micro-batch in one row, each group after its prompt, masked where none is learned -> that
     row, and of its N learned tokens: the sampler's log-probs (N,), what it chose from (`token_logps` explains
-    kept), which answer and how manieth token of it (2, N)
+    kept), and (2, N) which answer it is in and which of the answer's own tokens it is, from 0
     """
     G, learned = cfg.num_samples, episodes["counts"]                          # (P,)
     if cfg.drop_flat_groups:
@@ -298,10 +298,9 @@ if __name__ == "__main__":
                 old_logps = [None] * num_micro                                # the first update's own
                 ref_logps = [answer_logps(reference, r, k, sampling_cfg) if reference else None
                              for r, k in zip(rows, kept)]
-            ours = torch.cat([e["to_go"][e["counts"]] for e in episodes])
+            ours = torch.cat([e["to_go"][e["counts"]] for e in episodes])     # (P, G, T)
             everyone = torch.cat(dist.gather_objects(ours)) if cfg.scale_rewards == "batch" else None
-            advantages = [losses.group_advantages(e["rewards"], cfg.scale_rewards, e["to_go"], everyone)
-                          for e in episodes]                                  # (P, G, max_new_tokens) each
+            advantages = [losses.group_advantages(e["to_go"], cfg.scale_rewards, everyone) for e in episodes]
             advantages = [a.flatten(0, 1)[tuple(which)].to(device) for a, which in zip(advantages, index)]
             n_answers, n_targets, n_tokens = dist.all_sum(sum(                # of each step, all ranks
                 torch.stack([r.padded(r.mask[r.mask]).any(dim=1).sum(), r.mask.sum(), (r.tokens >= 0).sum()])

@@ -72,11 +72,8 @@ def fingerprint(folder):
 # -----------------------------------------------------------------------------
 # config.json
 
-def read_config(folder, vocab_size=0):
-    """
-    -> dict of ModelConfig's fields. vocab_size: rows that the embedding is to have at least, see
-    `read_weights`. UserError names what is not supported.
-    """
+def read_config(folder):
+    """-> dict of ModelConfig's fields. UserError names what is not supported."""
     path = os.path.join(folder, "config.json")
     left = {name: value for name, value in _read_json(path).items()
             if value is not None and name not in IGNORED}
@@ -100,7 +97,7 @@ def read_config(folder, vocab_size=0):
     n_head, n_embd = take("num_attention_heads"), take("hidden_size")
     # defaults are those of transformers' classes; Qwen's n_kv_head has one that no model uses
     config = dict(
-        options, n_head=n_head, n_embd=n_embd, vocab_size=max(vocab_size, take("vocab_size")),
+        options, n_head=n_head, n_embd=n_embd, vocab_size=take("vocab_size"),
         n_layer=take("num_hidden_layers"), d_ff=take("intermediate_size"),
         n_kv_head=take("num_key_value_heads", default=n_head if family == "llama" else None),
         head_dim=take("head_dim", default=128 if family == "qwen3" else n_embd // n_head),
@@ -209,11 +206,10 @@ def names(config):
         yield "untied_head.weight", {"lm_head.weight": c["vocab_size"]}
 
 
-def read_weights(folder, vocab_size=0):
+def read_weights(folder):
     """
-    -> our state dict, in the dtype of the files. An embedding, or head, of fewer than vocab_size rows gets
-    more: each the mean of those there are, so that a new token is an average one. UserError names a tensor
-    that is missing, left over or of another shape.
+    -> our state dict, in the dtype of the files. UserError names a tensor that is missing, left over or of
+    another shape.
     """
     config, weights = read_config(folder), {}
     with _open_tensors(folder) as files:                      # name -> open file
@@ -232,10 +228,6 @@ def read_weights(folder, vocab_size=0):
         if left:
             raise UserError(f"{folder}: {left[0]}: unknown tensor ({len(left)} in all); what it does is not "
                             "supported")
-    for name in weights.keys() & {"embed.weight", "untied_head.weight"}:
-        if (more := vocab_size - len(weights[name])) > 0:
-            mean = weights[name].float().mean(dim=0, keepdim=True).to(weights[name].dtype)
-            weights[name] = torch.cat([weights[name], mean.expand(more, -1)])
     return weights
 
 

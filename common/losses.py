@@ -52,6 +52,24 @@ def linear_cross_entropy(hidden, weight, targets, mask=None, token_weight=None, 
                                      torch.is_grad_enabled())
 
 
+def add_gradients(g, h, w, d_hidden, d_weight):
+    """g (n, V): d loss / d logits of rows h (n, C) -> into d_hidden (n, C); added to d_weight (V, C)"""
+    if d_hidden is not None:
+        torch.mm(g, w, out=d_hidden)
+    if d_weight is not None and g.dtype == torch.float32:
+        d_weight.addmm_(g.T, h)
+    elif d_weight is not None:
+        d_weight += g.T @ h
+
+
+def take_gradients(ctx, grad):
+    """-> those that forward has left in ctx, scaled by grad in place; for one backward"""
+    if ctx.gradients is None:
+        raise RuntimeError("a second backward through this loss; the first has scaled its gradients in place")
+    gradients, ctx.gradients = ctx.gradients, None
+    return [None if g is None else g.mul_(grad).to(dtype) for g, dtype in zip(gradients, ctx.dtypes)]
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, scale, chunk, dtype, grad_enabled):
@@ -76,26 +94,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
             loss += nll.sum() if s is None else (nll * s).sum()
             if need_hidden or need_weight:
                 p.scatter_add_(1, target, torch.full_like(p_target, -1.0))
-                g = (p if s is None else p.mul_(s)).to(dtype)                              # d loss / d logits
-                if need_hidden:
-                    torch.mm(g, w, out=d_hidden[i:i + chunk])
-                if need_weight and dtype == torch.float32:
-                    d_weight.addmm_(g.T, h)
-                elif need_weight:
-                    d_weight += g.T @ h
+                g = (p if s is None else p.mul_(s)).to(dtype)
+                add_gradients(g, h, w, d_hidden[i:i + chunk] if need_hidden else None, d_weight)
         ctx.gradients, ctx.dtypes = (d_hidden, d_weight), (hidden.dtype, weight.dtype)
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        if ctx.gradients is None:
-            raise RuntimeError("linear_cross_entropy: a second backward; the first has "
-                               "scaled its gradients in place")
-        gradients, ctx.gradients = ctx.gradients, None
-        d_hidden, d_weight = (None if g is None else g.mul_(grad).to(dtype)
-                              for g, dtype in zip(gradients, ctx.dtypes))
-        return d_hidden, d_weight, None, None, None, None, None
+        return *take_gradients(ctx, grad), *[None] * 5
 
 
 def token_logps(hidden, weight, targets, temperature=1.0, chunk_size=0, suppress=(), kept=None):
@@ -115,16 +122,15 @@ def token_logps(hidden, weight, targets, temperature=1.0, chunk_size=0, suppress
     return logps.view(targets.shape)
 
 
-def excluded(suppress, ids, counts, i, chunk, V):
-    """Which ids have no probability at positions i .. i + chunk -> bool (1 or n, V); see `token_logps`"""
-    out = torch.zeros(1, V, dtype=torch.bool, device=suppress.device)
+def exclude(x, value, i, suppress, ids, counts):
+    """Put value, in place, where positions i .. i + n of x (n, V) have no probability; see `token_logps`"""
+    x.index_fill_(1, suppress, value)
     if counts is not None:
-        here, first = counts[i:i + chunk], int(counts[:i].sum())
-        row = torch.arange(len(here), device=out.device).repeat_interleave(here)
-        out = torch.ones(len(here), V, dtype=torch.bool, device=out.device)
+        here, first = counts[i:i + len(x)], int(counts[:i].sum())
+        row = torch.arange(len(x), device=x.device).repeat_interleave(here)
+        out = torch.ones_like(x, dtype=torch.bool)
         out[row, ids[first:first + len(row)].long()] = False
-    out[:, suppress] = True
-    return out
+        x.masked_fill_(out, value)
 
 
 class _TokenLogps(torch.autograd.Function):
@@ -134,7 +140,7 @@ class _TokenLogps(torch.autograd.Function):
         logps, lse = torch.empty(2, len(h_all), device=w.device)
         for i in range(0, len(h_all), chunk):
             logits = (h_all[i:i + chunk] @ w.T).float().div_(temperature)                  # (N, V)
-            logits.masked_fill_(excluded(suppress, ids, counts, i, chunk, len(w)), -torch.inf)
+            exclude(logits, -torch.inf, i, suppress, ids, counts)
             lse[i:i + chunk] = logits.logsumexp(-1)
             logps[i:i + chunk] = logits.gather(1, targets[i:i + chunk, None])[:, 0] - lse[i:i + chunk]
         ctx.save_for_backward(hidden, weight, targets, lse, suppress, ids, counts)
@@ -154,7 +160,7 @@ class _TokenLogps(torch.autograd.Function):
             h, target = h_all[i:i + chunk], targets[i:i + chunk, None]
             g = grad[i:i + chunk, None] / ctx.temperature
             p = (h @ w.T).float().div_(ctx.temperature).sub_(lse[i:i + chunk, None]).exp_()
-            p.masked_fill_(excluded(suppress, ids, counts, i, chunk, len(w)), 0.0)
+            exclude(p, 0.0, i, suppress, ids, counts)
             d_logits = p.mul_(-g).scatter_add_(1, target, g).to(dtype)       # (onehot - p) g / temperature
             if need_hidden:
                 torch.mm(d_logits, w, out=d_hidden[i:i + chunk])
@@ -250,13 +256,7 @@ class _LinearKD(torch.autograd.Function):
                 both = _kd_rows(z, t.float(), target, kd_frac, *how)                       # (n, 1) each
                 sums += torch.cat(both, dim=1).mul_(s).sum(dim=0)
                 z.mul_(s)                                                                  # the gradient
-            g = logits.to(dtype)                                                           # d loss / d logits
-            if need_hidden:
-                torch.mm(g, w, out=d_hidden[here])
-            if need_weight and dtype == torch.float32:
-                d_weight.addmm_(g.T, h)
-            elif need_weight:
-                d_weight += g.T @ h
+            add_gradients(logits.to(dtype), h, w, d_hidden[here] if need_hidden else None, d_weight)
         ctx.gradients, ctx.dtypes = (d_hidden, d_weight), (hidden.dtype, weight.dtype)
         ce, kd = sums.unbind()
         ctx.mark_non_differentiable(ce, kd)
@@ -265,12 +265,7 @@ class _LinearKD(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad, *_):
-        if ctx.gradients is None:
-            raise RuntimeError("linear_kd_loss: a second backward; the first has scaled its gradients "
-                               "in place")
-        gradients, ctx.gradients = ctx.gradients, None
-        return *(None if g is None else g.mul_(grad).to(dtype)
-                 for g, dtype in zip(gradients, ctx.dtypes)), *[None] * 9
+        return *take_gradients(ctx, grad), *[None] * 9
 
 
 def _kd_rows(z, t, target, kd_frac, temperature, kind, jsd_beta):
@@ -357,28 +352,26 @@ def log1mexp(x):
 # -----------------------------------------------------------------------------
 # policy gradients
 
-def group_advantages(rewards, scale="group", to_go=None, everyone=None):
+def group_advantages(rewards, scale="group", everyone=None):
     """
     (r - mean of the group) / (std + 1e-4) (DeepSeekMath, 2402.03300, section 4.1.2). rewards (P, G): of G
     samples for each of P prompts -> (P, G). scale: std of the group, of the batch, or none (2503.20783)
 
-    to_go (P, G, T): what of its reward a sample still gets from each of its tokens on, where rewards are of
-    tokens; then each token is compared with the group's mean at its place, in units of the largest standard
-    deviation of a place -> (P, G, T). everyone (..., G, T): the batch of scale="batch", if to_go is a part
+    Rewards of tokens (P, G, T): what a sample still gets from each of its tokens on. Each is compared with
+    the group's mean at its place, in units of the largest standard deviation of a place -> (P, G, T).
+    everyone: the batch that "batch" means, where rewards are a part of it
     """
     if scale not in ("group", "batch", "none"):
         raise ValueError(f"scale {scale!r}: expected group, batch or none")
-    centred = rewards if to_go is None else to_go
-    centred = centred - centred[:, :1]  # of equal rewards exactly 0, as their mean is not
+    centred = rewards - rewards[:, :1]  # of equal rewards exactly 0, as their mean is not
     centred = centred - centred.mean(dim=1, keepdim=True)
     if scale == "none" or rewards.shape[1] == 1:              # a sample alone has no deviation
         return centred
     if scale == "batch":
-        everyone = to_go if everyone is None else everyone
-        std = rewards.std() if to_go is None else everyone.flatten(0, 1).std(dim=0).max()
+        std = (rewards if everyone is None else everyone).flatten(0, 1).std(dim=0).max()
     else:
-        std = rewards.std(dim=1, keepdim=True) if to_go is None else \
-            to_go.std(dim=1, keepdim=True).amax(dim=2, keepdim=True)
+        std = rewards.std(dim=1, keepdim=True)                # (P, 1) or (P, 1, T)
+        std = std if rewards.ndim == 2 else std.amax(dim=2, keepdim=True)
     return centred / (std + 1e-4)
 
 

@@ -37,7 +37,7 @@ def top_k_logits(ids, logps, rest, vocab_size):
 
 
 class TeacherCache:
-    """info: {"mass", "kl"}, see `write`; logits(split, places) -> a teacher for losses.linear_kd_loss"""
+    """info: {"mass", "kl"}, see `write_cache`; logits(split, places) -> teacher of losses.linear_kd_loss"""
 
     def __init__(self, info, arrays, vocab_size, device):
         self.info, self.arrays, self.vocab_size, self.device = info, arrays, vocab_size, device
@@ -56,7 +56,7 @@ class TeacherCache:
 
 
 def open_cache(folder, key, vocab_size, device):
-    """-> the TeacherCache that `write` left in folder for this key (str), None where there is no folder"""
+    """-> the TeacherCache that `write_cache` left in folder for this key (str), None without a folder"""
     def read():
         if not os.path.exists(folder):
             return None

@@ -50,10 +50,10 @@ def make(folder, family="Llama", rope="default", shard_size="5GB", dtype=torch.f
     return model
 
 
-def load(folder, vocab_size=0):
+def load(folder):
     """Ours of the same folder"""
-    model = GPT(ModelConfig(**hf.read_config(folder, vocab_size))).eval()
-    model.load_state_dict(hf.read_weights(folder, vocab_size))
+    model = GPT(ModelConfig(**hf.read_config(folder))).eval()
+    model.load_state_dict(hf.read_weights(folder))
     return model
 
 
@@ -156,19 +156,6 @@ def test_sharded_and_single_files_hold_the_same(tmp_path):
     assert one.keys() == many.keys() and all(torch.equal(one[name], many[name]) for name in one)
     assert one["embed.weight"].dtype == torch.bfloat16        # as in the files
 
-
-def test_rows_for_new_tokens_are_average_ones_and_leave_the_others(tmp_path):
-    theirs = make(tmp_path)
-    grown, x = load(str(tmp_path), vocab_size=70), tokens(20)
-    assert grown.config.vocab_size == 70
-    assert_close(logits(grown, x)[:, :, :60], logits(theirs, x))
-    for weight in (grown.embed.weight, grown.head):
-        torch.testing.assert_close(weight[60:], weight[:60].mean(0).expand(10, -1))
-    assert load(str(tmp_path), vocab_size=50).config.vocab_size == 60      # rows to spare stay
-
-
-# -----------------------------------------------------------------------------
-# config.json of other ages, and what is refused
 
 def test_files_from_before_transformers_5_mean_the_same(tmp_path):
     theirs = make(tmp_path, rope="llama3")

@@ -628,20 +628,19 @@ def test_an_unknown_scale_is_refused_by_name():
 def test_rewards_of_tokens_are_compared_at_their_place():
     """Two samples: all of 1 at the last place, and 0.5 for each of three tokens after 4 for the first."""
     to_go = torch.tensor([[[1.0, 1.0, 1.0], [5.5, 1.0, 0.5]]])
-    rewards = to_go[:, :, 0]
     deviation = torch.tensor([[[-2.25, 0.0, 0.25], [2.25, 0.0, -0.25]]])
-    torch.testing.assert_close(group_advantages(rewards, "none", to_go), deviation)
+    torch.testing.assert_close(group_advantages(to_go, "none"), deviation)
     for scale in ("group", "batch"):                          # the largest deviation is the first place's
-        torch.testing.assert_close(group_advantages(rewards, scale, to_go), deviation / (4.5 / 2**0.5 + 1e-4))
+        torch.testing.assert_close(group_advantages(to_go, scale), deviation / (4.5 / 2**0.5 + 1e-4))
     everyone = torch.cat([to_go, torch.zeros(1, 2, 3)])
     std = torch.tensor([1.0, 5.5, 0.0, 0.0]).std()
-    torch.testing.assert_close(group_advantages(rewards, "batch", to_go, everyone), deviation / (std + 1e-4))
+    torch.testing.assert_close(group_advantages(to_go, "batch", everyone), deviation / (std + 1e-4))
 
 
 def test_rewards_of_tokens_that_come_to_the_same_sum_are_no_division_by_nothing():
     to_go = torch.tensor([[[1.0, 0.0], [1.0, 1.0], [1.0, 0.0], [1.0, 1.0]]])
     for scale in ("group", "batch"):
-        advantages = group_advantages(to_go[:, :, 0], scale, to_go)
+        advantages = group_advantages(to_go, scale)
         assert not advantages[..., 0].any()
         assert advantages[0, :, 1].tolist() == pytest.approx([-3**0.5 / 2, 3**0.5 / 2] * 2, abs=1e-3)
 
@@ -650,7 +649,7 @@ def test_rewards_of_tokens_that_come_to_the_same_sum_are_no_division_by_nothing(
 def test_rewards_of_whole_answers_are_the_same_for_each_token(scale):
     expected = group_advantages(REWARDS, scale)[..., None].expand(-1, -1, 5)
     to_go = REWARDS[..., None].expand(-1, -1, 5)
-    torch.testing.assert_close(group_advantages(REWARDS, scale, to_go), expected, rtol=0, atol=0)
+    torch.testing.assert_close(group_advantages(to_go, scale), expected, rtol=0, atol=0)
     logps, old = torch.randn(2, REWARDS.numel(), 5)
     mask, A = torch.rand(REWARDS.numel(), 5) < 0.8, group_advantages(REWARDS, scale)
     torch.testing.assert_close(grpo_token_loss(logps, old, None, expected.flatten(0, 1), mask),

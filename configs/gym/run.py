@@ -51,7 +51,7 @@ def held_out_scores(stage, temperature, num_samples):
     chats = [[dict(role="user", content=row["prompt"])] for row in rows]
     cfg = SamplingConfig(max_new_tokens=16, temperature=temperature)
     replies, *_ = complete(model, [ids for ids, _ in encode_chat(tokenizer, chats, reply=True)],
-                          for_vocabulary(cfg, model, tokenizer), tokenizer.end, num_samples)
+                           for_vocabulary(cfg, model, tokenizer), tokenizer.end, num_samples)
     texts = [tokenizer.decode([i for i in ids if i != tokenizer.end], show_special=True) for ids in replies]
     scores = gym.reward(None, texts, [row["answer"] for row in rows for _ in range(num_samples)])
     return sum(scores) / len(scores), sum(score >= 1 for score in scores) / len(scores)
