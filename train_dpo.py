@@ -255,7 +255,7 @@ if __name__ == "__main__":
     options = {**as_dict(cfg), "model": read_overrides().get("model", {})}    # the model as it was asked for
     log = Logger(cfg.out_dir, options, __file__, cfg.resume, start_step, num_steps, cfg.log_every)
     log.print_changes(as_dict(cfg), saved["config"] if previous else {})
-    log.print(f"{model.num_parameters():,} parameters, {optimizer.state_bytes():,} bytes of optimizer state "
+    log.print(f"{model.size()}, {optimizer.state_bytes():,} bytes of optimizer state "
               f"on each of {world_size} rank{'s'[:world_size > 1]}, {train_data.num_tokens:,} tokens "
               f"in {train_data.num_samples:,} samples, {num_steps} steps"
               + (f" from step {start_step} of {previous}" if previous else
@@ -303,7 +303,7 @@ if __name__ == "__main__":
                 logps = answer_logps(forward, pairs)                          # (N,)
                 pair_loss, metrics = preference(logps, pairs, ref("train", pairs), critical_ids, cfg)
             loss = (pair_loss * pairs.counts).sum() / n_pairs                 # divide once, by the full count
-            (loss * optimizer.loss_scale).backward()
+            ((loss + model.balance_loss() / n_tokens) * optimizer.loss_scale).backward()
             step_loss += loss.detach()
             step_metrics += (torch.stack([*metrics.values()]) * pairs.counts).sum(dim=1)
 
@@ -312,7 +312,7 @@ if __name__ == "__main__":
                                      cfg.warmup_steps, cfg.initial_lr, cfg.restart_steps, cfg.restart_mul,
                                      cfg.wsd_decay_frac)
         grad_norm = optimizer.step(cfg.grad_clip, apply=math.isfinite(step_loss))  # clip, update, gather
-        metrics = dict(zip(metrics, (dist.all_sum(step_metrics) / n_pairs).tolist()))
+        metrics = dict(zip(metrics, (dist.all_sum(step_metrics) / n_pairs).tolist()), **model.router_stats())
         log.train_step(step, n_tokens.item(), timer.lap(), token_flops, peak_flops, also=metrics,
                        loss=step_loss, lr=optimizer.lr, grad_norm=grad_norm,
                        accuracy=metrics.pop("accuracy"), margin=metrics.pop("margin"))

@@ -250,7 +250,7 @@ if __name__ == "__main__":
     options = {**as_dict(cfg), "model": read_overrides().get("model", {})}    # the model as it was asked for
     log = Logger(cfg.out_dir, options, __file__, cfg.resume, start_step, num_steps, cfg.log_every)
     log.print_changes(as_dict(cfg), saved["config"] if previous else {})
-    log.print(f"{model.num_parameters():,} parameters, {optimizer.state_bytes():,} bytes of optimizer state "
+    log.print(f"{model.size()}, {optimizer.state_bytes():,} bytes of optimizer state "
               f"on each of {world_size} rank{'s'[:world_size > 1]}, {train_data.num_tokens:,} tokens "
               f"in {train_data.num_samples:,} samples, {num_steps} steps"
               + (f" from step {start_step} of {previous}" if previous else
@@ -324,7 +324,7 @@ if __name__ == "__main__":
                 per_answer = per_answer / mask.sum(dim=1).clamp(min=1)
             count = {"grpo": n_answers, "dapo": n_targets, "dr_grpo": n_answers * cfg.max_new_tokens}
             loss = per_answer.sum() / count[cfg.aggregate]                    # divide once, by the full count
-            (loss * optimizer.loss_scale).backward()
+            ((loss + model.balance_loss() / n_tokens) * optimizer.loss_scale).backward()
             step_loss += loss.detach()
             ratio = (logps.detach() - old_logps[i]).exp()
             kl = losses.k3(logps.detach(), ref_logps[i]) if reference else torch.zeros(1, device=device)
@@ -341,7 +341,7 @@ if __name__ == "__main__":
                 theirs.lerp_(ours.detach(), cfg.ref_mix)
         means = (dist.all_sum(sums) / n_targets).tolist()
         also = dict(zip(("clip_frac", "kl", "entropy", "mismatch"), means), **rollout_metrics,
-                    rollout_s=rollout_s, update_s=timer.lap())
+                    rollout_s=rollout_s, update_s=timer.lap(), **model.router_stats())
         log.train_step(step, n_tokens.item(), rollout_s + also["update_s"], token_flops, peak_flops, also,
                        loss=step_loss, reward=also.pop("reward"), lr=optimizer.lr, grad_norm=grad_norm)
         skipped = log.count_skipped(step, math.isfinite(grad_norm) and math.isfinite(step_loss), skipped,

@@ -271,7 +271,7 @@ if __name__ == "__main__":
     options = {**as_dict(cfg), "model": read_overrides().get("model", {})}    # the model as it was asked for
     log = Logger(cfg.out_dir, options, __file__, cfg.resume, start_step, num_steps, cfg.log_every)
     log.print_changes(as_dict(cfg), saved["config"] if previous else {})
-    log.print(f"{model.num_parameters():,} parameters, {optimizer.state_bytes():,} bytes of optimizer state "
+    log.print(f"{model.size()}, {optimizer.state_bytes():,} bytes of optimizer state "
               f"on each of {world_size} rank{'s'[:world_size > 1]}, {train_data.num_tokens:,} tokens "
               f"in {train_data.num_samples:,} samples, {num_steps} steps"
               + (f" from step {start_step} of {previous}" if previous else
@@ -332,7 +332,7 @@ if __name__ == "__main__":
                     hidden, model.head, ask("train", i, tokens, docs), targets, mask, weight, kd_frac,
                     **kd_options)
             loss = loss_sum / n_targets.clamp(min=1)                          # divide once, by the full count
-            (loss * optimizer.loss_scale).backward()
+            ((loss + model.balance_loss() / n_tokens) * optimizer.loss_scale).backward()
             step_loss += loss.detach()
             sums += torch.stack([ce_sum, kd_sum])
 
@@ -342,7 +342,7 @@ if __name__ == "__main__":
                                      cfg.wsd_decay_frac)
         grad_norm = optimizer.step(cfg.grad_clip, apply=math.isfinite(step_loss))  # clip, update, gather
         means = (dist.all_sum(sums) / n_targets.clamp(min=1)).tolist()
-        also = dict(zip(("ce", "kd"), means), on_policy=on_policy)
+        also = dict(zip(("ce", "kd"), means), on_policy=on_policy, **model.router_stats())
         log.train_step(step, n_tokens.item(), timer.lap(), token_flops, peak_flops, also,
                        loss=step_loss, kd=also.pop("kd"), lr=optimizer.lr, grad_norm=grad_norm)
         skipped = log.count_skipped(step, math.isfinite(grad_norm) and math.isfinite(step_loss), skipped,

@@ -158,7 +158,7 @@ if __name__ == "__main__":
     options = {**as_dict(cfg), "model": read_overrides().get("model", {})}    # the model as it was asked for
     log = Logger(cfg.out_dir, options, __file__, cfg.resume, start_step, num_steps, cfg.log_every)
     log.print_changes(as_dict(cfg), saved["config"] if previous else {})
-    log.print(f"{model.num_parameters():,} parameters, {optimizer.state_bytes():,} bytes of optimizer state "
+    log.print(f"{model.size()}, {optimizer.state_bytes():,} bytes of optimizer state "
               f"on each of {world_size} rank{'s'[:world_size > 1]}, {train_data.num_tokens:,} tokens "
               f"in {train_data.num_samples:,} samples, {num_steps} steps"
               + (f" from step {start_step} of {previous}" if previous else
@@ -198,6 +198,7 @@ if __name__ == "__main__":
                    else None for _, targets, _, _ in micro_batches]           # (B, T) each
         n_targets = dist.all_sum(sum((mask if w is None else mask * w).sum()  # of this whole step, all ranks
                                      for w, (_, _, mask, _) in zip(weights, micro_batches)))
+        n_tokens = cfg.batch_size * cfg.seq_len
         step_loss = torch.zeros((), device=device)
         for i, ((tokens, targets, mask, docs), weight) in enumerate(zip(micro_batches, weights)):
             optimizer.sync = i == num_micro - 1                               # travel in the last backward
@@ -205,7 +206,7 @@ if __name__ == "__main__":
                 hidden = forward(tokens, docs)                                # (B, T, C)
                 loss_sum = losses.linear_cross_entropy(hidden, model.head, targets, mask, weight)
             loss = loss_sum / n_targets.clamp(min=1)                          # divide once, by the full count
-            (loss * optimizer.loss_scale).backward()
+            ((loss + model.balance_loss() / n_tokens) * optimizer.loss_scale).backward()
             step_loss += loss.detach()
 
         step_loss = dist.all_sum(step_loss).item()
@@ -213,8 +214,8 @@ if __name__ == "__main__":
                                      cfg.warmup_steps, cfg.initial_lr, cfg.restart_steps, cfg.restart_mul,
                                      cfg.wsd_decay_frac)
         grad_norm = optimizer.step(cfg.grad_clip, apply=math.isfinite(step_loss))  # clip, update, gather
-        log.train_step(step, cfg.batch_size * cfg.seq_len, timer.lap(), token_flops, peak_flops,
-                       loss=step_loss, lr=optimizer.lr, grad_norm=grad_norm)
+        log.train_step(step, n_tokens, timer.lap(), token_flops, peak_flops,
+                       also=model.router_stats(), loss=step_loss, lr=optimizer.lr, grad_norm=grad_norm)
         skipped = log.count_skipped(step, math.isfinite(grad_norm) and math.isfinite(step_loss), skipped,
                                     cfg.max_bad_steps)
     dist.finish()

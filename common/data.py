@@ -210,7 +210,7 @@ class ChatData:
 
     batch(i) -> tokens, targets (B, T) int64, mask (B, T) bool, docs (B, T) int64; on device.
         mask    True: the target counts. With mask_prompt an assistant's words and their end, else every token
-        docs    the conversation's number in the row: tokens see only their own; padding has one of its own
+        docs    the conversation's number in the row: tokens see only their own; padding is -1
 
     num_samples, num_tokens, total, mean_context, target_frac, view    as in TokenData; an epoch has every
                     conversation once
@@ -295,7 +295,7 @@ class ChatData:
                 mask[row, here] = counts[row] & ((self.learn[start + 1:end] != 0) | (not self.mask_prompt))
                 docs[row, here] = number
                 at = here.stop
-            docs[row, at:] = number + 1
+            docs[row, at:] = -1
         if max(tokens.max(), targets.max()) >= self.vocab_size:
             raise UserError(f"{self.path}: token id {max(tokens.max(), targets.max())} is there, "
                             f"but the vocabulary has {self.vocab_size}; prepare the set again")

@@ -1,6 +1,6 @@
 """
 A decoder-only transformer in the form of Llama, Qwen2 and Qwen3: RMSNorm before each block, rotary
-positions, grouped-query attention, SwiGLU.
+positions, grouped-query attention, SwiGLU, dense or as a mixture of experts.
 
     model = GPT(ModelConfig(vocab_size=6400, seq_len=512))
     hidden = model(tokens)                         # (B, T) int64 -> (B, T, C), after the final norm
@@ -9,9 +9,10 @@ positions, grouped-query attention, SwiGLU.
     cache = model.new_cache(B, T)                  # room for T positions
     hidden = model(tokens[:, :9], cache=cache)     # prefill, then token by token; the same numbers
 
-Papers: RMSNorm 1910.07467, RoPE 2104.09864, GQA 2305.13245, SwiGLU 2002.05202, YaRN 2309.00071.
+Papers: RMSNorm 1910.07467, RoPE 2104.09864, GQA 2305.13245, SwiGLU 2002.05202, YaRN 2309.00071, mixture of
+experts 2101.03961 and 2401.06066.
 Shapes: B sequences, T positions, C channels, V vocabulary, H query heads, K key/value heads, D head dim,
-L layers.
+L layers, E experts.
 """
 import inspect
 import math
@@ -29,6 +30,7 @@ try:
 except ImportError:
     VARLEN = False
 
+from common import dist
 from common.dist import UserError
 
 DENSE_MASK_LEN = 128                   # in rows up to this, a mask costs less than a call for each document
@@ -47,6 +49,14 @@ class ModelConfig:
     tie_embeddings: bool = True        # the output head is the token embedding
     qk_norm: bool = False              # RMSNorm on every query and key head, as in Qwen3
     attn_bias: bool = False            # biases on queries, keys and values, as in Qwen2
+    n_expert: int = 0                  # routed experts in a block; 0 = one MLP for every token
+    n_expert_active: int = 2           # routed experts that a token goes to
+    n_shared_expert: int = 0           # experts that every token goes to as well
+    shared_gate: bool = False          # what these give is multiplied by a sigmoid, as in Qwen2-MoE
+    n_dense_layer: int = 0             # first blocks that have one MLP in any case
+    d_expert: int = 0                  # hidden channels of an expert; 0 = so that d_ff are active in a token
+    norm_topk: bool = True             # weights of a token's routed experts sum to 1
+    balance_coef: float = 0.01         # weight of the load-balance loss; 0 = off
     attn_dropout: float = 0.0          # probability of dropping an attention weight in training
     norm_eps: float = 1e-6             # added to the mean square in RMSNorm
     rope_theta: float = 10_000.0       # base of the rotary wavelengths
@@ -67,9 +77,10 @@ class ModelConfig:
         for name in ("vocab_size", "n_layer", "n_head", "n_embd", "seq_len"):
             if getattr(self, name) < 1:
                 raise UserError(f"--model.{name}={getattr(self, name)}: must be positive")
-        for name in ("n_kv_head", "head_dim", "d_ff", "rope_original_len"):
+        for name in ("n_kv_head", "head_dim", "d_ff", "rope_original_len", "n_expert", "n_shared_expert",
+                     "n_dense_layer", "d_expert", "balance_coef"):
             if getattr(self, name) < 0:
-                raise UserError(f"--model.{name}={getattr(self, name)}: must be positive, or 0 = derived")
+                raise UserError(f"--model.{name}={getattr(self, name)}: must be positive, or 0")
         if not 0 <= self.attn_dropout < 1:
             raise UserError(f"--model.attn_dropout={self.attn_dropout}: must be at least 0 and below 1")
         if self.rope_theta <= 1 or self.norm_eps <= 0:
@@ -81,11 +92,19 @@ class ModelConfig:
         if self.rope_high_freq_factor <= self.rope_low_freq_factor:
             raise UserError(f"--model.rope_high_freq_factor={self.rope_high_freq_factor}: must be above "
                             f"rope_low_freq_factor={self.rope_low_freq_factor}")
+        active = self.n_expert_active + self.n_shared_expert
+        if self.n_expert and not 0 < self.n_expert_active <= self.n_expert:
+            raise UserError(f"--model.n_expert_active={self.n_expert_active}: expected 1 to "
+                            f"n_expert={self.n_expert}")
+        if self.shared_gate and not (self.n_expert and self.n_shared_expert):
+            raise UserError("--model.shared_gate=true: there are no shared experts; "
+                            "set --model.n_expert and --model.n_shared_expert")
         original = self.rope_original_len or self.seq_len
+        d_ff = self.d_ff or -(-8 * self.n_embd // 3 // 32) * 32
         c = replace(self, n_kv_head=self.n_kv_head or self.n_head,
                     head_dim=self.head_dim or self.n_embd // self.n_head,
-                    d_ff=self.d_ff or -(-8 * self.n_embd // 3 // 32) * 32, rope_original_len=original,
-                    rope_factor=self.rope_factor or self.seq_len / original)
+                    d_ff=d_ff, d_expert=self.d_expert or self.n_expert and -(-d_ff // active // 8) * 8,
+                    rope_original_len=original, rope_factor=self.rope_factor or self.seq_len / original)
         if c.n_head % c.n_kv_head:
             raise UserError(f"--model.n_kv_head={c.n_kv_head}: must divide n_head={c.n_head}")
         rotated = int(c.head_dim * c.partial_rotary_factor)
@@ -104,7 +123,7 @@ class ModelConfig:
         asked for. Only what leaves the tensors as they are may differ; a longer seq_len needs a rope_scaling.
         """
         for f in fields(self):
-            if not f.name.startswith(("rope_", "yarn_", "seq_len", "attn_dropout")) \
+            if not f.name.startswith(("rope_", "yarn_", "seq_len", "attn_dropout", "balance_coef")) \
                     and getattr(wanted, f.name) != getattr(self, f.name):
                 raise UserError(f"--model.{f.name}={getattr(wanted, f.name)}: the checkpoint has "
                                 f"{getattr(self, f.name)}, which cannot change")
@@ -330,10 +349,10 @@ def varlen_kernel(x):
 
 
 class MLP(nn.Module):
-    def __init__(self, c):
+    def __init__(self, n_embd, d_ff):
         super().__init__()
-        self.gate_up = nn.Linear(c.n_embd, 2 * c.d_ff, bias=False)
-        self.down = nn.Linear(c.d_ff, c.n_embd, bias=False)
+        self.gate_up = nn.Linear(n_embd, 2 * d_ff, bias=False)
+        self.down = nn.Linear(d_ff, n_embd, bias=False)
 
     def forward(self, x):
         return self.down(swiglu(self.gate_up(x)))
@@ -375,15 +394,123 @@ def in_cache(x, rows=128):
     return x.split(rows)
 
 
-class Block(nn.Module):
+class MoE(nn.Module):
+    """
+    A router sends each token to n_expert_active of E experts and weights what they give; shared experts see
+    every token. Tokens are sorted by expert, so that an expert is a matrix product over its own rows: work
+    grows with the active experts, and no token is ever dropped.
+    """
     def __init__(self, c):
         super().__init__()
+        self.n_active, self.norm_topk = c.n_expert_active, c.norm_topk
+        self.router = nn.Parameter(torch.empty(c.n_expert, c.n_embd))
+        self.gate_up = nn.Parameter(torch.empty(c.n_expert, 2 * c.d_expert, c.n_embd))
+        self.down = nn.Parameter(torch.empty(c.n_expert, c.n_embd, c.d_expert))
+        self.shared = MLP(c.n_embd, c.n_shared_expert * c.d_expert) if c.n_shared_expert else None
+        self.shared_gate = nn.Linear(c.n_embd, 1, bias=False) if c.shared_gate else None
+        for weight in (self.router, self.gate_up, self.down):
+            nn.init.normal_(weight, std=0.02)
+
+    def forward(self, x):
+        """x (B, T, C) -> (B, T, C), and of the router the probabilities (B * T, E), the choices (B * T, k)"""
+        rows = x.reshape(-1, x.shape[-1])
+        with torch.autocast(x.device.type, enabled=False):    # bfloat16 would send near ties anywhere
+            probs = F.linear(rows.float(), self.router.float()).softmax(-1)
+        weight, expert = probs.topk(self.n_active)                                 # (N, k) each
+        if self.norm_topk:
+            weight = weight / weight.sum(-1, keepdim=True)
+        y = self.experts(rows, weight, expert).view(x.shape)
+        if self.shared is not None:
+            shared = self.shared(x)
+            y = y + (shared if self.shared_gate is None else self.shared_gate(x).sigmoid() * shared)
+        return y, (probs, expert)
+
+    @torch.compiler.disable                                   # rows per expert are only known as it runs
+    def experts(self, x, weight, expert):
+        """x (N, C), weight and expert (N, k) -> sum of the experts' weighted outputs (N, C)"""
+        (N, k), C, E = expert.shape, x.shape[1], len(self.router)
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        order = expert.flatten().argsort(stable=True)                              # (N k,) choices, by expert
+        back = torch.empty_like(order)
+        back[order] = torch.arange(N * k, device=x.device)
+        sizes = expert.flatten().bincount(minlength=E).tolist()
+        h = TakeRows.apply(x, order, back, k)                                      # (N k, C)
+        h = swiglu(GroupedLinear.apply(h, self.gate_up.to(x.dtype), sizes))
+        h = GroupedLinear.apply(h, self.down.to(x.dtype), sizes)
+        return (TakeRows.apply(h, back, order, 1).view(N, k, C) * weight.to(h.dtype)[..., None]).sum(dim=1)
+
+
+class TakeRows(torch.autograd.Function):
+    """x[order // k] of x (N, C), where order (N k,) is a permutation and back its inverse: -> (N k, C)"""
+    @staticmethod
+    def forward(ctx, x, order, back, k):
+        ctx.save_for_backward(back)
+        ctx.k = k
+        return x.index_select(0, order if k == 1 else order // k)
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.index_select(0, ctx.saved_tensors[0])     # scattering is slow, on GPUs random
+        return grad if ctx.k == 1 else grad.view(-1, ctx.k, grad.shape[1]).sum(dim=1), None, None, None
+
+
+class GroupedLinear(torch.autograd.Function):
+    """x (N, I), its first sizes[0] rows times weight[0].T, the next times weight[1].T, ... -> (N, O)"""
+    @staticmethod
+    def forward(ctx, x, weight, sizes):
+        ctx.save_for_backward(x, weight)
+        ctx.sizes = sizes
+        y = x.new_empty(len(x), weight.shape[1])
+        for rows, w, out in zip(x.split(sizes), weight.unbind(0), y.split(sizes)):
+            torch.mm(rows, w.T, out=out)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        dx, dw = (torch.empty_like(t) if needed else None
+                  for t, needed in zip((x, weight), ctx.needs_input_grad))
+        start = 0
+        for e, size in enumerate(ctx.sizes):
+            here, start = slice(start, start + size), start + size
+            if dx is not None:
+                torch.mm(grad[here], weight[e], out=dx[here])
+            if dw is not None:
+                torch.mm(grad[here].T, x[here], out=dw[e])    # zero where there are no rows
+        return dx, dw, None
+
+
+def load_balance(probs, expert, sequence, num_sequences):
+    """
+    How evenly a router spreads its tokens (Switch Transformer, 2101.03961 eq. 4-6, for each sequence by
+    itself as in DeepSeek-V3, 2412.19437 eq. 17-20): sum over sequences of T sum_e f_e P_e, T tokens, f_e =
+    (choices of e) E / (T k), P_e = mean of e's probability. 1 a token where it is even.
+
+    probs (N, E), expert (N, k); sequence (N,) number of the token's, num_sequences or more: padding, does
+    not count -> scalar with a gradient in probs, choices of each expert (E,)
+    """
+    E, k, S = probs.shape[1], expert.shape[1], num_sequences
+    sequence = sequence.clamp(max=S)
+    sums = probs.new_zeros(S + 1, E).index_add(0, sequence, probs)[:S]             # T P
+    chosen = (sequence[:, None] * E + expert).flatten().bincount(minlength=(S + 1) * E).view(S + 1, E)[:S]
+    tokens = (chosen.sum(dim=1, keepdim=True) / k).clamp(min=1)
+    return (chosen * sums / tokens).sum() * E / k, chosen.sum(dim=0)
+
+
+class Block(nn.Module):
+    def __init__(self, c, layer):
+        super().__init__()
         self.attn_norm, self.attn = RMSNorm(c.n_embd, c.norm_eps), Attention(c)
-        self.mlp_norm, self.mlp = RMSNorm(c.n_embd, c.norm_eps), MLP(c)
+        self.mlp_norm = RMSNorm(c.n_embd, c.norm_eps)
+        self.mlp = MoE(c) if c.n_expert and layer >= c.n_dense_layer else MLP(c.n_embd, c.d_ff)
 
     def forward(self, x, *context):
+        """-> x (B, T, C), and what a router did: see MoE, or None"""
         x = x + self.attn(self.attn_norm(x), *context)
-        return x + self.mlp(self.mlp_norm(x))
+        y = self.mlp(self.mlp_norm(x))
+        y, routed = y if isinstance(y, tuple) else (y, None)
+        return x + y, routed
 
 
 class GPT(nn.Module):
@@ -397,8 +524,9 @@ class GPT(nn.Module):
         super().__init__()
         self.config = c = config.resolved()
         self.activation_checkpointing = False
+        self.balance, self.routed_so_far = 0.0, None          # see balance_loss, router_stats
         self.embed = nn.Embedding(c.vocab_size, c.n_embd)
-        self.blocks = nn.ModuleList(Block(c) for _ in range(c.n_layer))
+        self.blocks = nn.ModuleList(Block(c, layer) for layer in range(c.n_layer))
         self.norm = RMSNorm(c.n_embd, c.norm_eps)
         self.untied_head = None if c.tie_embeddings else nn.Linear(c.n_embd, c.vocab_size, bias=False)
         for module in self.modules():
@@ -437,15 +565,54 @@ class GPT(nn.Module):
         angles = positions[..., None, None] * inv.to(tokens.device)                # (B or 1, T, 1, D'/2)
         cos, sin = angles.cos() * scale, angles.sin() * scale
 
-        x = self.embed(tokens)                                                     # (B, T, C)
+        x, routers = self.embed(tokens), []                                        # (B, T, C)
         for layer, block in enumerate(self.blocks):
             if self.activation_checkpointing and self.training:
-                x = checkpoint(block, x, cos, sin, mask, use_reentrant=False)
+                x, routed = checkpoint(block, x, cos, sin, mask, use_reentrant=False)
             else:
-                x = block(x, cos, sin, mask, cache, layer)
+                x, routed = block(x, cos, sin, mask, cache, layer)
+            routers += [routed] if routed is not None else []
         if cache is not None:
             cache.end(T)
+        if routers and self.training and torch.is_grad_enabled():
+            begins = positions.expand(B, T) == 0 if branch is None else first & ~branch
+            sequence = begins.flatten().cumsum(0) - 1
+            if docs is not None:
+                sequence = sequence.masked_fill(docs.flatten() < 0, B * T)
+            self.watch(routers, sequence, B if docs is None else int(begins.sum()))
         return self.norm(x)
+
+    @torch.compiler.disable
+    def watch(self, routers, sequence, num_sequences):
+        """Note what routers, a list of (probs, expert), did, for balance_loss and router_stats"""
+        c = self.config
+        balance, chosen = zip(*(load_balance(*routed, sequence, num_sequences) for routed in routers))
+        self.balance = c.balance_coef * sum(balance)
+        seen = torch.cat([torch.stack(balance).detach()[:, None], torch.stack(chosen)], dim=1)   # (L, 1 + E)
+        self.routed_so_far = seen if self.routed_so_far is None else self.routed_so_far + seen
+
+    def balance_loss(self):
+        """
+        balance_coef times `load_balance` of the training forward just made, a SUM over its tokens and layers,
+        to be divided by all tokens of the step and added to the loss. A sequence is a document with its
+        branches, or a row where there are no docs; negative docs are padding. 0.0 without experts
+        """
+        balance, self.balance = self.balance, 0.0             # given once: it holds on to the forward
+        return balance
+
+    def router_stats(self):
+        """
+        -> what routers did since the last call, over all ranks (which call it together): balance, mean of
+        `load_balance` a token and layer (1 = even); expert_frac, list by layer of the share of the choices
+        that each expert got; dropped tokens, none ever. {} without experts
+        """
+        if self.routed_so_far is None:
+            return {}
+        seen, self.routed_so_far = dist.all_sum(self.routed_so_far), None
+        balance, chosen = seen[:, 0], seen[:, 1:]
+        total = chosen.sum(dim=1, keepdim=True).clamp(min=1)                       # choices: tokens times k
+        balance = (balance * self.config.n_expert_active / total[:, 0]).mean()
+        return dict(balance=balance.item(), expert_frac=(chosen / total).tolist(), dropped=0)
 
     def logits(self, hidden):
         """hidden (..., C) -> (..., V), of the few positions that sampling asks for"""
@@ -461,6 +628,18 @@ class GPT(nn.Module):
     def num_parameters(self):
         return sum(p.numel() for p in self.parameters())
 
+    def idle_parameters(self):
+        """Those of experts that a token does not go to"""
+        c, routed = self.config, [m for m in self.modules() if isinstance(m, MoE)]
+        return sum(m.gate_up.numel() + m.down.numel() for m in routed) * (c.n_expert - c.n_expert_active) \
+            // max(1, c.n_expert)
+
+    def size(self):
+        """-> text for the first line of a run"""
+        idle = self.idle_parameters()
+        return f"{self.num_parameters():,} parameters" \
+            + f" ({self.num_parameters() - idle:,} active in a token)" * bool(idle)
+
     def flops_per_token(self, T, head_frac=1.0):
         """
         FLOPs that one trained token of a causal sequence of T costs, forward and backward: 6 per weight of a
@@ -468,7 +647,7 @@ class GPT(nn.Module):
         T x T products that a causal mask needs (PaLM, appendix B; counting all is common, and flatters).
         """
         c = self.config
-        weights = sum(m.weight.numel() for m in self.blocks.modules() if isinstance(m, nn.Linear))
+        weights = sum(p.numel() for p in self.blocks.parameters() if p.ndim > 1) - self.idle_parameters()
         weights += head_frac * self.head.numel()
         return 6 * weights + 6 * c.n_layer * c.n_head * c.head_dim * T
 
