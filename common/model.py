@@ -93,9 +93,11 @@ class ModelConfig:
             raise UserError(f"--model.rope_high_freq_factor={self.rope_high_freq_factor}: must be above "
                             f"rope_low_freq_factor={self.rope_low_freq_factor}")
         active = self.n_expert_active + self.n_shared_expert
-        if self.n_expert and not 0 < self.n_expert_active <= self.n_expert:
-            raise UserError(f"--model.n_expert_active={self.n_expert_active}: expected 1 to "
-                            f"n_expert={self.n_expert}")
+        if self.n_expert and not (0 < self.n_expert_active <= self.n_expert
+                                  and self.n_dense_layer < self.n_layer):
+            raise UserError(f"--model.n_expert_active={self.n_expert_active} --model.n_dense_layer="
+                            f"{self.n_dense_layer}: expected 1 to n_expert={self.n_expert}, and fewer "
+                            f"than n_layer={self.n_layer}")
         if self.shared_gate and not (self.n_expert and self.n_shared_expert):
             raise UserError("--model.shared_gate=true: there are no shared experts; "
                             "set --model.n_expert and --model.n_shared_expert")
@@ -613,6 +615,10 @@ class GPT(nn.Module):
         total = chosen.sum(dim=1, keepdim=True).clamp(min=1)                       # choices: tokens times k
         balance = (balance * self.config.n_expert_active / total[:, 0]).mean()
         return dict(balance=balance.item(), expert_frac=(chosen / total).tolist(), dropped=0)
+
+    def train(self, mode=True):
+        self.balance = 0.0                                    # or a copy made in between could not be
+        return super().train(mode)
 
     def logits(self, hidden):
         """hidden (..., C) -> (..., V), of the few positions that sampling asks for"""

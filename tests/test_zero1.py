@@ -314,6 +314,32 @@ def other_rules(c):
     return result
 
 
+def experts(c):
+    """Rows whose tokens all go to two of six experts, so that each rank leaves others without any."""
+    torch.manual_seed(0)
+    model = GPT(ModelConfig(vocab_size=17, n_layer=2, n_head=2, n_embd=8, d_ff=12, seq_len=8, n_expert=6,
+                            n_dense_layer=1, balance_coef=0.5))
+    with torch.no_grad():                                     # tokens of 5 f to 5 f + 4 to experts 2 f, 2 f + 1
+        for f in range(3):
+            model.embed.weight[5 * f:5 * f + 5, f] = 1.0
+            model.blocks[1].mlp.router[2 * f:2 * f + 2, f] = 1.0
+    tokens, targets = torch.randint(5, (2, 6, 8), generator=torch.Generator().manual_seed(0))
+    tokens += torch.tensor([0, 0, 5, 5, 10, 10])[:, None]
+    tokens, targets = (x.chunk(c.world_size)[c.rank] for x in (tokens, targets))
+    optimizer, unused, stats = ShardedOptimizer(parameter_groups(model), c.zero1, buckets_of(64)), [], []
+    optimizer.lr = 0.003
+    for _ in range(5):
+        for i, (row, target) in enumerate(zip(tokens.chunk(2), targets.chunk(2))):
+            optimizer.sync = i == 1
+            logits = model(row) @ model.head.T                          # (B, T, V)
+            nll = F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="sum")
+            ((nll + model.balance_loss()) / 48).backward()
+        unused.append(int((model.routed_so_far[0, 1:] == 0).sum()))
+        stats.append(model.router_stats())
+        optimizer.step(1.0)
+    return dict(weights=weights_of(model), unused=unused, stats=stats)
+
+
 class Regression(nn.Module):
     """One matrix with a model's size of weights (0.02), far from its solution: gradients keep their sign."""
     def __init__(self, dtype):
@@ -340,7 +366,7 @@ def low_precision(c):
 
 
 CASES = [trained, fractional_buckets, zero_grad, recorded, sync_never_off, skipped, loss_scaled,
-         saved, resumed, other_rules, low_precision, summed_before_step]
+         saved, resumed, other_rules, experts, low_precision, summed_before_step]
 
 
 def worker(rank, folder):
@@ -409,6 +435,17 @@ def test_ten_steps_equal_torch_adamw_with_the_whole_batch(results, layout, kind)
         assert value[kind]["num_buckets"] == (9 if kind == "tiny" and layout[0] > 1 else 2)
         assert_close(value[kind]["weights"], weights)
         assert value[kind]["norms"] == pytest.approx(norms, rel=1e-5)
+
+
+@each_parallel_layout
+def test_experts_that_a_rank_has_no_tokens_for_make_no_difference(results, layout):
+    whole, values = results(experts, LAYOUTS[0])[0], results(experts, layout)
+    assert any(value["unused"][0] > whole["unused"][0] for value in values)
+    for value in values:
+        assert_close(value["weights"], whole["weights"])
+        for ours, theirs in zip(value["stats"], whole["stats"]):
+            assert ours["balance"] == pytest.approx(theirs["balance"], rel=1e-4)
+            assert torch.tensor(ours["expert_frac"]).equal(torch.tensor(theirs["expert_frac"]))
 
 
 @each_layout
