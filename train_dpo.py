@@ -181,6 +181,7 @@ if __name__ == "__main__":
     eval_prompts = [ids for ids, _ in encode_chat(
         tokenizer, [[{"role": "user", "content": prompt}] for prompt in cfg.eval_prompts], reply=True)]
     critical_ids = torch.tensor(cfg.critical_ids, dtype=torch.int64, device=device)
+    new_model = GPT                                                           # ModelConfig -> the model
 
     # -------------------------------------------------------------------------
     # model, optimizer (identical in every stage)
@@ -202,7 +203,7 @@ if __name__ == "__main__":
                                seq_len=cfg.model.seq_len or cfg.seq_len).resolved()
     model_config.check_data(meta["vocab_size"], cfg.seq_len, train_data.doc_mask, eval_prompts)
     torch.manual_seed(cfg.seed)                                               # the same weights on every rank
-    model = GPT(model_config).to(device, getattr(torch, cfg.param_dtype))
+    model = new_model(model_config).to(device, getattr(torch, cfg.param_dtype))
     model.activation_checkpointing = cfg.activation_checkpointing
     if source:
         checkpoint.load_weights(source, model)

@@ -193,6 +193,7 @@ if __name__ == "__main__":
     def load(split, seed):
         return PromptData(cfg.data_dir, split, cfg.seq_len - cfg.max_new_tokens, micro_batch_size, rank,
                           world_size, device, seed)
+    new_model = GPT                                                           # ModelConfig -> the model
     train_data, val_data = load("train", cfg.seed), load("val", 0) if cfg.eval_seqs else None
     train_data.view = dict(num_samples=cfg.num_samples, updates_per_rollout=updates)
     eval_prompts = [ids for ids, _ in encode_chat(
@@ -218,7 +219,7 @@ if __name__ == "__main__":
                                seq_len=cfg.model.seq_len or cfg.seq_len).resolved()
     model_config.check_data(meta["vocab_size"], cfg.seq_len, train_data.doc_mask, eval_prompts)
     torch.manual_seed(cfg.seed)                                               # the same weights on every rank
-    model = GPT(model_config).to(device, getattr(torch, cfg.param_dtype))
+    model = new_model(model_config).to(device, getattr(torch, cfg.param_dtype))
     model.activation_checkpointing = cfg.activation_checkpointing
     if source:
         checkpoint.load_weights(source, model)

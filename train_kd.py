@@ -193,6 +193,7 @@ if __name__ == "__main__":
     eval_prompts = [encode_chat(tokenizer, [[{"role": "user", "content": prompt}]], reply=True)[0][0] if chat
                     else tokenizer.encode(prompt) for prompt in cfg.eval_prompts]
     critical_ids = torch.tensor(cfg.critical_ids, dtype=torch.int64, device=device)
+    new_model = GPT                                                           # ModelConfig -> the model
 
     teacher_config, teacher_id, fill = find_teacher(cfg.teacher, tokenizer.fingerprint)
     if teacher_config and teacher_config.seq_len < cfg.seq_len:
@@ -219,7 +220,7 @@ if __name__ == "__main__":
                                seq_len=cfg.model.seq_len or cfg.seq_len).resolved()
     model_config.check_data(meta["vocab_size"], cfg.seq_len, train_data.doc_mask, eval_prompts)
     torch.manual_seed(cfg.seed)                                               # the same weights on every rank
-    model = GPT(model_config).to(device, getattr(torch, cfg.param_dtype))
+    model = new_model(model_config).to(device, getattr(torch, cfg.param_dtype))
     model.activation_checkpointing = cfg.activation_checkpointing
     if source:
         checkpoint.load_weights(source, model)
@@ -327,10 +328,9 @@ if __name__ == "__main__":
         for i, (tokens, targets, mask, docs), weight in zip(micro_numbers, micro_batches, weights):
             optimizer.sync = i == micro_numbers[-1]                           # travel in the last backward
             with autocast:
-                hidden = forward(tokens, docs)                                # (B, T, C)
                 loss_sum, ce_sum, kd_sum = losses.linear_kd_loss(
-                    hidden, model.head, ask("train", i, tokens, docs), targets, mask, weight, kd_frac,
-                    **kd_options)
+                    forward(tokens, docs), model.head, ask("train", i, tokens, docs), targets, mask, weight,
+                    kd_frac, **kd_options)
             loss = loss_sum / n_targets.clamp(min=1)                          # divide once, by the full count
             ((loss + model.balance_loss() / n_tokens) * optimizer.loss_scale).backward()
             step_loss += loss.detach()

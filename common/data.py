@@ -61,8 +61,8 @@ def open_array(path, count=None, row=()):
     except (OSError, ValueError, EOFError) as error:
         raise UserError(f"{path}: damaged or truncated ({error}); prepare the set again") from None
     if array.shape[1:] != row or array.ndim < 1 or array.dtype.kind != "u":
-        raise UserError(f"{path}: expected {f'rows of {row}' if row else 'one row of'} unsigned integers, got "
-                        f"{array.dtype} {array.shape}; prepare the set again")
+        raise UserError(f"{path}: expected {f'rows of {row}' if row else 'one row of'} unsigned integers, "
+                        f"got {array.dtype} {array.shape}; prepare the set again")
     if count is not None and len(array) != count:
         raise UserError(f"{path}: holds {len(array)} numbers, meta.json says {count}; prepare the set again")
     return array

@@ -517,7 +517,8 @@ class Block(nn.Module):
 
 class GPT(nn.Module):
     """
-    model(tokens, docs=None, cache=None, branch=None, images=None) -> hidden states (B, T, C); `head` (V, C) makes logits.
+    model(tokens, docs=None, cache=None, branch=None, images=None) -> hidden states (B, T, C); `head` (V, C)
+    makes logits. vision: a common.vision.Vision, or None
 
     config (resolved ModelConfig) describes it completely. Set `activation_checkpointing = True` to recompute
     each block in backward instead of keeping its activations.
@@ -655,8 +656,9 @@ class GPT(nn.Module):
     def flops_per_token(self, T, head_frac=1.0):
         """
         FLOPs that one trained token of a causal sequence of T costs, forward and backward: 6 per weight of a
-        matrix product, 4 where it is frozen (the head's for the fraction of tokens that have a target), and the half of attention's
-        T x T products that a causal mask needs (PaLM, appendix B; counting all is common, and flatters).
+        matrix product, 4 where it is frozen (the head's for the fraction of tokens that have a target), and
+        the half of attention's T x T products that a causal mask needs (PaLM, appendix B; counting all is
+        common, and flatters). Without vision.
         """
         c = self.config
         weights = sum(p.numel() for p in self.blocks.parameters() if p.ndim > 1) - self.idle_parameters()

@@ -185,7 +185,7 @@ def generate(model, prompts, cfg, end=None, num_samples=1, seed=0, numbers=None,
 
 
 def gather_images(images, device):
-    """images: a list of tensors (S, S, 3) for each row -> each once (U, S, S, 3), which of them (n,), or None"""
+    """images: tensors (S, S, 3) of each row -> each tensor once (U, S, S, 3), which of them (n,); or None"""
     flat = [image for row in images or [] for image in row]
     if not flat:
         return None

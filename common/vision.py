@@ -8,8 +8,8 @@ An image stands in the tokens as tokens_per_image copies of the token <image>; `
 there instead of their embeddings. The tower is the small ViT (2010.11929) below, or any callable of yours.
 
 `images` is a dict that data/prepare.py writes and a checkpoint keeps, so that training and sampling see the
-same: image_size (pixels a side), tokens_per_image, resize (stretch, crop, pad), mean and std of the channels
-red, green, blue between 0 and 1, token (id of <image>).
+same: image_size (pixels a side), tokens_per_image, resize (stretch, crop, pad), mean and std of red, green
+and blue (0 to 1), token (id of <image>).
 Shapes: N images, S pixels a side, P patches, D channels of the tower, k tokens an image, C of the model.
 """
 import math
@@ -32,7 +32,7 @@ class VisionConfig:
     n_embd: int = 128                  # channels
 
     def continued(self, wanted):
-        """wanted: this config with what the user asked for -> the same; UserError where weights would not fit"""
+        """wanted: this config with what the user asked for -> wanted; UserError where weights do not fit"""
         for f in fields(self):
             if f.name != "tower" and getattr(wanted, f.name) != getattr(self, f.name):
                 raise UserError(f"--vision.{f.name}={getattr(wanted, f.name)}: the checkpoint has "
@@ -80,6 +80,13 @@ class Vision(nn.Module):
         x = (pixels.float() / 255 - mean) / std                                    # (N, S, S, 3)
         x = self.tower(x.permute(0, 3, 1, 2).to(self.out.weight.dtype))            # (N, P, D)
         return self.out(self.norm(pool(x, self.tokens_per_image).to(self.out.weight.dtype)))     # (N, k, C)
+
+    def train(self, mode=True):
+        """As of any module, but that a tower without a parameter that learns stays in eval mode"""
+        super().train(mode)
+        if isinstance(self.tower, nn.Module) and not any(p.requires_grad for p in self.tower.parameters()):
+            self.tower.eval()
+        return self
 
     @torch.compiler.disable
     def place(self, x, tokens, images):

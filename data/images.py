@@ -1,9 +1,9 @@
 """
 Conversations with images, for `python data/prepare.py images`, which stores every picture once.
 
-    .jsonl  a conversation a line, as for `chat`, where a content is a list of {"type": "text", "text": "..."} and
-            {"type": "image", "path": "a.png"}, or a text in which each "<image>" stands for one of the paths in
-            "images": [...] of the message or of the row; paths are relative to the file's folder
+    .jsonl  a conversation a line, as for `chat`, where a content is a list of {"type": "text", "text": "..."}
+            and {"type": "image", "path": "a.png"}, or a text in which each "<image>" stands for one of the
+            paths in "images": [...] of the message or of the row; paths are relative to the file's folder
 
 In a conversation without "images" the text "<image>" is text. Assistants show no images.
 """
@@ -28,13 +28,13 @@ class ImagesConfig:
     tokenizer: str = "bytes"           # that of the model to be trained: its run, or as in `text --help`
     image_size: int = 64               # pixels a side that every picture is resized to
     tokens_per_image: int = 16         # positions that an image takes
-    resize: Literal["stretch", "crop", "pad"] = "stretch"  # to a square: as it is, its middle, black beside it
+    resize: Literal["stretch", "crop", "pad"] = "stretch"  # to a square: all, the middle, all on black
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)  # of red, green and blue (0 to 1), taken off
     std: tuple[float, ...] = (0.5, 0.5, 0.5)  # what the channels are divided by then
     answer_tags: bool = True           # put <answer> and </answer> around what an assistant says
     max_len: int = 0                   # tokens in a conversation at most, tags and images too; 0 = no limit
     long_rows: Literal["error", "skip", "cut"] = "error"  # longer ones: stop, leave out, or cut the end off
-    bad_rows: Literal["error", "skip"] = "error"  # malformed rows, unreadable pictures: stop, or count and skip
+    bad_rows: Literal["error", "skip"] = "error"  # malformed lines, unreadable pictures: stop, or count, skip
     out_dir: str = "out/images"        # the set, must not exist
     seed: int = 1337                   # which conversations are held out
 
@@ -59,47 +59,47 @@ def images_info(cfg, token):
 def with_paths(row, folder):
     """A row of a .jsonl in that folder -> messages whose images are parts with a path; ValueError"""
     messages = row["messages"] if isinstance(row, dict) and "messages" in row else row
-    if isinstance(messages, dict):
+    if not isinstance(messages, list):
         raise ValueError('expected [messages] or {"messages": [...]}')
-    of_row = paths_in(row, "the row's") if isinstance(row, dict) else None
-    left, result = iter(of_row or []), []
-    used = 0
-    for message in messages if isinstance(messages, list) else [messages]:
-        own = paths_in(message, "a message's") if isinstance(message, dict) else None
-        if isinstance(message, dict):
+    of_row, result = paths_in(row), []
+    left = None if of_row is None else list(of_row)
+    for message in messages:
+        own = paths_in(message)
+        if own is not None:
             message = {key: value for key, value in message.items() if key != "images"}
-        content = message.get("content") if isinstance(message, dict) else None
-        if isinstance(content, str) and (own or of_row) is not None and MARK in content:
-            texts = content.split(MARK)
-            marks = len(texts) - 1
-            paths = own if own is not None else [path for _, path in zip(range(marks), left)]
-            used += 0 if own is not None else marks
-            if own is None and len(paths) < marks or own is not None and len(own) != marks:
-                raise ValueError(f'{marks} "{MARK}" for {len(paths)} images')
-            parts = [dict(type="text", text=texts[0])]
-            for path, text in zip(paths, texts[1:]):
-                parts += [dict(type="image", path=path), dict(type="text", text=text)]
-            message = {**message, "content": [part for part in parts if part.get("text") != ""]}
-        elif own:
-            raise ValueError(f'no "{MARK}" for {len(own)} images')
+        given, paths = (of_row, left) if own is None else (own, list(own))
+        if isinstance(message, dict) and isinstance(message.get("content"), str) and paths is not None:
+            first, *texts = message["content"].split(MARK)
+            if len(texts) > len(paths):
+                raise ValueError(f'more "{MARK}" than the {len(given)} in "images"')
+            parts = [dict(type="text", text=first)]
+            for text in texts:
+                parts += [dict(type="image", path=paths.pop(0)), dict(type="text", text=text)]
+            message = {**message, "content": parts} if texts else message
+        if own is not None and paths:
+            raise ValueError(f'fewer "{MARK}" than the {len(own)} in "images"')
         result.append(message)
-    if of_row is not None and used != len(of_row):
-        raise ValueError(f'{used} "{MARK}" for {len(of_row)} images')
-    check_conversation(result if isinstance(messages, list) else messages, with_images=True)
-    for message in result:
-        for part in message["content"] if isinstance(message["content"], list) else []:
-            if part["type"] == "image":
-                if not isinstance(part.get("path"), str):
-                    raise ValueError('an image is {"type": "image", "path": "..."}')
-                part["path"] = os.path.join(folder, part["path"])
-    return result
+    if left:
+        raise ValueError(f'fewer "{MARK}" than the {len(of_row)} in "images"')
+    check_conversation(result, with_images=True)
+    return [{**message, "content": [at(part, folder) for part in message["content"]]}
+            if isinstance(message["content"], list) else message for message in result]
 
 
-def paths_in(holder, whose):
+def at(part, folder):
+    """A part of a content whose path is relative to the folder -> the same to here"""
+    if part["type"] == "text":
+        return part
+    if not isinstance(part.get("path"), str):
+        raise ValueError('an image is {"type": "image", "path": "..."}')
+    return {**part, "path": os.path.join(folder, part["path"])}
+
+
+def paths_in(holder):
     """-> "images" of a message or row, None where it has none; ValueError when these are not paths"""
-    paths = holder.get("images")
+    paths = holder.get("images") if isinstance(holder, dict) else None
     if paths is not None and not (isinstance(paths, list) and all(isinstance(path, str) for path in paths)):
-        raise ValueError(f'{whose} "images" are a list of paths')
+        raise ValueError('"images" is a list of paths')
     return paths
 
 
@@ -110,7 +110,7 @@ def paths_of(messages):
 
 
 class Pictures:
-    """Every picture once, as it comes: of those that are stored, 16 bytes of their files' hash stay in memory."""
+    """Every picture once, as it comes; 16 bytes of its file's hash stay in memory."""
 
     def __init__(self, pixels, info):
         """pixels: a writer of (S, S, 3) uint8 rows; info: see `images_info`"""

@@ -219,8 +219,11 @@ def read_all_texts(path, fields):
         texts = [row[field] for field in fields if field in row] if isinstance(row, dict) else []
         messages = row.get("messages", []) if isinstance(row, dict) else row
         if not texts and isinstance(messages, list):
-            texts = [message[key] for message in messages if isinstance(message, dict)
-                     for key in ("content", "think") if key in message]
+            said = [message[key] for message in messages if isinstance(message, dict)
+                    for key in ("content", "think") if key in message]
+            parts = [part for text in said if isinstance(text, list) for part in text]   # text or image
+            texts = [text for text in said if not isinstance(text, list)]
+            texts += [part["text"] for part in parts if isinstance(part, dict) and "text" in part]
         if not texts or not all(isinstance(text, str) for text in texts):
             raise UserError(f"{path}:{number}: expected a conversation or {', '.join(fields)} (--fields), "
                             f"got {shown(row)}")
@@ -325,8 +328,8 @@ class Progress:
 
 class ArrayWriter:
     """
-    A .npy of unknown length, written front to back: room is left for the header, filled in at the end. row:
-    shape of what it is a list of
+    A .npy of unknown length, written front to back: room is left for the header, filled in at the end.
+    row: shape of what it is a list of
     """
     HEADER = 128
 
@@ -372,7 +375,7 @@ def whole_or_nothing(out_dir):
 
 
 def describe(folder, kind, tokenizer, splits, report, cfg, **more):
-    """Write what goes with the arrays of a set: the tokenizer's files and meta.json. more: what is in there"""
+    """Write what goes with the arrays of a set: the tokenizer's files and meta.json. more: for meta.json"""
     for name, content in tokenizer.files().items():
         with open(os.path.join(folder, name), "wb") as file:
             file.write(content)
@@ -726,9 +729,9 @@ def read_chats(path, fields, report, with_images=False):
             messages = row["messages"] if isinstance(row, dict) and "messages" in row else row
             if with_images:
                 messages = with_paths(row, os.path.dirname(path))
-            elif messages is not row and "images" in row:
-                raise ValueError("images: prepare them with `data/prepare.py images`")
-            elif isinstance(messages, dict) and not fields:
+            else:
+                check_no_images(row)
+            if isinstance(messages, dict) and not fields:
                 raise ValueError(f'expected [messages] or {{"messages": [...]}}, or --fields for rows of two '
                                  f"texts; the row has {', '.join(row)[:60]}")
             if fields:
@@ -746,11 +749,17 @@ def read_chats(path, fields, report, with_images=False):
         yield where, messages
 
 
+def check_no_images(row):
+    if isinstance(row, dict) and "images" in row:
+        raise ValueError("images are for `data/prepare.py images` and train_sft.py only")
+
+
 def read_prompts(path, fields, report):
     """Yield ("file:line", {"prompt": messages, "answer": text}) of every line."""
     for number, row in read_json_rows(path, report):
         where = f"{path}:{number}"
         try:
+            check_no_images(row)
             if not isinstance(row, dict) or not isinstance(row.get(fields[1]), str):
                 raise ValueError(f"expected {fields[0]} and {fields[1]} (--fields), the second a text")
             prompt = row.get(fields[0])
@@ -767,6 +776,7 @@ def read_pairs(path, report):
     for number, row in read_json_rows(path, report):
         where = f"{path}:{number}"
         try:
+            check_no_images(row)
             if not isinstance(row, dict) or not {"chosen", "rejected"} <= row.keys():
                 raise ValueError('expected {"chosen": ..., "rejected": ...}')
             prompt, chosen, rejected = (
