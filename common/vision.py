@@ -4,8 +4,9 @@ Images for a language model: a tower turns pixels into features, a projector tur
     model.vision = Vision(VisionConfig(), model.config.n_embd, images)    # images: of the set's meta.json
     hidden = model(tokens, images=(pixels, which))
 
-An image stands in the tokens as tokens_per_image copies of the token <image>; `Vision.place` puts its features
-there instead of their embeddings. The tower is the small ViT (2010.11929) below, or any callable of yours.
+An image stands in the tokens as tokens_per_image copies of the token <image>; `Vision.place` puts its
+features there instead of their embeddings. The tower is the small ViT (2010.11929) below, or any callable of
+yours.
 
 `images` is a dict that data/prepare.py writes and a checkpoint keeps, so that training and sampling see the
 same: image_size (pixels a side), tokens_per_image, resize (stretch, crop, pad), mean and std of red, green
