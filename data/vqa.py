@@ -1,7 +1,7 @@
 """
 easy-VQA (github.com/vzhou842/easy-VQA): questions about pictures of one coloured shape, 64 x 64 pixels.
 
-    python data/vqa.py --out_dir=out/vqa                # or --blank=true: the same questions to a grey picture
+    python data/vqa.py --out_dir=out/vqa             # or --blank=true: the same questions to a grey picture
 
 Writes train.jsonl and val.jsonl for `data/prepare.py images`: a conversation is a picture and all questions
 about it in a shuffled order, --shuffles times over; test.jsonl, one question a conversation; and images/.
