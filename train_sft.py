@@ -244,8 +244,8 @@ if __name__ == "__main__":
                 hidden = forward(tokens, docs, images=train_data.images(i))   # (B, T, C)
                 loss_sum = losses.linear_cross_entropy(hidden, model.head, targets, mask, weight)
             loss = loss_sum / n_targets.clamp(min=1)                          # divide once, by the full count
-            if not loss.requires_grad:                                        # freeze_llm, and no image here:
-                loss = loss + 0 * model.vision.out.bias.sum()                 # other ranks wait for a backward
+            if not loss.requires_grad:                                        # freeze_llm, and no image here;
+                loss = loss + 0 * model.vision.out.bias.sum()                 # other ranks wait for backward
             ((loss + model.balance_loss() / n_tokens) * optimizer.loss_scale).backward()
             step_loss += loss.detach()
 

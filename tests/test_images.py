@@ -1,4 +1,4 @@
-"""`data/prepare.py images` and data/vqa.py: what a row may look like, what is stored, cut, left out, refused."""
+"""`data/prepare.py images`, data/vqa.py: what a row may look like, what is stored, cut, left out, refused."""
 import json
 import os
 import resource
@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 from conftest import ROOT, run
+from launch import launch
 
 from common.tokenizer import load_tokenizer
 
@@ -50,9 +51,12 @@ def folder(tmp_path, monkeypatch):
 def prepare(rows, *options, command="images", check=True):
     with open("in/rows.jsonl", "w") as file:
         file.writelines((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
-    return run(ROOT / "data/prepare.py", command, "--input=in/rows.jsonl", "--out_dir=set",
-               *["--image_size=8", "--tokens_per_image=2"] * (command == "images"), *options, check=check,
-               cwd=os.getcwd())
+    result = launch([ROOT / "data/prepare.py", command, "--input=in/rows.jsonl", "--out_dir=set", *options,
+                     *["--image_size=8"] * (command == "images" and "--image_size" not in str(options)),
+                     *["--tokens_per_image=2"] * (command == "images" and "--tokens" not in str(options))],
+                    cwd=os.getcwd())
+    assert not check or result.returncode == 0, result.stderr
+    return result
 
 
 def stored():
@@ -62,9 +66,9 @@ def stored():
     pixels = np.load("set/train_images.npy", mmap_mode="r")
     names = {(255, 0, 0): "red", (0, 0, 255): "blue", (0, 255, 0): "lime"}
     assert len(offsets) == len(borders) and borders[-1] == len(ids)
-    return ([BYTES.decode(tokens[a:b], show_special=True) for a, b in zip(offsets, offsets[1:])],
-            [[names[tuple(pixels[i, 3, 3].tolist())] for i in ids[a:b]] for a, b in zip(borders, borders[1:])],
-            len(pixels))
+    texts = [BYTES.decode(tokens[a:b], show_special=True) for a, b in zip(offsets, offsets[1:])]
+    colours = [names[tuple(pixels[i, 3, 3].tolist())] for i in ids]
+    return texts, [colours[a:b] for a, b in zip(borders, borders[1:])], len(pixels)
 
 
 ROWS = {
@@ -86,8 +90,8 @@ def test_three_ways_to_show_a_picture(folder, row):
 
 
 def test_pictures_come_in_the_order_of_their_marks_and_are_stored_once(folder):
-    rows = [dict(messages=[user("<image>a<image>"), A, user("<image>", images=["lime.png"]), A, user("<image>"), A],
-                 images=["red.png", "blue.png", "red_again.png"]),
+    rows = [dict(messages=[user("<image>a<image>"), A, user("<image>", images=["lime.png"]), A,
+                           user("<image>"), A], images=["red.png", "blue.png", "red_again.png"]),
             [user("none"), A], [user([image("blue.png"), image("blue.png")]), A],
             [dict(role="system", content=[image("lime.png")]), user("b"), A]]
     prepare(rows)
@@ -101,15 +105,17 @@ def test_without_images_a_mark_is_text(folder):
     texts, colours, _ = stored()
     tokens = np.load("set/train.npy")
     assert (tokens == IMAGE).sum() == 2 and colours == [[], ["red"]]
-    assert texts[0].startswith("<user>a <image> b<end>") and texts[1].startswith("<user><image><image><image><end>")
+    assert texts[0].startswith("<user>a <image> b<end>")
+    assert texts[1].startswith("<user><image><image><image><end>")
 
 
 BAD = {
     "more marks": ([user("<image><image>", images=["red.png"]), A], 'more "<image>" than the 1 in "images"'),
     "fewer marks": ([user("<image>", images=["red.png"] * 2), A], 'fewer "<image>" than the 2 in "images"'),
     "no mark": (dict(messages=[user("a"), A], images=["red.png"]), 'fewer "<image>" than the 1 in "images"'),
-    "more marks than the row has": (dict(messages=[user("<image>"), A, user("<image>"), A], images=["red.png"]),
-                                    'more "<image>" than the 1 in "images"'),
+    "more marks than the row has": (
+        dict(messages=[user("<image>"), A, user("<image>"), A], images=["red.png"]),
+        'more "<image>" than the 1 in "images"'),
     "no paths": ([user("<image>", images="red.png"), A], '"images" is a list of paths'),
     "numbers": ([user("<image>", images=[1]), A], '"images" is a list of paths'),
     "no path": ([user([dict(type="image")]), A], 'an image is {"type": "image", "path": "..."}'),
@@ -135,11 +141,13 @@ def test_a_bad_row_is_one_line_with_file_and_line(folder, row, message):
 
 def test_bad_rows_can_be_left_out(folder):
     rows = [row for row, _ in BAD.values()]
-    result = prepare([ROWS["parts"], *rows, MISSING[0], NO_PICTURE[0], ROWS["marks of a row"]], "--bad_rows=skip")
+    result = prepare([ROWS["parts"], *rows, MISSING[0], NO_PICTURE[0], ROWS["marks of a row"]],
+                     "--bad_rows=skip")
     assert stored()[1:] == ([["red"], ["red"]], 1)
     assert f"left out {len(rows)} malformed: in/rows.jsonl:2, " in result.stdout
     first = len(rows) + 2
-    assert f"left out 2 with unreadable images: in/rows.jsonl:{first}, in/rows.jsonl:{first + 1}\n" in result.stdout
+    assert f"left out 2 with unreadable images: in/rows.jsonl:{first}, in/rows.jsonl:{first + 1}\n" \
+        in result.stdout
 
 
 def test_a_set_without_a_readable_picture_is_an_error(folder):
@@ -149,13 +157,14 @@ def test_a_set_without_a_readable_picture_is_an_error(folder):
 
 
 def test_a_cut_never_goes_through_an_image(folder):
-    """<user> a <end> <assistant> <answer> x </answer> <end>, 8 tokens, <user> b, then the image at 10 and 11."""
+    """<user>a<end><assistant><answer>x</answer><end>, 8 tokens, <user>b, then the image at 10 and 11"""
     row = [user("a"), A, user([text("b"), image("red.png"), text("cd")]), A]
-    for most in range(6, 22):
+    for most in range(9, 15):
         result = prepare([[user("a"), A], row], f"--max_len={most}", "--long_rows=cut", "--bad_rows=skip")
         texts, colours, _ = stored()
         counts = [conversation.count("<image>") for conversation in texts]
-        assert counts == [2 * len(shown) for shown in colours] and not any(t.endswith("<image>") for t in texts)
+        assert counts == [2 * len(shown) for shown in colours]
+        assert not any(conversation.endswith("<image>") for conversation in texts)
         across = f"left out 1 with an image across the first {most} tokens: in/rows.jsonl:2\n"
         assert (across in result.stdout) == (most in (11, 12))
         assert len(texts) == (1 if most in (11, 12) else 2)
@@ -188,12 +197,12 @@ def test_options_that_cannot_be_are_refused(folder, options, message):
 
 
 def test_splits_have_pictures_of_their_own(folder):
-    prepare([[user([image(f"{name}.png")]), A] for name in ("red", "blue", "lime") * 10], "--val_frac=0.3")
+    prepare([[user([image(f"{name}.png")]), A] for name in ("red", "blue", "lime") * 20], "--val_frac=0.3")
     meta = json.loads((folder / "set/meta.json").read_text())
     for split in ("train", "val"):
         counts, pixels = meta["splits"][split], np.load(f"set/{split}_images.npy")
         assert counts["images"] == counts["conversations"] > 3 and counts["pictures"] == len(pixels) == 3
-    assert meta["splits"]["train"]["images"] + meta["splits"]["val"]["images"] == 30
+    assert meta["splits"]["train"]["images"] + meta["splits"]["val"]["images"] == 60
 
 
 def test_memory_does_not_grow_with_the_pictures(folder):
@@ -212,8 +221,8 @@ def test_a_tokenizer_learns_from_the_text_of_the_parts(folder):
     rows = [[user([image("red.png"), text(f"word{i} something")]), A] for i in range(40)]
     with open("in/rows.jsonl", "w") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
-    run(ROOT / "data/prepare.py", "tokenizer", "--input=in/rows.jsonl", "--vocab_size=300", "--out=t.model",
-        cwd=os.getcwd())
+    launch([ROOT / "data/prepare.py", "tokenizer", "--input=in/rows.jsonl", "--vocab_size=300",
+            "--out=t.model"], cwd=os.getcwd())
     assert len(load_tokenizer("t.model").encode("something")) < 5
 
 
