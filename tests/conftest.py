@@ -72,7 +72,7 @@ def image_set(tmp_path_factory):
     folder, colours = tmp_path_factory.mktemp("images"), ("red", "blue", "lime", "gold")
 
     def chat(i):
-        shown = [f"{(i // 3 * 5 + n * 7) % 12}.png" for n in range(i % 3)]
+        shown = [f"{(i // 3 * 5 + n * (1 + i // 9)) % 12}.png" for n in range(i % 3)]
         said = ",".join(colours[int(name[:-4]) % 4] for name in shown) or "none"
         return {"messages": [{"role": "user", "content": "?" * (i % 4) + "<image>" * len(shown) + "what"},
                              {"role": "assistant", "content": said}], "images": shown}

@@ -552,7 +552,7 @@ def test_a_set_or_options_that_do_not_fit_are_refused(sees, request, image_set, 
 def seeing_run(image_set, tmp_path_factory):
     """A run that tells colours"""
     out = tmp_path_factory.mktemp("seeing") / "run"
-    run("train_sft.py", *TINY, *SEES[1:], f"--data_dir={image_set}", f"--out_dir={out}", "--num_steps=150",
+    run("train_sft.py", *TINY, *SEES[1:], f"--data_dir={image_set}", f"--out_dir={out}", "--num_steps=250",
         "--seq_len=150", "--eval_every=0", "--model.n_embd=32")
     assert losses(out)[-1] < 0.1
     return out
