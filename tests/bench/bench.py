@@ -4,6 +4,8 @@ Speed and memory as ratios against named references, both measured in the same r
     make bench                                  # all; or: python tests/bench/bench.py NAME [NAME ...]
 
     step_26m, step_384     FLOP/s of a training step as a fraction of a large matrix product's
+    moe                    a training step with 8 experts, 2 active, against the dense model of as many active
+                           parameters, and with 32 experts
     profile                where the time of those steps goes
     loss_128, loss_512     linear_cross_entropy against plain logits + F.cross_entropy, V = 50,304
     kd                     linear_kd_loss against plain logits of both models, cross_entropy and kd_loss,
@@ -71,7 +73,7 @@ def training_step(config, B):
 
     def step():
         loss = losses.linear_cross_entropy(model(tokens[:, :-1]), model.head, tokens[:, 1:])
-        (loss / (B * T)).backward()
+        ((loss + model.balance_loss()) / (B * T)).backward()
         optimizer.step(1.0)
     return step, B * T * model.flops_per_token(T)
 
@@ -90,6 +92,14 @@ def bench_step(name, config, B):
     print(f"{name}: {step_s:.3f} s a step, {step_flops / step_s / 1e9:.0f} of {peak / 1e9:.0f} GFLOP/s = "
           f"{step_flops / step_s / peak:.1%} of the matrix product's "
           f"(fp32, {torch.get_num_threads()} threads)")
+
+
+def bench_moe(B=4):
+    configs = [MODEL_26M, replace(MODEL_26M, n_expert=8), replace(MODEL_26M, n_expert=32)]
+    times = alternate(*(training_step(config, B)[0] for config in configs))
+    for config, seconds in zip(configs, times):
+        print(f"moe: {config.n_expert or 'no'} experts, {GPT(config).size()}: {seconds:.2f} s a step of "
+              f"{B} x {config.seq_len} tokens, {seconds / times[0]:.2f}x")
 
 
 def bench_profile():
@@ -406,7 +416,7 @@ def bench_peer(name):
 
 BENCHES = {"step_26m": lambda: bench_step("step_26m", MODEL_26M, 8),
            "step_384": lambda: bench_step("step_384", MODEL_384, 16),
-           "profile": bench_profile,
+           "moe": bench_moe, "profile": bench_profile,
            "loss_128": lambda: bench_loss("loss_128", 128, 768),
            "loss_512": lambda: bench_loss("loss_512", 512, 2048),
            "kd": bench_kd, "packing": bench_packing, "pairs": bench_pairs, "loader": bench_loader,
