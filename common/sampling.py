@@ -113,7 +113,8 @@ def for_sampling(model, packed):
     if fast.untied_head is None:
         fast.untied_head = nn.Linear(weight.shape[1], len(weight), bias=False, device="meta")
         fast.untied_head.weight = weight                      # the embedding; only this copy's logits ask it
-    linears = [(module, name, child) for module in [fast, *fast.blocks.modules()]
+    seeing = set() if model.vision is None else set(model.vision.modules())
+    linears = [(module, name, child) for module in fast.modules() if module not in seeing
                for name, child in module.named_children() if isinstance(child, nn.Linear)]
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # packing one takes one thread
         for (module, name, _), fast_one in zip(linears, pool.map(
