@@ -27,7 +27,7 @@ from common.dist import UserError
 @dataclass(frozen=True)
 class VisionConfig:
     tower: str = ""                    # path/to/file.py:function, without arguments, that gives a tower
-    patch_size: int = 8                # pixels a side of a patch; this and what follows: not with tower
+    patch_size: int = 8                # pixels a side of a patch, a power of 2; this and the rest: our own
     n_layer: int = 4                   # blocks of the vision transformer
     n_head: int = 4                    # heads, divides n_embd
     n_embd: int = 128                  # channels
@@ -134,19 +134,26 @@ def pool(x, k):
 
 
 class Tower(nn.Module):
-    """A vision transformer: pixels (N, 3, S, S) -> (N, P, D), row after row of patches"""
+    """
+    A vision transformer: pixels (N, 3, S, S) -> (N, P, D), row after row of patches. Small convolutions that
+    halve the sides embed the patches (2106.14881): from few pictures it learns shapes that one linear map of
+    patches does not get to.
+    """
     def __init__(self, c, image_size):
         super().__init__()
         for name in ("patch_size", "n_layer", "n_head", "n_embd"):
             if getattr(c, name) < 1:
                 raise UserError(f"--vision.{name}={getattr(c, name)}: must be positive")
-        if image_size % c.patch_size:
-            raise UserError(f"--vision.patch_size={c.patch_size}: must divide the set's image_size, "
-                            f"{image_size}")
+        halvings = c.patch_size.bit_length() - 1
+        if halvings < 1 or c.patch_size != 1 << halvings or image_size % c.patch_size:
+            raise UserError(f"--vision.patch_size={c.patch_size}: must be a power of 2, at least 2, and "
+                            f"divide the set's image_size, {image_size}")
         if c.n_embd % c.n_head:
             raise UserError(f"--vision.n_head={c.n_head}: must divide --vision.n_embd={c.n_embd}")
         side = image_size // c.patch_size
-        self.patch = nn.Conv2d(3, c.n_embd, c.patch_size, stride=c.patch_size)
+        widths = [3, *(max(1, c.n_embd >> i) for i in reversed(range(halvings)))]  # the last: n_embd
+        self.patch = nn.ModuleList(nn.Conv2d(a, b, 3, stride=2, padding=1)
+                                   for a, b in zip(widths, widths[1:]))
         self.row = nn.Parameter(torch.randn(side, 1, c.n_embd) * 0.02)             # 2-D positions
         self.column = nn.Parameter(torch.randn(1, side, c.n_embd) * 0.02)
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.n_layer))
@@ -155,7 +162,9 @@ class Tower(nn.Module):
                 nn.init.normal_(module.weight, std=0.02)
 
     def forward(self, x):
-        x = self.patch(x).flatten(2).transpose(1, 2)                               # (N, P, D)
+        for i, conv in enumerate(self.patch):
+            x = conv(F.gelu(x) if i else x)
+        x = x.flatten(2).transpose(1, 2)                                           # (N, P, D)
         x = x + (self.row + self.column).flatten(0, 1)
         for block in self.blocks:
             x = block(x)
