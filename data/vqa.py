@@ -3,8 +3,9 @@ easy-VQA (github.com/vzhou842/easy-VQA): questions about pictures of one coloure
 
     python data/vqa.py --out_dir=out/vqa             # or --blank=true: the same questions to a grey picture
 
-Writes train.jsonl and val.jsonl for `data/prepare.py images`: a conversation is a picture and all questions
-about it in a shuffled order, --shuffles times over; test.jsonl, one question a conversation; and images/.
+Writes train.jsonl and val.jsonl for `data/prepare.py images`: the questions about a picture in a shuffled
+order, --turns in a conversation, --shuffles times over; test.jsonl, one a conversation; and images/. Later
+answers of a conversation often follow from earlier ones, without a look at the picture.
 The test pictures are the package's own; those of val are held out from its training pictures.
 """
 import json
@@ -27,7 +28,8 @@ PACKAGE = "easy-vqa==1.0"
 class Config:
     out_dir: str = "out/vqa"           # folder to write, must not exist
     val: int = 200                     # training pictures that are held out for validation
-    shuffles: int = 4                  # conversations about each training picture
+    turns: int = 1                     # questions in a training conversation at most; 0 = all about a picture
+    shuffles: int = 1                  # times that the questions about a training picture come
     blank: bool = False                # every picture is the same grey: what the questions alone tell
     seed: int = 1337                   # which pictures are held out, orders of questions
 
@@ -59,15 +61,18 @@ def conversation(path, turns):
 def build(cfg, splits):
     """-> dict of split (train, val, test) to list of (picture's path, turns)"""
     rng, train = random.Random(cfg.seed), splits["train"]
-    if not 1 <= cfg.val < len(train) or cfg.shuffles < 1:
-        raise UserError(f"--val={cfg.val} --shuffles={cfg.shuffles}: expected 1 to {len(train) - 1}, and at "
-                        "least 1")
+    if not 1 <= cfg.val < len(train) or cfg.shuffles < 1 or cfg.turns < 0:
+        raise UserError(f"--val={cfg.val} --shuffles={cfg.shuffles} --turns={cfg.turns}: expected 1 to "
+                        f"{len(train) - 1}, at least 1, at least 0")
     held_out = set(rng.sample(list(train), cfg.val))
     rows = {"train": [], "val": [], "test": [(path, [turn]) for path, turns in splits["test"].items()
                                              for turn in turns]}
     for path, turns in train.items():
         for _ in range(1 if path in held_out else cfg.shuffles):
-            rows["val" if path in held_out else "train"].append((path, rng.sample(turns, len(turns))))
+            order = rng.sample(turns, len(turns))
+            for start in range(0, len(order), cfg.turns or len(order)):
+                some = order[start:start + cfg.turns] if cfg.turns else order
+                rows["val" if path in held_out else "train"].append((path, some))
     return rows
 
 
