@@ -5,8 +5,9 @@ easy-VQA (github.com/vzhou842/easy-VQA): questions about pictures of one coloure
 
 Writes train.jsonl and val.jsonl for `data/prepare.py images`: the questions about a picture in a shuffled
 order, --turns in a conversation, --shuffles times over; test.jsonl, one a conversation; and images/. Later
-answers of a conversation often follow from earlier ones, without a look at the picture.
-The test pictures are the package's own; those of val are held out from its training pictures.
+answers of a conversation often follow from earlier ones, without a look at the picture. Three quarters of the
+questions are answered by yes or no, which teaches little: --yes_no of these are for training, new ones in
+every shuffle. The test pictures are the package's own; those of val are held out from its training pictures.
 """
 import json
 import os
@@ -29,6 +30,7 @@ class Config:
     out_dir: str = "out/vqa"           # folder to write, must not exist
     val: int = 200                     # training pictures that are held out for validation
     turns: int = 1                     # questions in a training conversation at most; 0 = all about a picture
+    yes_no: float = 0.25               # share of the training questions with these answers that is kept
     shuffles: int = 1                  # times that the questions about a training picture come
     blank: bool = False                # every picture is the same grey: what the questions alone tell
     seed: int = 1337                   # which pictures are held out, orders of questions
@@ -61,15 +63,16 @@ def conversation(path, turns):
 def build(cfg, splits):
     """-> dict of split (train, val, test) to list of (picture's path, turns)"""
     rng, train = random.Random(cfg.seed), splits["train"]
-    if not 1 <= cfg.val < len(train) or cfg.shuffles < 1 or cfg.turns < 0:
-        raise UserError(f"--val={cfg.val} --shuffles={cfg.shuffles} --turns={cfg.turns}: expected 1 to "
-                        f"{len(train) - 1}, at least 1, at least 0")
+    if not 1 <= cfg.val < len(train) or cfg.shuffles < 1 or cfg.turns < 0 or not 0 <= cfg.yes_no <= 1:
+        raise UserError(f"--val={cfg.val} --shuffles={cfg.shuffles} --turns={cfg.turns} "
+                        f"--yes_no={cfg.yes_no}: expected 1 to {len(train) - 1}, at least 1, at least 0, 0 to 1")
     held_out = set(rng.sample(list(train), cfg.val))
     rows = {"train": [], "val": [], "test": [(path, [turn]) for path, turns in splits["test"].items()
                                              for turn in turns]}
     for path, turns in train.items():
         for _ in range(1 if path in held_out else cfg.shuffles):
-            order = rng.sample(turns, len(turns))
+            order = [turn for turn in rng.sample(turns, len(turns))
+                     if path in held_out or turn[1] not in ("yes", "no") or rng.random() < cfg.yes_no]
             for start in range(0, len(order), cfg.turns or len(order)):
                 some = order[start:start + cfg.turns] if cfg.turns else order
                 rows["val" if path in held_out else "train"].append((path, some))

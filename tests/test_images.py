@@ -237,14 +237,14 @@ def test_paths_are_those_of_the_files_folder():
 def test_questions_become_conversations():
     turns = [("q1", "a1"), ("q2", "a2"), ("q3", "a3")]
     splits = dict(train={f"{i}.png": turns for i in range(10)}, test={"t.png": turns})
-    rows = vqa.build(vqa.Config(val=3, shuffles=4, turns=0), splits)
+    rows = vqa.build(vqa.Config(val=3, yes_no=1, shuffles=4, turns=0), splits)
     assert [len(rows[split]) for split in ("train", "val", "test")] == [7 * 4, 3, 3]
     assert not {path for path, _ in rows["train"]} & {path for path, _ in rows["val"]}
     assert all(sorted(of_row) == turns for _, of_row in rows["train"] + rows["val"])
     assert len({tuple(of_row) for _, of_row in rows["train"]}) > 3
     assert [of_row for _, of_row in rows["test"]] == [[turn] for turn in turns]
     for turns_each, lengths in ((1, [1, 1, 1]), (2, [2, 1])):
-        some = vqa.build(vqa.Config(val=3, turns=turns_each), splits)["train"]
+        some = vqa.build(vqa.Config(val=3, yes_no=1, turns=turns_each), splits)["train"]
         assert [len(of_row) for path, of_row in some if path == some[0][0]] == lengths
         assert sorted(turn for path, of_row in some for turn in of_row if path == some[0][0]) == turns
     assert vqa.conversation("p.png", turns[:2]) == [

@@ -40,7 +40,7 @@ def prepare(name, *options):
     """Rows and the set of one of the two runs; both have the vocabulary of the first"""
     folder, vocabulary = f"{OUT}/{name}", f"{OUT}/words.model"
     if not (ROOT / folder / "rows").exists():
-        run("data/vqa.py", f"--out_dir={folder}/rows", *options)
+        run("data/vqa.py", f"--out_dir={folder}/rows", "--shuffles=4", *options)
     if not (ROOT / vocabulary).exists():
         run("data/prepare.py", "tokenizer", f"--input={folder}/rows/train.jsonl", "--vocab_size=384",
             f"--out={vocabulary}")
