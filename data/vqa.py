@@ -64,8 +64,8 @@ def build(cfg, splits):
     """-> dict of split (train, val, test) to list of (picture's path, turns)"""
     rng, train = random.Random(cfg.seed), splits["train"]
     if not 1 <= cfg.val < len(train) or cfg.shuffles < 1 or cfg.turns < 0 or not 0 <= cfg.yes_no <= 1:
-        raise UserError(f"--val={cfg.val} --shuffles={cfg.shuffles} --turns={cfg.turns} "
-                        f"--yes_no={cfg.yes_no}: expected 1 to {len(train) - 1}, at least 1, at least 0, 0 to 1")
+        raise UserError(f"--val={cfg.val} --shuffles={cfg.shuffles} --turns={cfg.turns} --yes_no="
+                        f"{cfg.yes_no}: expected 1 to {len(train) - 1}, at least 1, at least 0, 0 to 1")
     held_out = set(rng.sample(list(train), cfg.val))
     rows = {"train": [], "val": [], "test": [(path, [turn]) for path, turns in splits["test"].items()
                                              for turn in turns]}
@@ -73,9 +73,9 @@ def build(cfg, splits):
         for _ in range(1 if path in held_out else cfg.shuffles):
             order = [turn for turn in rng.sample(turns, len(turns))
                      if path in held_out or turn[1] not in ("yes", "no") or rng.random() < cfg.yes_no]
-            for start in range(0, len(order), cfg.turns or len(order)):
-                some = order[start:start + cfg.turns] if cfg.turns else order
-                rows["val" if path in held_out else "train"].append((path, some))
+            most = cfg.turns or max(1, len(order))
+            rows["val" if path in held_out else "train"] += [
+                (path, order[start:start + most]) for start in range(0, len(order), most)]
     return rows
 
 

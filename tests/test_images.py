@@ -255,7 +255,8 @@ def test_questions_become_conversations():
 @pytest.mark.parametrize("blank", [False, True])
 def test_the_package_is_read(tmp_path, blank):
     pytest.importorskip("easy_vqa", reason="easy-vqa")
-    run("data/vqa.py", f"--out_dir={tmp_path}/vqa", "--turns=0", "--val=100", f"--blank={blank}".lower())
+    run("data/vqa.py", f"--out_dir={tmp_path}/vqa", "--turns=0", "--yes_no=1", "--val=100",
+        f"--blank={blank}".lower())
     rows = [json.loads(line) for line in open(tmp_path / "vqa/test.jsonl")]
     paths = {row[0]["content"][0]["path"] for row in rows}
     assert len(rows) == 9673 and len(paths) == (1 if blank else 1000)
