@@ -15,18 +15,18 @@ From your own code:
 import sys
 from dataclasses import dataclass
 
-from common import checkpoint, dist
+from common import checkpoint, dist, hf
 from common.config import parse_config
 from common.dist import UserError
 from common.model import GPT, ModelConfig
 from common.sampling import SamplingConfig, complete, for_vocabulary, stream, stream_tokens  # noqa: F401
-from common.tokenizer import encode_chat, load_tokenizer
+from common.tokenizer import encode_chat, encode_user, load_tokenizer
 
 
 @dataclass(frozen=True)
 class Config(SamplingConfig):
     # what
-    init_from: str = "out/pretrain"    # run directory (its latest checkpoint) or one checkpoint folder
+    init_from: str = "out/pretrain"    # run (its latest checkpoint), checkpoint or Hugging Face folder
     prompt: str = ""                   # text to continue; - reads it from stdin; "" starts a document
     interactive: bool = False          # ask for prompts in a loop; an empty line ends it
     chat: bool = False                 # the prompt is a message to an assistant; without one: a conversation
@@ -40,10 +40,11 @@ class Config(SamplingConfig):
 
 
 def load(path, device):
-    """path: run directory or checkpoint folder -> model in eval mode on device, its tokenizer"""
-    folder = checkpoint.find(path)
-    model = GPT(ModelConfig(**checkpoint.read_manifest(folder)["model"])).to(device).eval()
-    checkpoint.load_weights(folder, model)
+    """path: run, checkpoint or Hugging Face folder -> model in eval mode on device, its tokenizer"""
+    origin = hf if hf.is_folder(path) else checkpoint
+    folder = origin.find(path)
+    model = GPT(ModelConfig(**origin.read_manifest(folder)["model"])).to(device).eval()
+    origin.load_weights(folder, model)
     return model, load_tokenizer(folder)
 
 
@@ -89,7 +90,7 @@ def reply(model, tokenizer, turns, text, cfg):
         return
     context = model.config.seq_len
     ids = encode_chat(tokenizer, [[{"role": "system", "content": cfg.system}]])[0][0] if cfg.system else []
-    (user, _), = encode_chat(tokenizer, [[{"role": "user", "content": text}]], reply=True)
+    user = encode_user(tokenizer, text)
     room = context - min(cfg.max_new_tokens, context // 2)
     if len(ids) + len(user) > room:
         raise UserError(f"--prompt{' and --system' * bool(ids)}: {len(ids) + len(user)} tokens, which leave "
@@ -98,7 +99,7 @@ def reply(model, tokenizer, turns, text, cfg):
     while len(ids) + sum(map(len, turns)) > room:
         del turns[:2]
     tokens = answer(model, tokenizer, sum(turns, ids), cfg, cfg.seed + len(turns))
-    turns.append([*tokens, tokenizer.end])
+    turns.append([*tokens, *tokenizer.markers["end"]])
 
 
 def typed(ask):
@@ -125,6 +126,8 @@ if __name__ == "__main__":
     if cfg.interactive and cfg.prompt:
         raise UserError("--interactive=true: asks for prompts itself; leave --prompt out")
     model, tokenizer = load(cfg.init_from, device)
+    if cfg.chat and max(encode_user(tokenizer, "")) >= model.config.vocab_size:
+        raise UserError(f"--chat=true: {cfg.init_from} knows no tokens for roles; train_sft.py teaches them")
     if any(not 0 <= i < model.config.vocab_size for i in cfg.suppress):
         raise UserError(f"--suppress={cfg.suppress}: ids must be below the vocabulary's "
                         f"{model.config.vocab_size}")

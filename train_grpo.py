@@ -4,7 +4,7 @@ Group relative policy optimization: sample several answers to a prompt, raise th
     python train_grpo.py --data_dir=out/prompts --init_from=out/sft --reward=my_rewards.py:good
     torchrun --standalone --nproc_per_node=8 train_grpo.py --data_dir=out/prompts --init_from=out/sft ...
 
-Reads   data_dir, made by `python data/prepare.py prompts ...`; init_from, a run or checkpoint to start from
+Reads   data_dir, made by `python data/prepare.py prompts ...`; init_from, what to start from
 Writes  out_dir/{config.json, code/, metrics.jsonl, samples.jsonl, step_NNNNNN/}
 """
 import copy
@@ -16,7 +16,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from common import checkpoint, dist, losses, optim, sampling
+from common import checkpoint, dist, hf, losses, optim, sampling
 from common.config import as_dict, build, check_batch, parse_config, read_overrides
 from common.data import Branches, PromptData, branches, read_meta
 from common.dist import UserError
@@ -25,7 +25,7 @@ from common.model import GPT, ModelConfig
 from common.rewards import load_function, score, summarize
 from common.sampling import SamplingConfig, for_vocabulary, rollout
 from common.schedule import learning_rate
-from common.tokenizer import encode_chat, load_tokenizer
+from common.tokenizer import encode_user, load_tokenizer
 from common.zero1 import ShardedOptimizer
 
 # -----------------------------------------------------------------------------
@@ -36,7 +36,7 @@ class Config:
     # files
     data_dir: str = "out/prompts"      # prompts prepared by data/prepare.py prompts
     out_dir: str = "out/grpo"          # run directory, must be new or empty unless resume
-    init_from: str = ""                # run or checkpoint to take the weights from; "" = random weights
+    init_from: str = ""                # run, checkpoint or Hugging Face folder to start from; "" = random
     resume: bool = False               # continue out_dir from its latest whole checkpoint, if it has one
     # batch
     batch_size: int = 16               # prompts per rollout, over all ranks and micro-batches
@@ -113,8 +113,8 @@ def sample_answers(model, tokenizer, data, i, G, sampling_cfg, rewards, env_step
     ids, places, counts = data.batch(i)
     prompts = [data.prompt(k).tolist() for k in ids]
 
-    def say(text):
-        return encode_chat(tokenizer, [[{"role": "user", "content": text}]], reply=True)[0][0]
+    def say(text):                                            # after an end token that was sampled
+        return tokenizer.markers["end"][1:] + encode_user(tokenizer, text)
     answers = rollout(model, tokenizer, prompts, sampling_cfg, G, data.seed, places, env_step, say)
     start = time.perf_counter()
     ended = torch.tensor([a.ended for a in answers])
@@ -171,9 +171,10 @@ if __name__ == "__main__":
     if tokenizer.fingerprint != meta["fingerprint"]:
         raise UserError(f"--data_dir={cfg.data_dir}: was prepared with another tokenizer than lies beside it")
     previous = checkpoint.latest(cfg.out_dir) if cfg.resume else None         # where this run left off
-    source = previous or (checkpoint.find(cfg.init_from) if cfg.init_from else None)
-    saved = checkpoint.read_manifest(source) if source else None
-    if saved and saved["fingerprint"] != tokenizer.fingerprint:
+    origin = hf if not previous and hf.is_folder(cfg.init_from) else checkpoint
+    source = previous or (origin.find(cfg.init_from) if cfg.init_from else None)
+    saved = origin.read_manifest(source) if source else None
+    if source and load_tokenizer(source).fingerprint != tokenizer.fingerprint:
         raise UserError(f"{source}: was trained with another tokenizer than --data_dir={cfg.data_dir}")
 
     # -------------------------------------------------------------------------
@@ -195,8 +196,7 @@ if __name__ == "__main__":
                           world_size, device, seed)
     train_data, val_data = load("train", cfg.seed), load("val", 0) if cfg.eval_seqs else None
     train_data.view = dict(num_samples=cfg.num_samples, updates_per_rollout=updates)
-    eval_prompts = [ids for ids, _ in encode_chat(
-        tokenizer, [[{"role": "user", "content": prompt}] for prompt in cfg.eval_prompts], reply=True)]
+    eval_prompts = [encode_user(tokenizer, prompt) for prompt in cfg.eval_prompts]
 
     # -------------------------------------------------------------------------
     # model, optimizer (identical in every stage)
@@ -209,7 +209,8 @@ if __name__ == "__main__":
         val_data.total = min(cfg.eval_seqs, val_data.num_samples)
     if saved:
         old = ModelConfig(**saved["model"])
-        model_config = old.continued(build(old, read_overrides().get("model", {}), "model."), cfg.seq_len)
+        wanted = build(old, read_overrides().get("model", {}), "model.")
+        model_config = old.continued(wanted, cfg.seq_len, meta["vocab_size"])
         if previous and model_config != old:
             raise UserError(f"--resume: {previous} has another --model or a smaller --seq_len; "
                             "use --init_from instead")
@@ -221,7 +222,7 @@ if __name__ == "__main__":
     model = GPT(model_config).to(device, getattr(torch, cfg.param_dtype))
     model.activation_checkpointing = cfg.activation_checkpointing
     if source:
-        checkpoint.load_weights(source, model)
+        origin.load_weights(source, model)
     groups = optim.parameter_groups(model, cfg.optimizer, cfg.weight_decay, cfg.beta1, cfg.beta2)
     optimizer = ShardedOptimizer(groups, cfg.zero1, loss_scaling=dtype == torch.float16)
     # what the order of the data and the meaning of a step depend on, not to be changed by a resume

@@ -28,7 +28,7 @@ from common.model import GPT, ModelConfig
 from common.sampling import SamplingConfig, complete, for_vocabulary
 from common.schedule import learning_rate
 from common.teacher_cache import open_cache, write_cache
-from common.tokenizer import encode_chat, load_tokenizer
+from common.tokenizer import encode_user, load_tokenizer
 from common.zero1 import ShardedOptimizer
 
 # -----------------------------------------------------------------------------
@@ -39,10 +39,10 @@ class Config:
     # files
     data_dir: str = "out/data"         # text or conversations prepared by data/prepare.py text or chat
     out_dir: str = "out/kd"            # run directory, must be new or empty unless resume
-    init_from: str = ""                # run or checkpoint to take the student from; "" = random weights
+    init_from: str = ""                # where the student starts, as in other stages; "" = random weights
     resume: bool = False               # continue out_dir from its latest whole checkpoint, if it has one
     # teacher
-    teacher: str = ""                  # run, or folder of transformers; "" = teacher_logits in this script
+    teacher: str = ""                  # run, or Hugging Face folder; "" = teacher_logits in this script
     kd_frac: float = 0.5               # share of the divergence from the teacher; the rest is cross-entropy
     divergence: Literal["forward", "reverse", "jsd"] = "forward"  # KL(teacher, student), KL the other way
     jsd_beta: float = 0.5              # jsd: weight of the teacher in the mixture, above 0 and below 1
@@ -106,19 +106,16 @@ def teacher_logits(tokens, docs):
 
 def find_teacher(path, fingerprint):
     """
-    path: a run, a folder of transformers, or "": teacher_logits; fingerprint: of the tokenizer to have (a
-    folder's is not read) -> ModelConfig, what identifies the weights, function that fills a model
+    path: a run, a Hugging Face folder, or "": teacher_logits; fingerprint: of the tokenizer to have
+    -> ModelConfig, what identifies the weights, function that fills a model
     """
     if not path:
         return None, hashlib.sha256(inspect.getsource(teacher_logits).encode()).hexdigest(), None
-    if hf.is_folder(path):
-        return ModelConfig(**hf.read_config(path)), hf.fingerprint(path), \
-            lambda model: model.load_state_dict(hf.read_weights(path))
-    theirs = checkpoint.read_manifest(folder := checkpoint.find(path))
-    if theirs["fingerprint"] != fingerprint:
+    origin = hf if hf.is_folder(path) else checkpoint
+    if load_tokenizer(folder := origin.find(path)).fingerprint != fingerprint:
         raise UserError(f"--teacher={path}: has another tokenizer than --data_dir")
-    return ModelConfig(**theirs["model"]), theirs["files"]["model.pt"]["sha256"], \
-        lambda model: checkpoint.load_weights(folder, model)
+    return ModelConfig(**origin.read_manifest(folder)["model"]), origin.weights_id(folder), \
+        lambda model: origin.load_weights(folder, model)
 
 
 def student_rows(model, tokenizer, data, i, cfg):
@@ -162,9 +159,10 @@ if __name__ == "__main__":
     if tokenizer.fingerprint != meta["fingerprint"]:
         raise UserError(f"--data_dir={cfg.data_dir}: was prepared with another tokenizer than lies beside it")
     previous = checkpoint.latest(cfg.out_dir) if cfg.resume else None         # where this run left off
-    source = previous or (checkpoint.find(cfg.init_from) if cfg.init_from else None)
-    saved = checkpoint.read_manifest(source) if source else None
-    if saved and saved["fingerprint"] != tokenizer.fingerprint:
+    origin = hf if not previous and hf.is_folder(cfg.init_from) else checkpoint
+    source = previous or (origin.find(cfg.init_from) if cfg.init_from else None)
+    saved = origin.read_manifest(source) if source else None
+    if source and load_tokenizer(source).fingerprint != tokenizer.fingerprint:
         raise UserError(f"{source}: was trained with another tokenizer than --data_dir={cfg.data_dir}")
 
     # -------------------------------------------------------------------------
@@ -190,8 +188,8 @@ if __name__ == "__main__":
             cfg.data_dir, split, cfg.seq_len, micro_batch_size, rank, world_size, device, seed,
             cfg.mask_prompt if chat else cfg.doc_mask)
     train_data, val_data = load("train", cfg.seed), load("val", 0) if cfg.eval_seqs else None
-    eval_prompts = [encode_chat(tokenizer, [[{"role": "user", "content": prompt}]], reply=True)[0][0] if chat
-                    else tokenizer.encode(prompt) for prompt in cfg.eval_prompts]
+    eval_prompts = [encode_user(tokenizer, prompt) if chat else tokenizer.encode(prompt)
+                    for prompt in cfg.eval_prompts]
     critical_ids = torch.tensor(cfg.critical_ids, dtype=torch.int64, device=device)
 
     teacher_config, teacher_id, fill = find_teacher(cfg.teacher, tokenizer.fingerprint)
@@ -210,7 +208,8 @@ if __name__ == "__main__":
         val_data.total = min(cfg.eval_seqs, val_data.num_samples)
     if saved:
         old = ModelConfig(**saved["model"])
-        model_config = old.continued(build(old, read_overrides().get("model", {}), "model."), cfg.seq_len)
+        wanted = build(old, read_overrides().get("model", {}), "model.")
+        model_config = old.continued(wanted, cfg.seq_len, meta["vocab_size"])
         if previous and model_config != old:
             raise UserError(f"--resume: {previous} has another --model or a smaller --seq_len; "
                             "use --init_from instead")
@@ -222,7 +221,7 @@ if __name__ == "__main__":
     model = GPT(model_config).to(device, getattr(torch, cfg.param_dtype))
     model.activation_checkpointing = cfg.activation_checkpointing
     if source:
-        checkpoint.load_weights(source, model)
+        origin.load_weights(source, model)
     groups = optim.parameter_groups(model, cfg.optimizer, cfg.weight_decay, cfg.beta1, cfg.beta2)
     optimizer = ShardedOptimizer(groups, cfg.zero1, loss_scaling=dtype == torch.float16)
     # what the order of the data and the meaning of a step depend on, not to be changed by a resume

@@ -4,7 +4,7 @@ Pretraining: next-token cross-entropy on a memory-mapped token set.
     python train_pretrain.py configs/shakespeare_cpu.py                                   # one CPU or GPU
     torchrun --standalone --nproc_per_node=8 train_pretrain.py configs/gpt2_124m.py --zero1=true
 
-Reads   data_dir, made by `python data/prepare.py text ...`; with init_from, a run or checkpoint to start from
+Reads   data_dir, made by `python data/prepare.py text ...`; with init_from, what to start from
 Writes  out_dir/{config.json, code/, metrics.jsonl, samples.jsonl, step_NNNNNN/}
 Expect  configs/shakespeare_cpu.py: the validation loss in README.md, "Results"
 """
@@ -14,7 +14,7 @@ from typing import Literal
 
 import torch
 
-from common import checkpoint, dist, losses, optim, sampling
+from common import checkpoint, dist, hf, losses, optim, sampling
 from common.config import as_dict, build, check_batch, parse_config, read_overrides
 from common.data import TokenData, read_meta
 from common.dist import UserError
@@ -32,7 +32,7 @@ class Config:
     # files
     data_dir: str = "out/data"         # token set made by data/prepare.py text
     out_dir: str = "out/pretrain"      # run directory, must be new or empty unless resume
-    init_from: str = ""                # run or checkpoint to take the weights from; "" = random weights
+    init_from: str = ""                # run, checkpoint or Hugging Face folder to start from; "" = random
     resume: bool = False               # continue out_dir from its latest whole checkpoint, if it has one
     # batch
     batch_size: int = 64               # sequences per step, over all ranks and micro-batches
@@ -105,9 +105,10 @@ if __name__ == "__main__":
     if tokenizer.fingerprint != meta["fingerprint"]:
         raise UserError(f"--data_dir={cfg.data_dir}: was prepared with another tokenizer than lies beside it")
     previous = checkpoint.latest(cfg.out_dir) if cfg.resume else None         # where this run left off
-    source = previous or (checkpoint.find(cfg.init_from) if cfg.init_from else None)
-    saved = checkpoint.read_manifest(source) if source else None
-    if saved and saved["fingerprint"] != tokenizer.fingerprint:
+    origin = hf if not previous and hf.is_folder(cfg.init_from) else checkpoint
+    source = previous or (origin.find(cfg.init_from) if cfg.init_from else None)
+    saved = origin.read_manifest(source) if source else None
+    if source and load_tokenizer(source).fingerprint != tokenizer.fingerprint:
         raise UserError(f"{source}: was trained with another tokenizer than --data_dir={cfg.data_dir}")
 
     # -------------------------------------------------------------------------
@@ -130,7 +131,8 @@ if __name__ == "__main__":
         val_data.total = min(cfg.eval_seqs, val_data.num_samples)
     if saved:
         old = ModelConfig(**saved["model"])
-        model_config = old.continued(build(old, read_overrides().get("model", {}), "model."), cfg.seq_len)
+        wanted = build(old, read_overrides().get("model", {}), "model.")
+        model_config = old.continued(wanted, cfg.seq_len, meta["vocab_size"])
         if previous and model_config != old:
             raise UserError(f"--resume: {previous} has another --model or a smaller --seq_len; "
                             "use --init_from instead")
@@ -142,7 +144,7 @@ if __name__ == "__main__":
     model = GPT(model_config).to(device, getattr(torch, cfg.param_dtype))
     model.activation_checkpointing = cfg.activation_checkpointing
     if source:
-        checkpoint.load_weights(source, model)
+        origin.load_weights(source, model)
     groups = optim.parameter_groups(model, cfg.optimizer, cfg.weight_decay, cfg.beta1, cfg.beta2)
     optimizer = ShardedOptimizer(groups, cfg.zero1, loss_scaling=dtype == torch.float16)
     # what the order of the data and the meaning of a step depend on, not to be changed by a resume

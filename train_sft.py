@@ -4,7 +4,7 @@ Supervised fine-tuning: cross-entropy on what the assistant says, in conversatio
     python train_sft.py --data_dir=out/chat --init_from=out/pretrain                      # one CPU or GPU
     torchrun --standalone --nproc_per_node=8 train_sft.py --data_dir=out/chat --init_from=out/pretrain
 
-Reads   data_dir, made by `python data/prepare.py chat ...`; init_from, a run or checkpoint to start from
+Reads   data_dir, made by `python data/prepare.py chat ...`; init_from, what to start from
 Writes  out_dir/{config.json, code/, metrics.jsonl, samples.jsonl, step_NNNNNN/}
 Expect  `make demo`: how often its model meets requests for a line, in README.md, "Results"
 """
@@ -14,14 +14,14 @@ from typing import Literal
 
 import torch
 
-from common import checkpoint, dist, losses, optim, sampling
+from common import checkpoint, dist, hf, losses, optim, sampling
 from common.config import as_dict, build, check_batch, parse_config, read_overrides
 from common.data import ChatData, read_meta
 from common.dist import UserError
 from common.logger import Logger, Timer, check_run_directory
 from common.model import GPT, ModelConfig
 from common.schedule import learning_rate
-from common.tokenizer import encode_chat, load_tokenizer
+from common.tokenizer import encode_user, load_tokenizer
 from common.zero1 import ShardedOptimizer
 
 # -----------------------------------------------------------------------------
@@ -32,7 +32,7 @@ class Config:
     # files
     data_dir: str = "out/chat"         # conversations prepared by data/prepare.py chat
     out_dir: str = "out/sft"           # run directory, must be new or empty unless resume
-    init_from: str = ""                # run or checkpoint to take the weights from; "" = random weights
+    init_from: str = ""                # run, checkpoint or Hugging Face folder to start from; "" = random
     resume: bool = False               # continue out_dir from its latest whole checkpoint, if it has one
     # batch
     batch_size: int = 16               # rows per step, over all ranks and micro-batches; each is packed
@@ -105,9 +105,10 @@ if __name__ == "__main__":
     if tokenizer.fingerprint != meta["fingerprint"]:
         raise UserError(f"--data_dir={cfg.data_dir}: was prepared with another tokenizer than lies beside it")
     previous = checkpoint.latest(cfg.out_dir) if cfg.resume else None         # where this run left off
-    source = previous or (checkpoint.find(cfg.init_from) if cfg.init_from else None)
-    saved = checkpoint.read_manifest(source) if source else None
-    if saved and saved["fingerprint"] != tokenizer.fingerprint:
+    origin = hf if not previous and hf.is_folder(cfg.init_from) else checkpoint
+    source = previous or (origin.find(cfg.init_from) if cfg.init_from else None)
+    saved = origin.read_manifest(source) if source else None
+    if source and load_tokenizer(source).fingerprint != tokenizer.fingerprint:
         raise UserError(f"{source}: was trained with another tokenizer than --data_dir={cfg.data_dir}")
 
     # -------------------------------------------------------------------------
@@ -116,8 +117,7 @@ if __name__ == "__main__":
         return ChatData(cfg.data_dir, split, cfg.seq_len, micro_batch_size, rank, world_size, device, seed,
                         cfg.mask_prompt)
     train_data, val_data = load("train", cfg.seed), load("val", 0) if cfg.eval_seqs else None
-    eval_prompts = [ids for ids, _ in encode_chat(
-        tokenizer, [[{"role": "user", "content": prompt}] for prompt in cfg.eval_prompts], reply=True)]
+    eval_prompts = [encode_user(tokenizer, prompt) for prompt in cfg.eval_prompts]
     critical_ids = torch.tensor(cfg.critical_ids, dtype=torch.int64, device=device)
 
     # -------------------------------------------------------------------------
@@ -131,7 +131,8 @@ if __name__ == "__main__":
         val_data.total = min(cfg.eval_seqs, val_data.num_samples)
     if saved:
         old = ModelConfig(**saved["model"])
-        model_config = old.continued(build(old, read_overrides().get("model", {}), "model."), cfg.seq_len)
+        wanted = build(old, read_overrides().get("model", {}), "model.")
+        model_config = old.continued(wanted, cfg.seq_len, meta["vocab_size"])
         if previous and model_config != old:
             raise UserError(f"--resume: {previous} has another --model or a smaller --seq_len; "
                             "use --init_from instead")
@@ -143,7 +144,7 @@ if __name__ == "__main__":
     model = GPT(model_config).to(device, getattr(torch, cfg.param_dtype))
     model.activation_checkpointing = cfg.activation_checkpointing
     if source:
-        checkpoint.load_weights(source, model)
+        origin.load_weights(source, model)
     groups = optim.parameter_groups(model, cfg.optimizer, cfg.weight_decay, cfg.beta1, cfg.beta2)
     optimizer = ShardedOptimizer(groups, cfg.zero1, loss_scaling=dtype == torch.float16)
     # what the order of the data and the meaning of a step depend on, not to be changed by a resume

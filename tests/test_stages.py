@@ -26,8 +26,8 @@ STAGES = {"train_pretrain.py": ("token_set", TINY),
           "train_grpo.py": ("prompt_set", [*TINY, "--num_samples=4", "--max_new_tokens=8",
                                            "--reward=tests/some_rewards.py:letters"]),
           "train_kd.py": ("chat_set", [*TINY, "--seq_len=150", "--max_new_tokens=8"])}
-MOE = ["--model.n_expert=4", "--model.n_expert_active=2", "--model.n_shared_expert=1", "--model.n_dense_layer=1",
-       "--model.balance_coef=0.1"]
+MOE = ["--model.n_expert=4", "--model.n_expert_active=2", "--model.n_shared_expert=1",
+       "--model.n_dense_layer=1", "--model.balance_coef=0.1"]
 # options that change what a step computes: of every stage once, and of one stage
 VARIANTS = [("train_pretrain.py", ["--doc_mask=true"]), ("train_pretrain.py", ["--optimizer=muon"]),
             ("train_pretrain.py", ["--optimizer=lion", "--lr=5e-3"]),
