@@ -321,7 +321,7 @@ def test_a_full_disk_costs_nothing_that_was_saved(one_stage):
     one_stage("run", "--num_steps=4", *options)
 
     def limit():                                              # writing a larger file fails, as on a full disk
-        resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
     result = one_stage("run", "--num_steps=12", "--resume=true", *options, check=False, preexec_fn=limit)
     assert result.returncode == 2
     assert result.stderr.count("earlier checkpoints are untouched") == 2  # the run went on after the first
