@@ -104,18 +104,19 @@ def teacher_logits(tokens, docs):
     raise UserError("--teacher: name a run to learn from, or write teacher_logits() in train_kd.py")
 
 
-def find_teacher(path, fingerprint):
+def find_teacher(path, tokenizer):
     """
-    path: a run, a Hugging Face folder, or "": teacher_logits; fingerprint: of the tokenizer to have
-    -> ModelConfig, what identifies the weights, function that fills a model
+    path: a run, a Hugging Face folder, or "": teacher_logits; tokenizer: the one to have -> ModelConfig, what
+    identifies the weights, function that fills a model
     """
     if not path:
         return None, hashlib.sha256(inspect.getsource(teacher_logits).encode()).hexdigest(), None
     origin = hf if hf.is_folder(path) else checkpoint
-    if load_tokenizer(folder := origin.find(path)).fingerprint != fingerprint:
+    if load_tokenizer(folder := origin.find(path)).fingerprint != tokenizer.fingerprint:
         raise UserError(f"--teacher={path}: has another tokenizer than --data_dir")
-    return ModelConfig(**origin.read_manifest(folder)["model"]), origin.weights_id(folder), \
-        lambda model: origin.load_weights(folder, model)
+    config = ModelConfig(**origin.read_manifest(folder)["model"])
+    config = replace(config, vocab_size=max(config.vocab_size, tokenizer.vocab_size))
+    return config, origin.weights_id(folder), lambda model: origin.load_weights(folder, model)
 
 
 def student_rows(model, tokenizer, data, i, cfg):
@@ -192,7 +193,7 @@ if __name__ == "__main__":
                     for prompt in cfg.eval_prompts]
     critical_ids = torch.tensor(cfg.critical_ids, dtype=torch.int64, device=device)
 
-    teacher_config, teacher_id, fill = find_teacher(cfg.teacher, tokenizer.fingerprint)
+    teacher_config, teacher_id, fill = find_teacher(cfg.teacher, tokenizer)
     if teacher_config and teacher_config.seq_len < cfg.seq_len:
         raise UserError(f"--seq_len={cfg.seq_len}: longer than the teacher's {teacher_config.seq_len}")
     train_data.view = {**train_data.view, "teacher": teacher_id}              # the same after a resume

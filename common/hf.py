@@ -30,6 +30,7 @@ import sys
 
 import torch
 
+from common import dist
 from common.dist import UserError
 
 FAMILIES = {                                                  # model_type: class, what sets it apart for us
@@ -80,13 +81,15 @@ def read_manifest(folder):
 def load_weights(folder, model):
     """
     Fill model, of the folder's config but for a larger vocabulary: further rows of embedding and head are the
-    mean of the folder's plus what the model has there, its own initialisation, so that they differ.
+    mean of the folder's plus what the model has there, its own initialisation, so that they differ. Says so.
     """
     weights, ours = read_weights(folder), model.state_dict()
     for name in ("embed.weight", "untied_head.weight"):
         if name in weights and len(ours[name]) > (n := len(weights[name])):
             mean = weights[name].float().mean(dim=0).to(ours[name])
             weights[name] = torch.cat([weights[name].to(ours[name]), mean + ours[name][n:]])
+            if name == "embed.weight" and dist.world()[0] == 0:
+                print(f"{folder}: {len(ours[name]) - n} rows are added for tokens that its embedding lacks")
     model.load_state_dict(weights)
 
 
@@ -137,7 +140,7 @@ def read_config(folder):
         norm_eps=take("rms_norm_eps", float, 1e-5 if family == "mixtral" else 1e-6),
         attn_dropout=take("attention_dropout", float, 0.0),
         tie_embeddings=take("tie_word_embeddings", bool, False),
-        **_read_rope(path, left, take("max_position_embeddings")))
+        **_read_rope(path, left, take("max_position_embeddings"), 1e6 if family == "mixtral" else 1e4))
     if family == "mixtral" or family.endswith("_moe"):
         name = "num_local_experts" if "num_local_experts" in left else "num_experts"
         config |= dict(n_expert=take(name), n_expert_active=take("num_experts_per_tok"),
@@ -161,15 +164,18 @@ def read_config(folder):
     return config
 
 
-def _read_rope(path, left, seq_len):
-    """Take what is about rotary positions out of left, a config.json -> ModelConfig's fields, with seq_len"""
+def _read_rope(path, left, seq_len, theta):
+    """
+    Take what is about rotary positions out of left, a config.json -> ModelConfig's fields, with seq_len.
+    theta: where none is given
+    """
     rope = {}
     for field in ("rope_parameters", "rope_scaling"):
         for name, value in left.pop(field, {}).items():
             name = "rope_type" if name == "type" else name                 # before 2024
             if value is not None and rope.setdefault(name, value) != value:
                 raise _refusal(path, f"{field}.{name}", value, f"{json.dumps(rope[name])}, as elsewhere")
-    theta = left.pop("rope_theta", 10_000.0)
+    theta = left.pop("rope_theta", theta)
     config = dict(seq_len=seq_len, rope_original_len=seq_len, rope_factor=1.0, rope_scaling="none",
                   rope_theta=_number(path, "rope_theta", rope.pop("rope_theta", theta), float))
     if (kind := rope.pop("rope_type", "default")) not in ROPE_FIELDS:

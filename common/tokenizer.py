@@ -280,6 +280,9 @@ def load_tokenizer(source):
     except (ValueError, KeyError, TypeError, RuntimeError) as error:
         raise UserError(f"--tokenizer={source}: not a vocabulary of that kind, or damaged "
                         f"({error})") from None
+    if os.path.isdir(path):
+        raise UserError(f"{source}: no tokenizer there: tokenizer.json, tokenizer.model, vocab.json with "
+                        f"merges.txt, or {INFO}")
     return _load_known(source)
 
 
