@@ -28,7 +28,8 @@ SAMPLES = ["", "Good morrow, cousin.", " one  two   three ", "\n\na\r\nb\n \n\n 
            "In 1984, 12345678 + 3.14 = 2", "今天天气很好",
            "我们去公园。",
            "Привет мир, שלום, مرحبا", "नमस्ते",
-           "e\u0301 \u0301 n\u0303 \ud55c \u1112\u1161\u11ab \u212b", "ok \U0001F642\U0001F469\u200d\U0001F467!",
+           "e\u0301 \u0301 n\u0303 \ud55c \u1112\u1161\u11ab \u212b",
+           "ok \U0001F642\U0001F469\u200d\U0001F467!",
            "a\0b \ufb01\u2460 \u00fcber na\u00efve 1\u0663\u00bd  2 \u00a0x",
            "((a)) {b}[c]; // d\n\n    e = f(g)\n"]
 CORPUS = [f"{text} Number {i}: the cat sat on the mat, then the other cats don't." for i in range(40)
