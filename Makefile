@@ -1,4 +1,5 @@
 # make demo    own environment, data, training, samples, a table      (Python 3.11 or newer)
+# make demo-vlm  own environment, a model that answers questions about pictures
 # make gym     own environment, GRPO on a task of reasoning-gym
 # make test    own environment, ruff, the whole test suite
 # make bench   speed and memory, as ratios against named references
@@ -6,7 +7,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: demo gym test bench clean
+.PHONY: demo demo-vlm gym test bench clean
 
 .venv/installed: requirements.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -19,6 +20,11 @@ BIN = .venv/bin
 
 demo: .venv/installed
 	$(BIN)/python configs/demo/run.py
+
+demo-vlm: .venv/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt \
+	    $$(grep -e ^pillow -e ^easy-vqa requirements-dev.txt)
+	$(BIN)/python configs/vlm/run.py
 
 gym: .venv/installed
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt \

@@ -4,6 +4,7 @@ Text from a trained model, streamed as it is sampled.
     python sample.py --init_from=out/pretrain --prompt="ROMEO:"
     python sample.py --init_from=out/pretrain --interactive=true    # type prompts, get their continuations
     python sample.py --init_from=out/sft --chat=true                # talk; /reset forgets, an empty line ends
+    python sample.py --init_from=out/vlm --chat=true --image=a.png,b.png --prompt="What do you see?"
     echo "To be, or" | python sample.py --init_from=out/pretrain --prompt=-
 
 From your own code:
@@ -19,8 +20,10 @@ from common import checkpoint, dist, hf
 from common.config import parse_config
 from common.dist import UserError
 from common.model import GPT, ModelConfig
+from common.rewards import load_function
 from common.sampling import SamplingConfig, complete, for_vocabulary, stream, stream_tokens  # noqa: F401
 from common.tokenizer import encode_chat, encode_user, load_tokenizer
+from common.vision import Vision, VisionConfig, load_image
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,7 @@ class Config(SamplingConfig):
     # what
     init_from: str = "out/pretrain"    # run (its latest checkpoint), checkpoint or Hugging Face folder
     prompt: str = ""                   # text to continue; - reads it from stdin; "" starts a document
+    image: tuple[str, ...] = ()        # pictures to show before the prompt, or in the first turn of a chat
     interactive: bool = False          # ask for prompts in a loop; an empty line ends it
     chat: bool = False                 # the prompt is a message to an assistant; without one: a conversation
     system: str = ""                   # chat: a system message before everything
@@ -42,27 +46,45 @@ class Config(SamplingConfig):
 def load(path, device):
     """path: run, checkpoint or Hugging Face folder -> model in eval mode on device, its tokenizer"""
     origin = hf if hf.is_folder(path) else checkpoint
-    folder = origin.find(path)
-    model = GPT(ModelConfig(**origin.read_manifest(folder)["model"])).to(device).eval()
+    saved = origin.read_manifest(folder := origin.find(path))
+    model = GPT(ModelConfig(**saved["model"]))
+    if vision := saved.get("vision"):
+        config = VisionConfig(**vision["config"])
+        model.vision = Vision(config, model.config.n_embd, vision["images"],
+                              load_function("vision.tower", config.tower) if config.tower else None)
     origin.load_weights(folder, model)
-    return model, load_tokenizer(folder)
+    return model.to(device).eval(), load_tokenizer(folder)
 
 
-def answer(model, tokenizer, ids, cfg, seed):
-    """Print cfg.num_samples continuations of ids -> the tokens of the last one"""
+def load_images(paths, model):
+    """-> list of the pictures as the model has seen others, (S, S, 3) uint8; UserError"""
+    if paths and model.vision is None:
+        raise UserError(f"--image={paths[0]}: the model has no vision; train one on a set with images")
+    images = []
+    for path in paths:
+        try:
+            images.append(load_image(path, model.vision.images))
+        except ValueError as error:
+            raise UserError(f"--image={path}: {error}") from None
+    return images
+
+
+def answer(model, tokenizer, ids, cfg, seed, images=()):
+    """Print cfg.num_samples continuations of ids, which show images -> the tokens of the last one"""
     how = dict(continues=bool(ids))
     if cfg.chat:
         how = dict(show_special=cfg.show_tags, hide_think=not cfg.show_tags)
-    completions = None
+    completions, images = None, list(images)
     if not cfg.stream:
         completions, *_ = complete(model, [ids or [tokenizer.end]], for_vocabulary(cfg, model, tokenizer),
-                                   tokenizer.end, cfg.num_samples, seed)
+                                   tokenizer.end, cfg.num_samples, seed, images=[images])
     for i in range(cfg.num_samples):
         if cfg.num_samples > 1:
             print(f"{'' if i == 0 else chr(10)}--- sample {i + 1} of {cfg.num_samples}")
         print("" if cfg.chat else tokenizer.decode(ids), end="", flush=True)
         decoder, tokens = tokenizer.stream(**how), []
-        for token in completions[i] if completions else stream_tokens(model, tokenizer, ids, cfg, seed + i):
+        for token in completions[i] if completions else stream_tokens(model, tokenizer, ids, cfg, seed + i,
+                                                                      images):
             if token == tokenizer.end:
                 break
             tokens.append(token)
@@ -71,18 +93,20 @@ def answer(model, tokenizer, ids, cfg, seed):
     return tokens
 
 
-def continue_text(model, tokenizer, text, cfg):
-    ids = tokenizer.encode(text)
+def continue_text(model, tokenizer, text, cfg, images=()):
+    ids = [token for _ in images for token in [model.vision.token] * model.vision.tokens_per_image]
+    ids += tokenizer.encode(text)
     if len(ids) > model.config.seq_len:
         raise UserError(f"--prompt: {len(ids)} tokens, but the model's context is "
                         f"{model.config.seq_len}; shorten it")
-    answer(model, tokenizer, ids, cfg, cfg.seed)
+    answer(model, tokenizer, ids, cfg, cfg.seed, images)
 
 
-def reply(model, tokenizer, turns, text, cfg):
+def reply(model, tokenizer, turns, text, cfg, images=()):
     """
     Answer the user's text. turns: the conversation so far, ids of the user's and the assistant's turns; this
     one is added. The oldest are forgotten when max_new_tokens, or half the context, would not be left.
+    images: what the first turn shows
     """
     if text == "/reset":
         turns.clear()
@@ -90,15 +114,19 @@ def reply(model, tokenizer, turns, text, cfg):
         return
     context = model.config.seq_len
     ids = encode_chat(tokenizer, [[{"role": "system", "content": cfg.system}]])[0][0] if cfg.system else []
-    user = encode_user(tokenizer, text)
+    content = [dict(type="image") for _ in images if not turns] + [dict(type="text", text=text)]
+    user = encode_user(tokenizer, content, model.vision.tokens_per_image if model.vision else 1)
     room = context - min(cfg.max_new_tokens, context // 2)
     if len(ids) + len(user) > room:
-        raise UserError(f"--prompt{' and --system' * bool(ids)}: {len(ids) + len(user)} tokens, which leave "
+        options = "--prompt" + " and --system" * bool(ids) + " and --image" * bool(images)
+        raise UserError(f"{options}: {len(ids) + len(user)} tokens, which leave "
                         f"too little of the model's context of {context}; shorten it")
     turns.append(user)
     while len(ids) + sum(map(len, turns)) > room:
         del turns[:2]
-    tokens = answer(model, tokenizer, sum(turns, ids), cfg, cfg.seed + len(turns))
+    ids = sum(turns, ids)
+    shown = images if images and model.vision.token in ids else ()            # until its turn is forgotten
+    tokens = answer(model, tokenizer, ids, cfg, cfg.seed + len(turns), shown)
     turns.append([*tokens, *tokenizer.markers["end"]])
 
 
@@ -131,6 +159,7 @@ if __name__ == "__main__":
     if any(not 0 <= i < model.config.vocab_size for i in cfg.suppress):
         raise UserError(f"--suppress={cfg.suppress}: ids must be below the vocabulary's "
                         f"{model.config.vocab_size}")
+    images = load_images(cfg.image, model)
     interactive, turns = cfg.interactive or (cfg.chat and not cfg.prompt), []
     texts = typed("\nyou> " if cfg.chat else "\nprompt> ") if interactive else [
         sys.stdin.read().rstrip("\n") if cfg.prompt == "-" else cfg.prompt]
@@ -139,9 +168,9 @@ if __name__ == "__main__":
             try:
                 check_text(cfg.system + text)
                 if cfg.chat:
-                    reply(model, tokenizer, turns, text, cfg)
+                    reply(model, tokenizer, turns, text, cfg, images)
                 else:
-                    continue_text(model, tokenizer, text, cfg)
+                    continue_text(model, tokenizer, text, cfg, images)
             except UserError as error:
                 if not interactive:
                     raise

@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 
 from common import checkpoint, dist, hf, losses, optim, sampling
-from common.config import as_dict, build, check_batch, parse_config, read_overrides
+from common.config import as_dict, build, check_batch, count_steps, parse_config, read_overrides
 from common.data import TokenData, read_meta
 from common.dist import UserError
 from common.logger import Logger, Timer, check_run_directory
@@ -119,14 +119,11 @@ if __name__ == "__main__":
     train_data, val_data = load("train", cfg.seed), load("val", 0) if cfg.eval_seqs else None
     eval_prompts = [tokenizer.encode(prompt) for prompt in cfg.eval_prompts]
     critical_ids = torch.tensor(cfg.critical_ids, dtype=torch.int64, device=device)
+    new_model = GPT                                                           # ModelConfig -> the model
 
     # -------------------------------------------------------------------------
     # model, optimizer (identical in every stage)
-    if cfg.num_epochs:                                                        # the last step may be partial
-        train_data.total = round(cfg.num_epochs * train_data.num_samples)
-        if train_data.total < 1:
-            raise UserError(f"--num_epochs={cfg.num_epochs}: not one of {train_data.num_samples} sequences")
-    num_steps = cfg.num_steps or -(-train_data.total // cfg.batch_size)
+    num_steps, train_data.total = count_steps(cfg, train_data.num_samples)    # the last may be partial
     if val_data:
         val_data.total = min(cfg.eval_seqs, val_data.num_samples)
     if saved:
@@ -141,7 +138,7 @@ if __name__ == "__main__":
                                seq_len=cfg.model.seq_len or cfg.seq_len).resolved()
     model_config.check_data(meta["vocab_size"], cfg.seq_len, train_data.doc_mask, eval_prompts)
     torch.manual_seed(cfg.seed)                                               # the same weights on every rank
-    model = GPT(model_config).to(device, getattr(torch, cfg.param_dtype))
+    model = new_model(model_config).to(device, getattr(torch, cfg.param_dtype))
     model.activation_checkpointing = cfg.activation_checkpointing
     if source:
         origin.load_weights(source, model)
@@ -160,11 +157,7 @@ if __name__ == "__main__":
     options = {**as_dict(cfg), "model": read_overrides().get("model", {})}    # the model as it was asked for
     log = Logger(cfg.out_dir, options, __file__, cfg.resume, start_step, num_steps, cfg.log_every)
     log.print_changes(as_dict(cfg), saved["config"] if previous else {})
-    log.print(f"{model.size()}, {optimizer.state_bytes():,} bytes of optimizer state "
-              f"on each of {world_size} rank{'s'[:world_size > 1]}, {train_data.num_tokens:,} tokens "
-              f"in {train_data.num_samples:,} samples, {num_steps} steps"
-              + (f" from step {start_step} of {previous}" if previous else
-                 f", weights of {source}" if source else ", random weights"))
+    log.introduce(model.size(), optimizer.state_bytes(), train_data, source, previous)
 
     # -------------------------------------------------------------------------
     # train

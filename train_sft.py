@@ -1,10 +1,11 @@
 """
-Supervised fine-tuning: cross-entropy on what the assistant says, in conversations packed without padding.
+Supervised fine-tuning: cross-entropy on what the assistant says, in conversations, with images or without,
+packed without padding.
 
     python train_sft.py --data_dir=out/chat --init_from=out/pretrain                      # one CPU or GPU
     torchrun --standalone --nproc_per_node=8 train_sft.py --data_dir=out/chat --init_from=out/pretrain
 
-Reads   data_dir, made by `python data/prepare.py chat ...`; init_from, what to start from
+Reads   data_dir, made by `python data/prepare.py chat ...` or `images ...`; init_from, what to start from
 Writes  out_dir/{config.json, code/, metrics.jsonl, samples.jsonl, step_NNNNNN/}
 Expect  `make demo`: how often its model meets requests for a line, in README.md, "Results"
 """
@@ -15,13 +16,15 @@ from typing import Literal
 import torch
 
 from common import checkpoint, dist, hf, losses, optim, sampling
-from common.config import as_dict, build, check_batch, parse_config, read_overrides
+from common.config import as_dict, build, check_batch, count_steps, parse_config, read_overrides
 from common.data import ChatData, read_meta
 from common.dist import UserError
 from common.logger import Logger, Timer, check_run_directory
 from common.model import GPT, ModelConfig
+from common.rewards import load_function
 from common.schedule import learning_rate
 from common.tokenizer import encode_user, load_tokenizer
+from common.vision import Vision, VisionConfig
 from common.zero1 import ShardedOptimizer
 
 # -----------------------------------------------------------------------------
@@ -30,7 +33,7 @@ from common.zero1 import ShardedOptimizer
 @dataclass(frozen=True)
 class Config:
     # files
-    data_dir: str = "out/chat"         # conversations prepared by data/prepare.py chat
+    data_dir: str = "out/chat"         # conversations prepared by data/prepare.py chat or images
     out_dir: str = "out/sft"           # run directory, must be new or empty unless resume
     init_from: str = ""                # run, checkpoint or Hugging Face folder to start from; "" = random
     resume: bool = False               # continue out_dir from its latest whole checkpoint, if it has one
@@ -73,6 +76,10 @@ class Config:
     param_dtype: Literal["float32", "bfloat16"] = "float32"  # of weights; bfloat16: optimizer keeps fp32 copy
     compile: bool = False              # torch.compile the training forward
     activation_checkpointing: bool = False    # recompute blocks in backward: less memory, a third more time
+    # images: for a set that has some
+    freeze_llm: bool = False           # the language model stays as it is: the tower and projector learn
+    freeze_tower: bool = False         # the tower stays as it is
+    vision: VisionConfig = VisionConfig()  # vision
     # model
     model: ModelConfig = ModelConfig()
 
@@ -85,7 +92,8 @@ def evaluate(model, data, autocast):
     for i in range(-(-data.total // (data.micro_batch_size * data.world_size))):
         tokens, targets, mask, docs = data.batch(i)                 # (B, T) each
         with autocast:
-            nll_sum = losses.linear_cross_entropy(model(tokens, docs), model.head, targets, mask)
+            hidden = model(tokens, docs, images=data.images(i))
+            nll_sum = losses.linear_cross_entropy(hidden, model.head, targets, mask)
         total += torch.stack([nll_sum, mask.sum()])
     model.train()
     nll_sum, n_targets = dist.all_sum(total).tolist()
@@ -115,18 +123,38 @@ if __name__ == "__main__":
     # data
     def load(split, seed):
         return ChatData(cfg.data_dir, split, cfg.seq_len, micro_batch_size, rank, world_size, device, seed,
-                        cfg.mask_prompt)
+                        cfg.mask_prompt, with_images=True)
     train_data, val_data = load("train", cfg.seed), load("val", 0) if cfg.eval_seqs else None
     eval_prompts = [encode_user(tokenizer, prompt) for prompt in cfg.eval_prompts]
     critical_ids = torch.tensor(cfg.critical_ids, dtype=torch.int64, device=device)
 
     # -------------------------------------------------------------------------
+    # vision, where the set has images
+    images, seen, vision_config = meta.get("images"), saved and saved.get("vision"), cfg.vision
+    if not images and (cfg.freeze_llm or cfg.freeze_tower or read_overrides().get("vision")):
+        raise UserError(f"--freeze_llm --freeze_tower --vision: --data_dir={cfg.data_dir} has no images")
+    if images and seen:
+        if seen["images"] != images:
+            raise UserError(f"{source}: has seen images as {seen['images']}, --data_dir={cfg.data_dir} has "
+                            f"them as {images}; prepare them alike")
+        old = VisionConfig(**seen["config"])
+        vision_config = old.continued(build(old, read_overrides().get("vision", {}), "vision."))
+
+    def new_model(config):
+        model = GPT(config)
+        if images:
+            tower = vision_config.tower
+            model.vision = Vision(vision_config, config.n_embd, images,
+                                  load_function("vision.tower", tower) if tower else None)
+            model.requires_grad_(not cfg.freeze_llm)
+            model.vision.requires_grad_(True)
+            if cfg.freeze_tower and isinstance(model.vision.tower, torch.nn.Module):
+                model.vision.tower.requires_grad_(False)
+        return model.train()                                                  # what is frozen stays in eval
+
+    # -------------------------------------------------------------------------
     # model, optimizer (identical in every stage)
-    if cfg.num_epochs:                                                        # the last step may be partial
-        train_data.total = round(cfg.num_epochs * train_data.num_samples)
-        if train_data.total < 1:
-            raise UserError(f"--num_epochs={cfg.num_epochs}: not one of {train_data.num_samples} sequences")
-    num_steps = cfg.num_steps or -(-train_data.total // cfg.batch_size)
+    num_steps, train_data.total = count_steps(cfg, train_data.num_samples)    # the last may be partial
     if val_data:
         val_data.total = min(cfg.eval_seqs, val_data.num_samples)
     if saved:
@@ -141,7 +169,7 @@ if __name__ == "__main__":
                                seq_len=cfg.model.seq_len or cfg.seq_len).resolved()
     model_config.check_data(meta["vocab_size"], cfg.seq_len, train_data.doc_mask, eval_prompts)
     torch.manual_seed(cfg.seed)                                               # the same weights on every rank
-    model = GPT(model_config).to(device, getattr(torch, cfg.param_dtype))
+    model = new_model(model_config).to(device, getattr(torch, cfg.param_dtype))
     model.activation_checkpointing = cfg.activation_checkpointing
     if source:
         origin.load_weights(source, model)
@@ -160,14 +188,15 @@ if __name__ == "__main__":
     options = {**as_dict(cfg), "model": read_overrides().get("model", {})}    # the model as it was asked for
     log = Logger(cfg.out_dir, options, __file__, cfg.resume, start_step, num_steps, cfg.log_every)
     log.print_changes(as_dict(cfg), saved["config"] if previous else {})
-    log.print(f"{model.size()}, {optimizer.state_bytes():,} bytes of optimizer state "
-              f"on each of {world_size} rank{'s'[:world_size > 1]}, {train_data.num_tokens:,} tokens "
-              f"in {train_data.num_samples:,} samples, {num_steps} steps"
-              + (f" from step {start_step} of {previous}" if previous else
-                 f", weights of {source}" if source else ", random weights"))
+    log.introduce(model.size(), optimizer.state_bytes(), train_data, source, previous)
 
     # -------------------------------------------------------------------------
     # train
+    if images:
+        token_flops += model.vision.flops_per_image() * train_data.images_per_token
+        learned = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        log.print(f"vision: {sum(p.numel() for p in model.vision.parameters()):,} of the parameters"
+                  + (", random" if source and not seen else "") + f"; {learned:,} learn")
     dist.watch_signals()
     skipped, val_loss = 0, None
     for step in range(start_step, num_steps + 1):
@@ -186,7 +215,7 @@ if __name__ == "__main__":
                 log.sample(step, prompt, tokenizer.decode(reply, show_special=True), between="\n")
         if (save_now or stop) and step > start_step:
             info = dict(model=asdict(model_config), config=as_dict(cfg), identity=identity,
-                        fingerprint=tokenizer.fingerprint)
+                        fingerprint=tokenizer.fingerprint, vision=model.vision.info() if images else None)
             checkpoint.save(cfg.out_dir, step, model, optimizer, info, tokenizer.files(), cfg.keep_last,
                             val_loss if save_now else None, last=last_step or stop)
         if last_step or stop:
@@ -194,19 +223,22 @@ if __name__ == "__main__":
 
         timer = Timer()
         dist.seed(cfg.seed, step)                                             # dropout follows from the step
-        micro_batches = [train_data.batch(step * num_micro + i) for i in range(num_micro)]
+        micro_numbers = range(step * num_micro, (step + 1) * num_micro)
+        micro_batches = [train_data.batch(i) for i in micro_numbers]
         weights = [losses.critical_weights(targets, critical_ids, cfg.critical_alpha) if cfg.critical_ids
                    else None for _, targets, _, _ in micro_batches]           # (B, T) each
         n_targets = dist.all_sum(sum((mask if w is None else mask * w).sum()  # of this whole step, all ranks
                                      for w, (_, _, mask, _) in zip(weights, micro_batches)))
         n_tokens = dist.all_sum(sum((tokens != tokenizer.pad).sum() for tokens, _, _, _ in micro_batches))
         step_loss = torch.zeros((), device=device)
-        for i, ((tokens, targets, mask, docs), weight) in enumerate(zip(micro_batches, weights)):
-            optimizer.sync = i == num_micro - 1                               # travel in the last backward
+        for i, (tokens, targets, mask, docs), weight in zip(micro_numbers, micro_batches, weights):
+            optimizer.sync = i == micro_numbers[-1]                           # travel in the last backward
             with autocast:
-                hidden = forward(tokens, docs)                                # (B, T, C)
+                hidden = forward(tokens, docs, images=train_data.images(i))   # (B, T, C)
                 loss_sum = losses.linear_cross_entropy(hidden, model.head, targets, mask, weight)
             loss = loss_sum / n_targets.clamp(min=1)                          # divide once, by the full count
+            if not loss.requires_grad:                                        # freeze_llm, and no image here;
+                loss = loss + 0 * model.vision.out.bias.sum()                 # other ranks wait for backward
             ((loss + model.balance_loss() / n_tokens) * optimizer.loss_scale).backward()
             step_loss += loss.detach()
 

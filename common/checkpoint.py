@@ -218,15 +218,24 @@ def find(path):
 
 
 def load_weights(folder, model, name="model.pt"):
-    """Fill model with the weights of a checkpoint folder; UserError when it is of another architecture."""
+    """
+    Fill model with the weights of a checkpoint folder; UserError when it is of another architecture. A model
+    with vision takes those of one without too: its vision stays as it is.
+    """
     weights = _load(os.path.join(folder, name))
-    ours = model.state_dict()
+    ours = everything = model.state_dict()
+    seen, sees = (any(name.startswith("vision.") for name in names) for names in (weights, ours))
+    if seen and not sees:
+        raise UserError(f"{folder}: a model with vision; only train_sft.py, on a set with images, and "
+                        "sample.py take it")
+    if sees and not seen:
+        ours = {name: weight for name, weight in ours.items() if not name.startswith("vision.")}
     for name in [*ours, *weights]:
         if name not in weights or name not in ours or weights[name].shape != ours[name].shape:
             theirs = tuple(weights[name].shape) if name in weights else "absent"
             mine = tuple(ours[name].shape) if name in ours else "absent"
             raise UserError(f"{folder}: of another architecture: {name} is {theirs} there and {mine} here")
-    model.load_state_dict(weights)
+    model.load_state_dict({**everything, **weights})
 
 
 def weights_file(name, model):

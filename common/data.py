@@ -10,6 +10,9 @@ A set is a folder that data/prepare.py makes:
     train_mask.npy         chat, pairs: 1 where a token is to be learned, else 0; uint8, as long as train.npy
     train_offsets.npy      chat: where each conversation begins, and where the last one ends; uint64
                            pairs: the same of the prompt, the chosen and the rejected answer of each pair
+    train_images.npy       chat, with "images" in meta.json (see vision.py): pixels (N, S, S, 3) uint8, with
+                           train_image_ids.npy, which of them stand in the tokens, and
+                           train_image_offsets.npy, where each conversation's begin among these
     train_rows.npy         prompts: {"prompt": messages, "answer": text} of each as JSON, one after the other,
                            with train_row_offsets.npy
 
@@ -49,17 +52,17 @@ def read_meta(data_dir):
         raise UserError(f"{path}: not one of a token set ({error}); prepare the set again") from None
 
 
-def open_array(path, count=None):
-    """A read-only memory map of a .npy file that must hold `count` numbers."""
+def open_array(path, count=None, row=()):
+    """A read-only memory map of a .npy file that must hold `count` numbers, or rows of that shape."""
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; make the set with data/prepare.py") from None
     except (OSError, ValueError, EOFError) as error:
         raise UserError(f"{path}: damaged or truncated ({error}); prepare the set again") from None
-    if array.ndim != 1 or array.dtype.kind != "u":
-        raise UserError(f"{path}: expected one row of unsigned integers, got {array.dtype} {array.shape}; "
-                        "prepare the set again")
+    if array.shape[1:] != row or array.ndim < 1 or array.dtype.kind != "u":
+        raise UserError(f"{path}: expected {f'rows of {row}' if row else 'one row of'} unsigned integers, "
+                        f"got {array.dtype} {array.shape}; prepare the set again")
     if count is not None and len(array) != count:
         raise UserError(f"{path}: holds {len(array)} numbers, meta.json says {count}; prepare the set again")
     return array
@@ -214,11 +217,14 @@ class ChatData:
 
     num_samples, num_tokens, total, mean_context, target_frac, view    as in TokenData; an epoch has every
                     conversation once
+    images_per_token    None for a set without images; with_images: sets with images are taken
     """
 
     def __init__(self, data_dir, split, seq_len, micro_batch_size, rank=0, world_size=1, device="cpu", seed=0,
-                 mask_prompt=True, total=None):
+                 mask_prompt=True, total=None, with_images=False):
         meta = read_split(data_dir, split, "chat")
+        if "images" in meta and not with_images:
+            raise UserError(f"--data_dir={data_dir}: a set with images; only train_sft.py learns from these")
         self.path, self.tokens, self.learn, self.offsets = open_examples(
             data_dir, split, meta["splits"][split]["tokens"], meta["splits"][split]["conversations"])
         self.lengths = np.diff(self.offsets) - 1                                  # (conversations,) positions
@@ -237,8 +243,24 @@ class ChatData:
         self.rank, self.world_size = rank, world_size
         self.device, self.seed = torch.device(device), seed
         self.total = math.inf if total is None else total
+        self.image, self.images_per_token = None, None        # id of the token that stands for images
+        if "images" in meta:
+            self._open_images(data_dir, split, meta["images"], meta["splits"][split])
         self.epoch, self.rows = None, None
         self.num_samples = len(self._rows(0))
+
+    def _open_images(self, data_dir, split, info, counts):
+        def path(name):
+            return os.path.join(data_dir, f"{split}_{name}.npy")
+        self.image, size = info["token"], info["image_size"]
+        self.pixels = open_array(path("images"), counts["pictures"], (size, size, 3))
+        self.image_ids = open_array(path("image_ids"), counts["images"])
+        self.image_offsets = open_array(path("image_offsets"), len(self.lengths) + 1).astype(np.int64)
+        borders = self.image_offsets
+        if borders[0] or borders[-1] != len(self.image_ids) or np.diff(borders).min() < 0 or \
+                len(self.image_ids) and self.image_ids.max() >= len(self.pixels):
+            raise UserError(f"{path('images')}: does not fit its ids and offsets; prepare the set again")
+        self.images_per_token = len(self.image_ids) / self.num_tokens
 
     def _rows(self, epoch):
         if epoch != self.epoch:  # a cache only: the rows are a function of (seed, epoch)
@@ -281,6 +303,19 @@ class ChatData:
                     counted.append(bool(counts))
         return prompts, np.array(numbers), np.array(counted)
 
+    def images(self, i):
+        """
+        -> the images of micro-batch i as the model takes them: pixels (U, S, S, 3) uint8, each picture once;
+        which (n,) int64 of them each image is, row after row; None where there are none
+        """
+        if self.image is None:
+            return None
+        rows, _ = self.examples(i)
+        ids = np.concatenate([self.image_ids[self.image_offsets[e]:self.image_offsets[e + 1]]
+                              for _, examples in rows for e in examples])
+        pictures, which = np.unique(ids, return_inverse=True)
+        return tuple(to_device(self.device, self.pixels[pictures], which)) if len(ids) else None
+
     def batch(self, i):
         (rows, counts), T = self.examples(i), self.seq_len
         tokens, targets, docs = (np.full((len(rows), T), x) for x in (self.pad, self.pad, 0))
@@ -299,6 +334,8 @@ class ChatData:
         if max(tokens.max(), targets.max()) >= self.vocab_size:
             raise UserError(f"{self.path}: token id {max(tokens.max(), targets.max())} is there, "
                             f"but the vocabulary has {self.vocab_size}; prepare the set again")
+        if self.image is not None:
+            mask &= targets != self.image                     # what stands for an image is never a target
         return to_device(self.device, tokens, targets, mask, docs)
 
 

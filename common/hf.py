@@ -90,7 +90,7 @@ def load_weights(folder, model):
             weights[name] = torch.cat([weights[name].to(ours[name]), mean + ours[name][n:]])
             if name == "embed.weight" and dist.world()[0] == 0:
                 print(f"{folder}: {len(ours[name]) - n} rows are added for tokens that its embedding lacks")
-    model.load_state_dict(weights)
+    model.load_state_dict({**ours, **weights})                # ours: vision, which no folder has
 
 
 def weights_id(folder):

@@ -33,6 +33,7 @@ class Logger:
 
     def __init__(self, out_dir, config, script, resume=False, start_step=0, num_steps=0, log_every=10):
         self.out_dir, self.num_steps, self.log_every = out_dir, num_steps, log_every
+        self.start_step = start_step
         self.is_main = dist.world()[0] == 0
         self.interval_tokens = self.interval_seconds = 0.0
         dist.from_rank_zero(lambda: self._open(config, script, resume, start_step))
@@ -74,6 +75,15 @@ class Logger:
     def print(self, *text):
         if self.is_main:
             print(*text, flush=True)
+
+    def introduce(self, size, state_bytes, data, source, previous):
+        """First line of a run: how large model, optimizer and data are, and where the weights come from"""
+        ranks = dist.world()[1]
+        start = f" from step {self.start_step} of {previous}" if previous else \
+            f", weights of {source}" if source else ", random weights"
+        self.print(f"{size}, {state_bytes:,} bytes of optimizer state on each of {ranks} "
+                   f"rank{'s'[:ranks > 1]}, {data.num_tokens:,} tokens in {data.num_samples:,} samples, "
+                   f"{self.num_steps} steps{start}")
 
     def print_changes(self, config, before):
         """Tell which options a resumed run has changed."""

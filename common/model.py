@@ -519,13 +519,15 @@ class Block(nn.Module):
 
 class GPT(nn.Module):
     """
-    model(tokens, docs=None, cache=None, branch=None) -> hidden states (B, T, C); `head` (V, C) makes logits.
+    model(tokens, docs=None, cache=None, branch=None, images=None) -> hidden states (B, T, C); `head` (V, C)
+    makes logits. vision: a common.vision.Vision, or None
 
     config (resolved ModelConfig) describes it completely. Set `activation_checkpointing = True` to recompute
     each block in backward instead of keeping its activations.
     """
     def __init__(self, config):
         super().__init__()
+        self.register_module("vision", None)  # a script may set it; first, as its gradients are complete last
         self.config = c = config.resolved()
         self.activation_checkpointing = False
         self.balance, self.routed_so_far = 0.0, None          # see balance_loss, router_stats
@@ -543,10 +545,11 @@ class GPT(nn.Module):
     def head(self):
         return self.embed.weight if self.untied_head is None else self.untied_head.weight
 
-    def forward(self, tokens, docs=None, cache=None, branch=None):
+    def forward(self, tokens, docs=None, cache=None, branch=None, images=None):
         """
         tokens (B, T) int64; docs, branch (B, T): see `documents` - tokens see only their own document, whose
-        positions start at 0, and in a branch its trunk; cache: a KVCache that holds the past -> (B, T, C)
+        positions start at 0, and in a branch its trunk; cache: a KVCache that holds the past; images: those
+        whose tokens are among these, see Vision.place -> (B, T, C)
         """
         B, T = tokens.shape
         positions = torch.arange(T, device=tokens.device)[None]                    # (1, T)
@@ -570,6 +573,10 @@ class GPT(nn.Module):
         cos, sin = angles.cos() * scale, angles.sin() * scale
 
         x, routers = self.embed(tokens), []                                        # (B, T, C)
+        if self.vision is not None:
+            x = self.vision.place(x, tokens, images)
+        elif images is not None:
+            raise ValueError("images for a model without vision")
         for layer, block in enumerate(self.blocks):
             if self.activation_checkpointing and self.training:
                 x, routed = checkpoint(block, x, cos, sin, mask, use_reentrant=False)
@@ -651,13 +658,14 @@ class GPT(nn.Module):
     def flops_per_token(self, T, head_frac=1.0):
         """
         FLOPs that one trained token of a causal sequence of T costs, forward and backward: 6 per weight of a
-        matrix product (the head's for the fraction of tokens that have a target), and the half of attention's
-        T x T products that a causal mask needs (PaLM, appendix B; counting all is common, and flatters).
+        matrix product, 4 where it is frozen (the head's for the fraction of tokens that have a target), and
+        the half of attention's T x T products that a causal mask needs (PaLM, appendix B; counting all is
+        common, and flatters). Without vision.
         """
         c = self.config
         weights = sum(p.numel() for p in self.blocks.parameters() if p.ndim > 1) - self.idle_parameters()
         weights += head_frac * self.head.numel()
-        return 6 * weights + 6 * c.n_layer * c.n_head * c.head_dim * T
+        return (6 if self.head.requires_grad else 4) * weights + 6 * c.n_layer * c.n_head * c.head_dim * T
 
 
 class KVCache:

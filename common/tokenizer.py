@@ -184,12 +184,19 @@ class Stream:
 ROLES = ("system", "user", "assistant")
 
 
-def check_conversation(messages):
+def check_conversation(messages, with_images=False):
     """ValueError says what is wrong with a list of {"role", "content", "think"?}, where something is."""
+    def is_part(part):
+        return isinstance(part, dict) and part.get("type") in ("text", "image") and \
+            isinstance(part.get("text"), str) == (part["type"] == "text")
     if not isinstance(messages, list) or not messages:
         raise ValueError("expected a list of messages")
     for message in messages:
-        if not isinstance(message, dict) or not isinstance(message.get("content"), str):
+        if isinstance(message, dict) and (isinstance(message.get("content"), list) or "images" in message) \
+                and not with_images:
+            raise ValueError("images are for `data/prepare.py images` and train_sft.py only")
+        content = message.get("content") if isinstance(message, dict) else None
+        if not isinstance(content, str) and not (isinstance(content, list) and all(map(is_part, content))):
             raise ValueError('a message is {"role": "...", "content": "..."}')
         if message.get("role") not in ROLES:
             raise ValueError(f"unknown role {str(message.get('role'))[:40]!r}, expected {', '.join(ROLES)}")
@@ -197,18 +204,22 @@ def check_conversation(messages):
             raise ValueError(f"a message has role, content and maybe think, not {', '.join(sorted(unknown))}")
         if "think" in message and (message["role"] != "assistant" or not isinstance(message["think"], str)):
             raise ValueError('"think" is text, and an assistant\'s')
+        if message["role"] == "assistant" and not isinstance(content, str):
+            raise ValueError("an assistant's content is text")
 
 
-def encode_chat(tokenizer, conversations, answer_tags=True, reply=False):
+def encode_chat(tokenizer, conversations, answer_tags=True, reply=False, tokens_per_image=0):
     """
     The chat template. conversations: list of lists of {"role", "content", "think"?}. answer_tags: put
     <answer> tags around an assistant's content. reply: end with <assistant>, for the model to go on.
+    tokens_per_image: a content may be a list of {"type": "text", "text": ...} and {"type": "image"}, and this
+    is how many <image> stand for the latter.
 
     -> list of (ids, counts), one per conversation. counts: list of bool, True where the id is to be learned:
     an assistant's body and the <end> after it, not the <assistant> before it, and nothing of other roles.
     Raises ValueError where a conversation is not one.
     """
-    chats = [list(_template(messages, answer_tags)) + [("assistant", "", False)] * reply
+    chats = [list(_template(messages, answer_tags, tokens_per_image)) + [("assistant", "", False)] * reply
              for messages in conversations]
     texts = iter(tokenizer.encode_batch([text for chat in chats for special, text, _ in chat if not special]))
     encoded = []
@@ -224,14 +235,15 @@ def encode_chat(tokenizer, conversations, answer_tags=True, reply=False):
     return encoded
 
 
-def encode_user(tokenizer, text):
+def encode_user(tokenizer, content, tokens_per_image=0):
     """-> ids of a user's message and of the <assistant> after it, for the model to go on"""
-    return encode_chat(tokenizer, [[{"role": "user", "content": text}]], reply=True)[0][0]
+    return encode_chat(tokenizer, [[{"role": "user", "content": content}]], reply=True,
+                       tokens_per_image=tokens_per_image)[0][0]
 
 
-def _template(messages, answer_tags):
+def _template(messages, answer_tags, tokens_per_image):
     """Yield (special token, "", counts) or ("", text, counts)."""
-    check_conversation(messages)
+    check_conversation(messages, with_images=tokens_per_image > 0)
     for message in messages:
         learn = message["role"] == "assistant"
         yield message["role"], "", False
@@ -241,7 +253,12 @@ def _template(messages, answer_tags):
             yield "/think", "", True
         if learn and answer_tags:
             yield "answer", "", True
-        yield "", message["content"], learn
+        if isinstance(message["content"], str):
+            yield "", message["content"], learn
+        else:
+            for part in message["content"]:
+                yield from [("", part["text"], False)] if part["type"] == "text" else \
+                    [("image", "", False)] * tokens_per_image
         if learn and answer_tags:
             yield "/answer", "", True
         yield "end", "", learn

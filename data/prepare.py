@@ -6,6 +6,7 @@ Prepare data: text to memory-mapped token sets, and new tokenizers.
     python data/prepare.py chat --input=chats.jsonl --val_frac=0.05 --tokenizer=out/tok.model
     python data/prepare.py pairs --input=pairs.jsonl --val_frac=0.05 --tokenizer=out/tok.model
     python data/prepare.py prompts --input=prompts.jsonl --val_frac=0.05 --tokenizer=out/tok.model
+    python data/prepare.py images --input=chats.jsonl --val_frac=0.05 --tokenizer=out/tok.model
 
 --input takes files and globs, separated by commas, in any mix (all but .npy and .pkl also gzipped, .gz).
 text:
@@ -20,6 +21,8 @@ pairs:
 prompts:
     .jsonl  a prompt a line, {"prompt": ..., "answer": "..."}: a text or a list of messages, and what a reward
             function is given with the completion ("" if it needs nothing)
+images:
+    .jsonl  as for chat, and a content may show images: see data/images.py
 --tokenizer: bytes, x.model (SentencePiece), x.tiktoken, a folder with vocab.json and merges.txt, or gpt2.
 
 --out_dir appears whole or not at all; an existing one is never touched. Memory does not grow with the input.
@@ -53,6 +56,15 @@ from common.tokenizer import (  # noqa: E402
     load_tokenizer,
     token_byte_counts,
     train_sentencepiece,
+)
+from common.vision import pillow  # noqa: E402
+from data.images import (  # noqa: E402
+    BadImage,
+    ImagesConfig,
+    Pictures,
+    images_info,
+    paths_of,
+    with_paths,
 )
 
 BLOCK = 1 << 20                        # characters of text that are held and tokenized at once
@@ -207,8 +219,11 @@ def read_all_texts(path, fields):
         texts = [row[field] for field in fields if field in row] if isinstance(row, dict) else []
         messages = row.get("messages", []) if isinstance(row, dict) else row
         if not texts and isinstance(messages, list):
-            texts = [message[key] for message in messages if isinstance(message, dict)
-                     for key in ("content", "think") if key in message]
+            said = [message[key] for message in messages if isinstance(message, dict)
+                    for key in ("content", "think") if key in message]
+            parts = [part for text in said if isinstance(text, list) for part in text]   # text or image
+            texts = [text for text in said if not isinstance(text, list)]
+            texts += [part["text"] for part in parts if isinstance(part, dict) and "text" in part]
         if not texts or not all(isinstance(text, str) for text in texts):
             raise UserError(f"{path}:{number}: expected a conversation or {', '.join(fields)} (--fields), "
                             f"got {shown(row)}")
@@ -312,11 +327,15 @@ class Progress:
 # writing
 
 class ArrayWriter:
-    """A .npy of unknown length, written front to back: room is left for the header, filled in at the end."""
+    """
+    A .npy of unknown length, written front to back: room is left for the header, filled in at the end.
+    row: shape of what it is a list of
+    """
     HEADER = 128
 
-    def __init__(self, path, dtype):
+    def __init__(self, path, dtype, row=()):
         self.file, self.dtype, self.count, self.sha = open(path, "wb"), np.dtype(dtype), 0, hashlib.sha256()
+        self.row = row
         self.file.write(b" " * self.HEADER)
 
     def write(self, values):
@@ -326,7 +345,8 @@ class ArrayWriter:
         self.count += len(values)
 
     def close(self):
-        text = f"{{'descr': '{self.dtype.str}', 'fortran_order': False, 'shape': ({self.count},), }}"
+        shape = (self.count, *self.row)
+        text = f"{{'descr': '{self.dtype.str}', 'fortran_order': False, 'shape': {shape}, }}"
         self.file.seek(0)
         self.file.write(b"\x93NUMPY\x01\x00" + (self.HEADER - 10).to_bytes(2, "little")
                         + text.ljust(self.HEADER - 11).encode() + b"\n")
@@ -354,14 +374,14 @@ def whole_or_nothing(out_dir):
         raise
 
 
-def describe(folder, kind, tokenizer, splits, report, cfg):
-    """Write what goes with the arrays of a set: the tokenizer's files and meta.json."""
+def describe(folder, kind, tokenizer, splits, report, cfg, **more):
+    """Write what goes with the arrays of a set: the tokenizer's files and meta.json. more: for meta.json"""
     for name, content in tokenizer.files().items():
         with open(os.path.join(folder, name), "wb") as file:
             file.write(content)
     meta = dict(kind=kind, vocab_size=tokenizer.vocab_size, end=tokenizer.end, pad=tokenizer.pad,
                 fingerprint=tokenizer.fingerprint, data_fingerprint=splits["train"]["sha256"][:16],
-                splits=splits, left_out=report.left_out(), made_with=dataclasses.asdict(cfg))
+                splits=splits, left_out=report.left_out(), made_with=dataclasses.asdict(cfg), **more)
     with open(os.path.join(folder, "meta.json"), "w", encoding="utf-8") as file:
         json.dump(meta, file, indent=1)
 
@@ -427,6 +447,7 @@ def write_tokens(inputs, tokenizer, cfg, report, folder):
 
 def check_splits(splits, cfg, what, report):
     """UserError when a split that was asked for has got nothing."""
+    splits = {split: counts for split, counts in splits.items() if counts[what]}
     if "train" not in splits or (cfg.val_frac or cfg.val_input) and "val" not in splits:
         report.print()                                        # it may say why
     if "train" not in splits:
@@ -544,12 +565,38 @@ class ExampleWriter:
                     longest=self.longest, sha256=hashlib.sha256(sums.encode()).hexdigest())
 
 
-def prepare_examples(cfg, kind, what, read, encode, keep_rows=False):
+class ImageExampleWriter(ExampleWriter):
+    """Conversations, the pictures in them, and which of these each has, in the order of the tokens."""
+
+    def __init__(self, folder, split, dtype, info):
+        super().__init__(folder, split, dtype)
+        pixels, self.image_ids, self.image_offsets = more = [
+            ArrayWriter(os.path.join(folder, f"{split}_{name}.npy"), *kind) for name, kind in (
+                ("images", (np.uint8, (info["image_size"], info["image_size"], 3))),
+                ("image_ids", (np.uint32,)), ("image_offsets", (np.uint64,)))]
+        self.writers += more
+        self.image_offsets.write([0])
+        self.info, self.pictures = info, Pictures(pixels, info)
+
+    def add(self, parts, row):
+        """BadImage, and no conversation is added, where a picture cannot be read"""
+        (ids, _), = parts
+        shown = ids.count(self.info["token"]) // self.info["tokens_per_image"]    # those before a cut
+        self.image_ids.write([self.pictures.number(path) for path in paths_of(row)[:shown]])
+        self.image_offsets.write([self.image_ids.count])
+        super().add(parts, row)
+
+    def close(self, what):
+        return dict(super().close(what), images=self.image_ids.count, pictures=self.pictures.pixels.count)
+
+
+def prepare_examples(cfg, kind, what, read, encode, keep_rows=False, images=None):
     """
     Conversations, pairs or prompts into cfg.out_dir; see data.py for what is in there. what: their name.
     read(path, report) yields ("file:line", row); encode(tokenizer, rows) -> for each a list of (ids, counts),
     the parts that are stored one after the other, of which the first and any one other follow each other in
-    use. keep_rows: store the rows themselves too.
+    use. keep_rows: store the rows themselves too. images: function of the tokenizer that gives the set's
+    `images_info`.
     """
     if cfg.max_len < 0 or cfg.long_rows != "error" and not cfg.max_len:
         raise UserError(f"--max_len={cfg.max_len}: expected a number of tokens, or 0 = no limit "
@@ -559,22 +606,28 @@ def prepare_examples(cfg, kind, what, read, encode, keep_rows=False):
         tokenizer, report = load_tokenizer(cfg.tokenizer), Report(cfg.bad_rows)
         dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
         progress, writers = Progress([path for _, path in inputs]), {}
+        info = images(tokenizer) if images else None
         for split, where, row, parts in encode_rows(inputs, tokenizer, cfg, read, encode, report, progress):
-            parts = cut_to_fit(where, parts, cfg, report)
+            parts = cut_to_fit(where, parts, cfg, report, image=info and info["token"])
             if not parts:
                 continue
             if split not in writers:
-                writers[split] = ExampleWriter(folder, split, dtype, keep_rows)
-            writers[split].add(parts, row)
+                writers[split] = ImageExampleWriter(folder, split, dtype, info) if images else \
+                    ExampleWriter(folder, split, dtype, keep_rows)
+            try:
+                writers[split].add(parts, row)
+            except BadImage as error:
+                report.bad("with unreadable images", where, str(error))
             progress.show(sum(writer.tokens.count for writer in writers.values()))
         splits = {split: writer.close(what) for split, writer in writers.items()}
         check_splits(splits, cfg, what, report)
-        describe(folder, kind, tokenizer, splits, report, cfg)
+        describe(folder, kind, tokenizer, splits, report, cfg, **dict(images=info) if images else {})
     report.print()
     for split, count in splits.items():
         print(f"{cfg.out_dir}/{split}.npy: {count[what]:,} {what} of up to "
               f"{count['longest']:,} tokens, {count['tokens']:,} in all, {count['targets']:,} to learn, "
-              f"vocabulary of {tokenizer.vocab_size:,}")
+              f"vocabulary of {tokenizer.vocab_size:,}"
+              + (f", {count['images']:,} images of {count['pictures']:,} pictures" if images else ""))
 
 
 def prepare_chat(cfg):
@@ -584,6 +637,15 @@ def prepare_chat(cfg):
                      read=lambda path, report: read_chats(path, cfg.fields, report),
                      encode=lambda tokenizer, rows: [[chat] for chat in encode_chat(
                          tokenizer, rows, cfg.answer_tags)])
+
+
+def prepare_images(cfg):
+    pillow()                                                  # says so where it is missing
+    prepare_examples(cfg, "chat", "conversations",
+                     read=lambda path, report: read_chats(path, (), report, with_images=True),
+                     encode=lambda tokenizer, rows: [[chat] for chat in encode_chat(
+                         tokenizer, rows, cfg.answer_tags, tokens_per_image=cfg.tokens_per_image)],
+                     images=lambda tokenizer: images_info(cfg, tokenizer.special["image"]))
 
 
 def prepare_pairs(cfg):
@@ -610,8 +672,11 @@ def prepare_prompts(cfg):
                          tokenizer, [row["prompt"] for row in rows], cfg.answer_tags, reply=True)])
 
 
-def cut_to_fit(where, parts, cfg, report):
-    """-> the parts, cut where --max_len and --long_rows ask for it; None when they are to be left out"""
+def cut_to_fit(where, parts, cfg, report, image=None):
+    """
+    -> the parts, cut where --max_len and --long_rows ask for it; None when they are to be left out. image: id
+    of what stands for images, which are not cut
+    """
     (first, *rest), most = parts, cfg.max_len
     length = len(first[0]) + max((len(ids) for ids, _ in rest), default=0)
     if not most or length <= most:
@@ -626,6 +691,8 @@ def cut_to_fit(where, parts, cfg, report):
         report.skip(f"longer than {most} tokens", where)
     elif not all(any(counts) for _, counts in kept):
         report.skip(f"without a reply in the first {most} tokens", where)
+    elif image is not None and kept[0][0][-1] == image:       # its last token would be a target, not shown
+        report.skip(f"with an image across the first {most} tokens", where)
     elif rest and kept[0] == kept[1]:
         report.skip(f"with two replies alike in the first {most} tokens", where)
     else:
@@ -654,12 +721,16 @@ def encode_rows(inputs, tokenizer, cfg, read, encode, report, progress):
         progress.show(0, done_file=path)
 
 
-def read_chats(path, fields, report):
+def read_chats(path, fields, report, with_images=False):
     """Yield ("file:line", messages) of every line with a reply to learn from."""
     for number, row in read_json_rows(path, report):
         where = f"{path}:{number}"
         try:
             messages = row["messages"] if isinstance(row, dict) and "messages" in row else row
+            if with_images:
+                messages = with_paths(row, os.path.dirname(path))
+            else:
+                check_no_images(row)
             if isinstance(messages, dict) and not fields:
                 raise ValueError(f'expected [messages] or {{"messages": [...]}}, or --fields for rows of two '
                                  f"texts; the row has {', '.join(row)[:60]}")
@@ -668,7 +739,7 @@ def read_chats(path, fields, report):
                     raise ValueError(f"expected texts {' and '.join(fields)} as --fields says")
                 messages = [{"role": "user", "content": row[fields[0]]},
                             {"role": "assistant", "content": row[fields[1]]}]
-            check_conversation(messages)
+            check_conversation(messages, with_images)
         except ValueError as error:
             report.bad("malformed", where, f"{error}, got {shown(row)}")
             continue
@@ -678,11 +749,17 @@ def read_chats(path, fields, report):
         yield where, messages
 
 
+def check_no_images(row):
+    if isinstance(row, dict) and "images" in row:
+        raise ValueError("images are for `data/prepare.py images` and train_sft.py only")
+
+
 def read_prompts(path, fields, report):
     """Yield ("file:line", {"prompt": messages, "answer": text}) of every line."""
     for number, row in read_json_rows(path, report):
         where = f"{path}:{number}"
         try:
+            check_no_images(row)
             if not isinstance(row, dict) or not isinstance(row.get(fields[1]), str):
                 raise ValueError(f"expected {fields[0]} and {fields[1]} (--fields), the second a text")
             prompt = row.get(fields[0])
@@ -699,6 +776,7 @@ def read_pairs(path, report):
     for number, row in read_json_rows(path, report):
         where = f"{path}:{number}"
         try:
+            check_no_images(row)
             if not isinstance(row, dict) or not {"chosen", "rejected"} <= row.keys():
                 raise ValueError('expected {"chosen": ..., "rejected": ...}')
             prompt, chosen, rejected = (
@@ -763,7 +841,7 @@ def prepare_tokenizer(cfg):
 
 COMMANDS = {"text": (TextConfig, prepare_text), "chat": (ChatConfig, prepare_chat),
             "pairs": (PairsConfig, prepare_pairs), "prompts": (PromptsConfig, prepare_prompts),
-            "tokenizer": (TokenizerConfig, prepare_tokenizer)}
+            "images": (ImagesConfig, prepare_images), "tokenizer": (TokenizerConfig, prepare_tokenizer)}
 
 if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1] not in COMMANDS:

@@ -66,6 +66,27 @@ def chat_set(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def image_set(tmp_path_factory):
+    """Conversations with no, one and two images of 16 x 16 pixels, of 12 pictures; 4 tokens each"""
+    Image = pytest.importorskip("PIL.Image", reason="the extra images")
+    folder, colours = tmp_path_factory.mktemp("images"), ("red", "blue", "lime", "gold")
+
+    def chat(i):
+        shown = [f"{(i // 3 * 5 + n * (1 + i // 9)) % 12}.png" for n in range(i % 3)]
+        said = ",".join(colours[int(name[:-4]) % 4] for name in shown) or "none"
+        return {"messages": [{"role": "user", "content": "?" * (i % 4) + "<image>" * len(shown) + "what"},
+                             {"role": "assistant", "content": said}], "images": shown}
+    for n in range(12):
+        image = Image.new("RGB", (16, 16), colours[n % 4])
+        image.putpixel((n, n), (0, 0, 0))
+        image.save(folder / f"{n}.png")
+    (folder / "rows.jsonl").write_text("".join(json.dumps(chat(i)) + "\n" for i in range(160)))
+    run("data/prepare.py", "images", f"--input={folder}/rows.jsonl", "--val_frac=0.2", "--image_size=16",
+        "--tokens_per_image=4", f"--out_dir={folder}/set")
+    return folder / "set"
+
+
+@pytest.fixture(scope="session")
 def pair_set(tmp_path_factory):
     """Pairs of answers of many lengths"""
     return prepared(tmp_path_factory, "pairs", [

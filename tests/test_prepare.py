@@ -1458,7 +1458,7 @@ def test_a_mistake_ends_with_exit_code_2_and_one_line_and_leaves_nothing(folder)
     (folder / "bad.csv").write_text("a,b\n")
     (folder / "bad.pkl").write_bytes(pickle.dumps([Payload()]))
     for args, message in [
-        (["texts"], "unknown command texts; expected one of text, chat, pairs, prompts, tokenizer\n"),
+        (["texts"], "unknown command texts; expected one of text, chat, pairs, prompts, images, tokenizer\n"),
         (["text", "--input=bad.csv"], "--input=bad.csv: expected .txt, .jsonl, .npy or .pkl"),
         (["text", "--input=bad.jsonl"], 'bad.jsonl:2: expected {"text": "..."}, got '),
         (["text", "--input=bad.pkl"], "bad.pkl: refused or damaged (it asks for "),

@@ -29,7 +29,7 @@ def test_the_commands_run_in_their_order(tmp_path):
 
 
 def test_there_are_runnable_blocks():
-    assert len(BLOCKS) == 6
+    assert len(BLOCKS) == 7
 
 
 def test_the_python_example_streams(tmp_path):

@@ -1,0 +1,644 @@
+"""
+common/vision.py and what leads pixels there: features in the right places, gradients, what is frozen, ranks,
+kill and resume, generation, sample.py, mistakes.
+"""
+import json
+import os
+import random
+import signal
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, run
+from test_stages import (
+    SEES,
+    TINY,
+    assert_one_line,
+    assert_same_curve,
+    final_weights,
+    losses,
+    make_stage,
+    records,
+    same_weights,
+    start_and_signal,
+)
+
+from common.data import ChatData
+from common.dist import UserError
+from common.losses import linear_cross_entropy
+from common.model import GPT, ModelConfig
+from common.sampling import SamplingConfig, complete, stream, stream_tokens
+from common.tokenizer import encode_chat, load_tokenizer
+from common.vision import Vision, VisionConfig, load_image, pool
+
+Image = pytest.importorskip("PIL.Image", reason="the extra images")
+
+BYTES = load_tokenizer("bytes")
+IMAGE = BYTES.special["image"]
+INFO = dict(image_size=16, tokens_per_image=4, resize="stretch", mean=[0.5, 0.4, 0.3], std=[0.2, 0.3, 0.4],
+            token=IMAGE)
+TOWER = VisionConfig(patch_size=4, n_layer=2, n_head=2, n_embd=8)
+PLAIN = SamplingConfig(temperature=0.0, max_new_tokens=8, suppress=(IMAGE,))
+
+
+def new_model(info=INFO, tower=None, **options):
+    torch.manual_seed(1)
+    model = GPT(ModelConfig(vocab_size=BYTES.vocab_size, seq_len=64, n_layer=2, n_head=2, n_embd=16,
+                            **options))
+    model.vision = Vision(TOWER, 16, info, tower)
+    with torch.no_grad():                                     # far from the small start, so that all counts
+        for p in model.parameters():
+            p.mul_(3)
+    return model
+
+
+def pictures(n, size=16, seed=0):
+    return torch.randint(0, 256, (n, size, size, 3), dtype=torch.uint8,
+                         generator=torch.Generator().manual_seed(seed))
+
+
+# -----------------------------------------------------------------------------
+# features and where they go
+
+def naive_tower(tower, x, n_head, patch):
+    """The same by loops over images, patches, heads and queries: x (N, 3, S, S) -> (N, P, D)"""
+    w = dict(tower.named_parameters())
+
+    def norm(x, name):
+        x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+        return x * w[f"{name}.weight"] + w[f"{name}.bias"]
+
+    def linear(x, name):
+        return x @ w[f"{name}.weight"].T + w[f"{name}.bias"]
+    out = []
+    for image in x:
+        side = image.shape[1] // patch
+        rows = []
+        for i in range(side):
+            for j in range(side):
+                cut = image[:, i * patch:(i + 1) * patch, j * patch:(j + 1) * patch]
+                value = (w["patch.weight"] * cut).sum(dim=(1, 2, 3)) + w["patch.bias"]
+                rows.append(value + w["row"][i, 0] + w["column"][0, j])
+        h = torch.stack(rows)                                 # (P, D)
+        for layer in range(len(tower.blocks)):
+            name = f"blocks.{layer}"
+            q, k, v = linear(norm(h, f"{name}.attn_norm"), f"{name}.qkv").chunk(3, dim=-1)
+            heads = []
+            for q, k, v in zip(*(part.chunk(n_head, dim=-1) for part in (q, k, v))):
+                heads.append(torch.stack([(k @ one / len(one)**0.5).softmax(0) @ v for one in q]))
+            h = h + linear(torch.cat(heads, dim=-1), f"{name}.attn_out")
+            inner = linear(norm(h, f"{name}.mlp_norm"), f"{name}.up")
+            inner = inner * 0.5 * (1 + torch.erf(inner / 2**0.5))
+            h = h + linear(inner, f"{name}.down")
+        out.append(h)
+    return torch.stack(out)
+
+
+def naive_features(vision, pixels):
+    x = (pixels.permute(0, 3, 1, 2).to(vision.out.weight.dtype) / 255
+         - torch.tensor(INFO["mean"])[:, None, None]) / torch.tensor(INFO["std"])[:, None, None]
+    x = naive_tower(vision.tower, x, 2, 4)                    # (N, 16, D), on a grid of 4 x 4
+    quarters = [x[:, [4 * (2 * i + a) + 2 * j + b for a in (0, 1) for b in (0, 1)]].mean(1)
+                for i in (0, 1) for j in (0, 1)]
+    x = torch.stack(quarters, dim=1)
+    x = x / (x.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * vision.norm.weight
+    return x @ vision.out.weight.T + vision.out.bias
+
+
+def test_features_and_their_gradients_are_those_of_a_naive_tower():
+    vision, pixels = new_model().vision.double(), pictures(3)
+    weight = torch.randn(3, 4, 16, dtype=torch.float64)
+    ours = vision(pixels)
+    gradients = torch.autograd.grad((ours * weight).sum(), list(vision.parameters()))
+    naive = naive_features(vision, pixels)
+    expected = torch.autograd.grad((naive * weight).sum(), list(vision.parameters()))
+    assert torch.allclose(ours, naive, atol=1e-5)             # mean and std are float32
+    for (name, _), a, b in zip(vision.named_parameters(), gradients, expected, strict=True):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-4), name
+        assert a.abs().max() > 0, name
+
+
+def test_a_loss_of_the_whole_model_reaches_the_tower_as_finite_differences_say():
+    model = new_model().double()
+    tokens = torch.tensor([[1, IMAGE, IMAGE, IMAGE, IMAGE, 7, 8]])
+    images = pictures(1), torch.tensor([0])
+
+    def loss():
+        logits = model(tokens, images=images)[0] @ model.head.T
+        return torch.nn.functional.cross_entropy(logits, tokens[0].roll(-1), reduction="sum")
+    p = model.vision.tower.blocks[0].up.weight
+    loss().backward()
+    with torch.no_grad():                                     # the largest, as RMSNorm is in float32
+        for place in p.grad.abs().flatten().topk(5).indices.tolist():
+            place = divmod(place, p.shape[1])
+            whole, step = p[place].item(), 1e-2
+            values = []
+            for sign in (1, -1):
+                p[place] = whole + sign * step
+                values.append(loss().item())
+            p[place] = whole
+            slope = (values[0] - values[1]) / (2 * step)
+            assert p.grad[place].item() == pytest.approx(slope, rel=1e-2, abs=1e-4)
+
+
+@pytest.mark.parametrize("P, k, groups", [
+    (16, 16, [[i] for i in range(16)]), (16, 1, [list(range(16))]),
+    (16, 4, [[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]]),
+    (9, 4, [[0, 1, 3, 4], [1, 2, 4, 5], [3, 4, 6, 7], [4, 5, 7, 8]]),
+    (6, 3, [[0, 1], [2, 3], [4, 5]]), (16, 8, [[2 * i, 2 * i + 1] for i in range(8)]),
+    (5, 2, [[0, 1, 2], [2, 3, 4]])])
+def test_pooling_is_a_mean_of_neighbours(P, k, groups):
+    x = torch.randn(2, P, 3)
+    assert torch.allclose(pool(x, k), torch.stack([x[:, group].mean(1) for group in groups], 1), atol=1e-6)
+
+
+def rows_with(*numbers, T=24):
+    """Rows of T tokens with so many images each, at places of their own -> (B, T)"""
+    tokens = torch.randint(0, 200, (len(numbers), T), generator=torch.Generator().manual_seed(5))
+    for row, number in enumerate(numbers):
+        for n in range(number):
+            at = 1 + row + n * (4 + row % 2)                  # next to each other in every second row
+            tokens[row, at:at + 4] = IMAGE
+    return tokens
+
+
+@pytest.mark.parametrize("numbers", [(0, 1, 2), (2, 0, 1), (1, 1, 1), (0, 0, 2), (2, 2, 0)])
+def test_features_stand_in_the_places_of_their_images(numbers):
+    model, tokens = new_model(), rows_with(*numbers)
+    pixels, which = pictures(3), torch.tensor([2, 0, 0, 1][:sum(numbers)])
+    expected = model.embed(tokens).detach().clone()
+    features, n = model.vision(pixels), 0
+    for row, number in enumerate(numbers):
+        places = (tokens[row] == IMAGE).nonzero()[:, 0].split(4)
+        for place in places[:number]:
+            expected[row, place] = features[which[n]]
+            n += 1
+    assert torch.equal(model.vision.place(model.embed(tokens), tokens, (pixels, which)), expected)
+    with torch.no_grad():                                     # and the rows do not see each other's
+        together, n = model(tokens, images=(pixels, which)), 0
+        for row, number in enumerate(numbers):
+            mine = (pixels, which[n:n + number]) if number else None
+            alone = model(tokens[row:row + 1], images=mine)
+            assert torch.allclose(together[row], alone[0], atol=1e-5)
+            n += number
+
+
+def test_numbers_that_do_not_fit_are_an_error():
+    model, tokens = new_model(), rows_with(1, 2)
+    with pytest.raises(ValueError, match="12 image tokens for 2 images of 4 each"):
+        model(tokens, images=(pictures(2), torch.tensor([0, 1])))
+    with pytest.raises(ValueError, match="12 image tokens for 0 images of 4 each"):
+        model(tokens)
+    with pytest.raises(ValueError, match="0 image tokens for 1 images of 4 each"):
+        model(rows_with(0), images=(pictures(1), torch.tensor([0])))
+    model.vision = None
+    with pytest.raises(ValueError, match="images for a model without vision"):
+        model(tokens, images=(pictures(1), torch.tensor([0])))
+    assert model(tokens).shape == (2, 24, 16)
+
+
+def test_a_picture_that_occurs_often_is_computed_once():
+    model, seen = new_model(), []
+    model.vision.tower.register_forward_hook(lambda tower, args, out: seen.append(len(out)))
+    tokens, pixels = rows_with(2, 2), pictures(2)
+    a = model(tokens, images=(pixels, torch.tensor([0, 1, 1, 0])))
+    b = model(tokens, images=(pixels[[0, 1, 1, 0]], torch.arange(4)))
+    assert seen == [2, 4] and torch.allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize("option", ["compiled", "checkpointed", "bfloat16"])
+def test_compiled_recomputed_and_in_autocast_it_is_the_same(option):
+    model, tokens = new_model(), rows_with(1, 0, 2, T=40)
+    docs = (torch.arange(40) > 20).long().expand(3, -1)
+    images = pictures(3), torch.tensor([0, 1, 2])
+
+    def gradients(forward, **context):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=option == "bfloat16" and bool(context)):
+            linear_cross_entropy(forward(tokens, docs, images=images), model.head, tokens).backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters()])
+    expected = gradients(model)
+    model.activation_checkpointing = option == "checkpointed"
+    found = gradients(torch.compile(model) if option == "compiled" else model, other=True)
+    tolerance = 0.1 if option == "bfloat16" else 1e-4
+    assert (found - expected).norm() < tolerance * expected.norm()
+
+
+# -----------------------------------------------------------------------------
+# towers of one's own
+
+def strange_tower():
+    """No module, and 9 features of 5 channels that are means of a 3 x 3 grid"""
+    return lambda x: pool(x.flatten(2).transpose(1, 2), 9).repeat(1, 1, 2)[..., :5]
+
+
+class BatchNorm(torch.nn.Module):
+    """Has buffers that training moves, unless it is in eval mode"""
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = torch.nn.Conv2d(3, 6, 8, stride=8), torch.nn.BatchNorm2d(6)
+
+    def forward(self, x):
+        return self.norm(self.conv(x)).flatten(2).transpose(1, 2)     # (N, 4, 6)
+
+
+def test_any_callable_is_a_tower():
+    model = new_model(tower=strange_tower)
+    assert model.vision(pictures(2)).shape == (2, 4, 16)
+    assert not [name for name in model.state_dict() if name.startswith("vision.tower.")]
+    assert model.vision.flops_per_image() > 0
+
+
+@pytest.mark.parametrize("tower, message", [
+    (lambda: lambda x: x.mean(dim=(2, 3)), r"the tower gives \(2, 3\) for 2 images of 16 pixels a side"),
+    (lambda: lambda x: x.flatten(2)[..., :3], r"gives \(2, 3, 3\) .* N at least 4"),
+    (lambda: lambda x: 1 / 0, "raised ZeroDivisionError: division by zero"),
+    (lambda: [][1], "raised IndexError"), (lambda: None, "raised TypeError")])
+def test_a_tower_that_gives_something_else_is_refused(tower, message):
+    with pytest.raises(UserError, match=message):
+        Vision(TOWER, 16, INFO, tower)
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(patch_size=5), "--vision.patch_size=5: must divide the set's image_size, 16"),
+    (dict(patch_size=16), "expected \\(2, N, D\\) with N at least 4"),
+    (dict(n_head=3), "--vision.n_head=3: must divide --vision.n_embd=8"),
+    (dict(n_layer=0), "--vision.n_layer=0: must be positive")])
+def test_a_tower_that_cannot_be_is_refused(change, message):
+    with pytest.raises(UserError, match=message):
+        Vision(replace(TOWER, **change), 16, INFO)
+
+
+def test_a_model_and_its_cost_count_the_vision():
+    model = new_model()
+    vision = sum(p.numel() for p in model.vision.parameters())
+    blind = GPT(model.config)
+    assert model.num_parameters() == blind.num_parameters() + vision
+    assert model.flops_per_token(64) == blind.flops_per_token(64)
+    linear = sum(p.numel() for name, p in model.vision.named_parameters()
+                 if p.ndim > 1 and name.startswith("tower.") and "row" not in name and "column" not in name)
+    assert 6 * 16 * linear < model.vision.flops_per_image() < 10 * 16 * linear     # 16 patches; attention
+    whole = model.vision.flops_per_image()
+    model.vision.tower.requires_grad_(False)
+    assert model.vision.flops_per_image() == whole / 3
+    model.requires_grad_(False)
+    assert model.flops_per_token(64) < blind.flops_per_token(64)
+    assert next(iter(model.state_dict())).startswith("vision.")       # complete last in backward
+
+
+# -----------------------------------------------------------------------------
+# data
+
+def test_batches_have_the_images_of_their_tokens(image_set):
+    meta = json.loads((image_set / "meta.json").read_text())
+    kept = np.load(image_set / "train_images.npy")
+    assert kept.shape == (12, 16, 16, 3) and meta["splits"]["train"]["pictures"] == 12
+    rows = [json.loads(line) for line in open(image_set.parent / "rows.jsonl")]
+    by_text = {}                                              # what was said -> the pictures' files
+    for row in rows:
+        by_text.setdefault(row["messages"][1]["content"], set()).add(tuple(row["images"]))
+    files = {name: load_image(image_set.parent / name, meta["images"])
+             for row in rows for name in row["images"]}
+    data, seen = ChatData(str(image_set), "train", 150, 2, with_images=True), 0
+    for i in range(2 * data.num_samples):
+        tokens, targets, mask, docs = data.batch(i)
+        images = data.images(i)
+        n = int((tokens == IMAGE).sum()) // 4
+        assert not (mask & (targets == IMAGE)).any()
+        if images is None:
+            assert n == 0
+            continue
+        pixels, which = images
+        assert len(which) == n and len(pixels) == len(set(which.tolist())) and pixels.dtype == torch.uint8
+        shown = iter(pixels[which])
+        for row, of_doc in zip(tokens, docs):
+            for number in range(int(of_doc.max()) + 1):
+                ids = row[of_doc == number].tolist()
+                mine = [next(shown) for _ in range(ids.count(IMAGE) // 4)]
+                said = BYTES.decode(ids[ids.index(BYTES.special["answer"]):])
+                assert any(len(names) == len(mine) and all(
+                    torch.equal(files[name], image) for name, image in zip(names, mine))
+                    for names in by_text[said])
+                seen += len(mine)
+    assert seen > 100
+
+
+def test_with_mask_prompt_off_everything_but_images_is_learned(image_set):
+    data = ChatData(str(image_set), "train", 150, 4, mask_prompt=False, with_images=True)
+    tokens, targets, mask, docs = data.batch(0)
+    assert torch.equal(mask, (docs >= 0) & (targets != IMAGE)) and (targets == IMAGE).any()
+
+
+@pytest.mark.parametrize("name, array, message", [
+    ("train_images", np.zeros((12, 16, 16), np.uint8), "expected rows of (16, 16, 3) unsigned integers"),
+    ("train_images", np.zeros((11, 16, 16, 3), np.uint8), "holds 11 numbers, meta.json says 12"),
+    ("train_image_ids", None, "does not fit its ids and offsets"),
+    ("train_image_ids", "cut", "meta.json says"),
+    ("train_image_offsets", None, "does not fit its ids and offsets"),
+    ("train_images", "missing", "no such file"), ("train_images", "cut", "damaged or truncated")])
+def test_damaged_images_are_refused(image_set, tmp_path, name, array, message):
+    import shutil
+    shutil.copytree(image_set, tmp_path / "set")
+    path = tmp_path / f"set/{name}.npy"
+    if isinstance(array, np.ndarray):
+        np.save(path, array)
+    elif array == "missing":
+        path.unlink()
+    elif array == "cut" and name == "train_images":
+        path.write_bytes(path.read_bytes()[:-10])
+    elif array == "cut":
+        np.save(path, np.load(path)[:-1])
+    else:
+        np.save(path, np.load(path) + 12)
+    with pytest.raises(UserError) as error:
+        ChatData(str(tmp_path / "set"), "train", 150, 1, with_images=True)
+    assert message in str(error.value)
+
+
+# -----------------------------------------------------------------------------
+# generation
+
+def prompt_with(*images, text="what"):
+    """-> ids of a prompt that shows so many images"""
+    content = [dict(type="image") for _ in images] + [dict(type="text", text=text)]
+    (ids, _), = encode_chat(BYTES, [[dict(role="user", content=content)]], reply=True, tokens_per_image=4)
+    return ids
+
+
+def greedy(model, ids, images, n):
+    """n tokens, everything computed anew for each"""
+    ids, given = list(ids), (torch.stack(images), torch.arange(len(images))) if images else None
+    for _ in range(n):
+        with torch.no_grad():
+            logits = model(torch.tensor([ids]), images=given)[0, -1] @ model.head.T
+        logits[IMAGE] = -torch.inf
+        ids.append(int(logits.argmax()))
+    return ids[-n:]
+
+
+@pytest.mark.parametrize("samples", [1, 2])
+def test_cached_generation_is_the_uncached_one_and_asks_the_tower_once(samples):
+    model, (a, b, c) = new_model(), pictures(3)
+    shown = [[a], [b, c], [], [c, a], [a]]
+    prompts = [prompt_with(*images, text="abc"[:n % 4]) for n, images in enumerate(shown)]
+    seen = []
+    model.vision.tower.register_forward_hook(lambda tower, args, out: seen.append(len(out)))
+    replies, *_ = complete(model, prompts, PLAIN, num_samples=samples, images=shown)
+    assert seen == [3]                                        # three pictures, all at once
+    for n, (ids, images) in enumerate(zip(prompts, shown)):
+        expected = greedy(model, ids, images, 8)
+        assert all(replies[n * samples + g] == expected for g in range(samples))
+    assert replies[0] != complete(model, prompts[:1], PLAIN, images=[[b]])[0][0]  # it does look at them
+
+
+def test_streaming_gives_the_same_and_goes_on_past_the_context():
+    model, (a, b, _) = new_model(), pictures(3)
+    cfg, ids = replace(PLAIN, max_new_tokens=8), prompt_with(a, b)
+    assert list(stream_tokens(model, BYTES, ids, cfg, images=[a, b])) == \
+        complete(model, [ids], cfg, BYTES.end, images=[[a, b]])[0][0]
+    expected = BYTES.decode(greedy(model, ids, [a, b], 8))
+    assert "".join(stream(model, BYTES, ids, cfg, images=[a, b])) == expected
+    asked, whole = [], model.vision.place
+    model.vision.place = lambda x, tokens, images: asked.append(
+        (tokens[0].tolist(), None if images is None else images[0][images[1]])) or whole(x, tokens, images)
+    model.embed.weight.data[BYTES.end] = 0                    # never the likeliest: it does not end
+    for start in range(8):                                    # a window may begin at any token of an image
+        asked.clear()
+        ids = [1] * (26 + start) + [IMAGE] * 8 + [2] * 20
+        cfg = replace(PLAIN, max_new_tokens=40)
+        assert len(list(stream_tokens(model, BYTES, ids, cfg, images=[a, b]))) == 40
+        windows = [(tokens, shown) for tokens, shown in asked if len(tokens) > 1]
+        assert len(windows) >= 2
+        for tokens, shown in windows:
+            n = 0 if shown is None else len(shown)
+            assert tokens.count(IMAGE) == 4 * n and (n == 0 or torch.equal(shown[-1], b))
+
+
+def test_what_stands_for_an_image_is_never_sampled():
+    model = new_model(tie_embeddings=False)
+    model.untied_head.weight.data[:] = 0
+    model.untied_head.weight.data[IMAGE] = model(torch.tensor([[1, 2]]))[0, -1].detach() * 9
+    cfg = SamplingConfig(temperature=0.0, max_new_tokens=5)
+    assert complete(model, [[1, 2]], replace(cfg, max_new_tokens=1))[0] == [[IMAGE]]
+    assert IMAGE not in list(stream_tokens(model, BYTES, [1, 2], cfg))
+
+
+# -----------------------------------------------------------------------------
+# training through the command line
+
+@pytest.fixture
+def sees(request, tmp_path, image_set):
+    """start(out, *options): train_sft.py on image_set"""
+    start = make_stage("train_sft.py", request, tmp_path)
+    start.data, start.options = image_set, [*TINY, "--seq_len=150", *SEES[1:]]
+    return SimpleNamespace(start=lambda out, *options, **more: start(out, *SEES, *options, **more),
+                           stage=start, folder=tmp_path)
+
+
+def test_layouts_give_the_same_also_where_a_rank_has_no_image(sees, image_set):
+    """--seq_len=36: rows of one or two conversations, so that many micro-batches show nothing."""
+    common = ["--num_steps=12", "--eval_every=6", "--seq_len=36", "--seed=1"]
+    data = [ChatData(str(image_set), "train", 36, 1, rank, 2, seed=1, with_images=True) for rank in (0, 1)]
+    none = [[d.images(i) is None for d in data] for i in range(48)]
+    assert {(True, False), (False, True), (True, True)} < set(map(tuple, none))
+    for frozen in ([], ["--freeze_llm=true"]):
+        name = "frozen " * bool(frozen)
+        layouts = {"1x8": (["--micro_batch_size=8"], 1), "8x1": (["--micro_batch_size=1"], 1),
+                   "2 ranks": (["--micro_batch_size=1"], 2),
+                   "2 ranks, zero1": (["--micro_batch_size=2", "--zero1=true"], 2)}
+        for layout, (options, ranks) in layouts.items():
+            sees.start(name + layout, *common, *options, *frozen, ranks=ranks)
+        whole = final_weights(sees.folder / (name + "1x8"))
+        for layout in layouts:
+            assert_same_curve(sees.folder / (name + "1x8"), sees.folder / (name + layout))
+            weights = final_weights(sees.folder / (name + layout))
+            assert max((weights[k] - whole[k]).abs().max().item() for k in whole) < 1e-4
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_kill_9_and_resume_with_images_is_bit_for_bit(sees, ranks):
+    options = ["--num_steps=30", "--save_every=5", "--eval_every=7", *["--zero1=true"] * (ranks > 1)]
+    sees.start("straight", *options, ranks=ranks)
+    code, _ = start_and_signal(sees.stage, "killed", *options, "--resume=true", number=signal.SIGKILL,
+                               when=random.randint(7, 25), ranks=ranks)
+    assert code == -signal.SIGKILL
+    sees.start("killed", *options, "--resume=true", ranks=ranks)
+    assert records(sees.folder / "killed") == records(sees.folder / "straight")
+    assert same_weights(sees.folder / "killed", sees.folder / "straight")
+
+
+@pytest.mark.parametrize("option, still", [
+    ("--freeze_llm=true", lambda name: not name.startswith("vision.")),
+    ("--freeze_tower=true", lambda name: name.startswith("vision.tower."))])
+def test_what_is_frozen_stays_bit_for_bit_and_has_no_state(sees, option, still):
+    sees.start("start", "--num_steps=3")
+    start = f"--init_from={sees.folder / 'start'}"
+    sees.start("run", "--num_steps=5", start, option)
+    before, after = final_weights(sees.folder / "start"), final_weights(sees.folder / "run")
+    assert before.keys() == after.keys()
+    for name in before:
+        assert torch.equal(before[name], after[name]) == still(name), name
+    state = torch.load(sees.folder / "run/step_000005/optimizer_0_of_1.pt", weights_only=True)
+    with_state = {name for group in state["groups"] for name, _ in group["parameters"]}
+    assert with_state == {name for name in before if not still(name)}
+
+
+def test_a_tower_of_ones_own_trains_or_stays_with_its_buffers(sees):
+    tower = [f"--vision.tower={ROOT}/tests/test_vision.py:BatchNorm"]
+    sees.start("start", "--num_steps=3", *tower)
+    sees.start("frozen", "--num_steps=3", *tower, "--freeze_tower=true",
+               f"--init_from={sees.folder / 'start'}")
+    start, frozen = final_weights(sees.folder / "start"), final_weights(sees.folder / "frozen")
+    names = [name for name in start if name.startswith("vision.tower.")]
+    assert start["vision.tower.norm.running_mean"].abs().max() > 0
+    assert all(torch.equal(start[name], frozen[name]) for name in names)
+    run("sample.py", f"--init_from={sees.folder / 'frozen'}", "--chat=true", "--prompt=what", "--device=cpu",
+        "--max_new_tokens=5", f"--image={sees.stage.data.parent}/0.png")
+
+
+def test_a_text_model_learns_to_see(sees, request, chat_set):
+    text = make_stage("train_sft.py", request, sees.folder)
+    text("text", "--num_steps=3")
+    before = final_weights(sees.folder / "text")
+    result = sees.start("seeing", "--num_steps=3", f"--init_from={sees.folder / 'text'}", "--freeze_llm=true")
+    assert "weights of" in result.stdout and "of the parameters, random; " in result.stdout
+    after = final_weights(sees.folder / "seeing")
+    assert all(torch.equal(before[name], after[name]) for name in before) and len(after) > len(before)
+    result = sees.start("more", "--num_steps=3", f"--init_from={sees.folder / 'seeing'}")
+    assert "random" not in result.stdout
+    result = text("blind", "--num_steps=3", f"--init_from={sees.folder / 'seeing'}", check=False)
+    assert_one_line(result, "a model with vision; only train_sft.py, on a set with images, and sample.py")
+    dpo = make_stage("train_dpo.py", request, sees.folder)
+    assert_one_line(dpo("dpo", "--num_steps=1", f"--init_from={sees.folder / 'seeing'}", check=False),
+                    "a model with vision")
+
+
+@pytest.mark.parametrize("options, message", [
+    (["--vision.patch_size=7"], "--vision.patch_size=7: must divide the set's image_size, 16"),
+    (["--vision.patchsize=7"], "unknown option --vision.patchsize; did you mean --vision.patch_size?"),
+    (["--vision.tower=nowhere.py:x"], "--vision.tower=nowhere.py:x: no file nowhere.py"),
+    (["--vision.tower=tests/some_rewards.py:twice"], "--vision.tower=tests/some_rewards.py:twice: raised")])
+def test_mistakes_are_answered_by_one_line(sees, options, message):
+    assert_one_line(sees.start("run", "--num_steps=2", *options, check=False), message)
+    assert not (sees.folder / "run").exists()
+
+
+def test_a_set_or_options_that_do_not_fit_are_refused(sees, request, image_set, tmp_path):
+    sees.start("run", "--num_steps=2")
+    start = f"--init_from={sees.folder / 'run'}"
+    assert_one_line(sees.start("a", "--num_steps=2", start, "--vision.n_layer=2", check=False),
+                    "--vision.n_layer=2: the checkpoint has 1, which cannot change")
+    run("data/prepare.py", "images", f"--input={image_set.parent}/rows.jsonl", "--val_frac=0.2",
+        "--image_size=32", "--tokens_per_image=4", f"--out_dir={tmp_path}/larger")
+    assert_one_line(sees.start("a", "--num_steps=2", start, f"--data_dir={tmp_path}/larger", check=False),
+                    "has seen images as {'image_size': 16")
+    text = make_stage("train_sft.py", request, tmp_path)
+    for option in ("--freeze_llm=true", "--freeze_tower=true", "--vision.n_layer=2"):
+        assert_one_line(text("b", "--num_steps=2", option, check=False), "has no images")
+    kd = make_stage("train_kd.py", request, tmp_path)
+    assert_one_line(kd("c", "--num_steps=2", "--data_dir=image_set", check=False),
+                    "a set with images; only train_sft.py learns from these")
+    pre = make_stage("train_pretrain.py", request, tmp_path)
+    assert_one_line(pre("d", "--num_steps=2", "--data_dir=image_set", check=False), "a set of kind chat")
+
+
+# -----------------------------------------------------------------------------
+# sample.py
+
+@pytest.fixture(scope="module")
+def seeing_run(image_set, tmp_path_factory):
+    """A run that tells colours"""
+    out = tmp_path_factory.mktemp("seeing") / "run"
+    run("train_sft.py", *TINY, *SEES[1:], f"--data_dir={image_set}", f"--out_dir={out}", "--num_steps=250",
+        "--seq_len=150", "--eval_every=0", "--model.n_embd=32")
+    assert losses(out)[-1] < 0.1
+    return out
+
+
+def ask(seeing_run, image_set, images, *options, **more):
+    return run("sample.py", f"--init_from={seeing_run}", "--chat=true", "--device=cpu", "--temperature=0",
+               "--max_new_tokens=20", f"--image={','.join(str(image_set.parent / name) for name in images)}",
+               *options, **more)
+
+
+def test_a_picture_is_asked_about(seeing_run, image_set):
+    for images, said in ((["0.png"], "red"), (["1.png"], "blue"), (["2.png", "3.png"], "lime,gold"),
+                         (["3.png", "2.png"], "gold,lime")):
+        for stream_it in ("true", "false"):
+            result = ask(seeing_run, image_set, images, "--prompt=what", f"--stream={stream_it}")
+            assert result.stdout == said + "\n"
+    assert run("sample.py", f"--init_from={seeing_run}", "--chat=true", "--device=cpu", "--temperature=0",
+               "--prompt=what", "--max_new_tokens=20").stdout == "none\n"
+    plain = run("sample.py", f"--init_from={seeing_run}", "--device=cpu", "--max_new_tokens=5",
+                "--prompt=abc", f"--image={image_set.parent}/0.png").stdout
+    assert plain.startswith("abc")
+
+
+def test_a_conversation_keeps_its_picture_until_it_is_forgotten(seeing_run, image_set, monkeypatch):
+    said = ask(seeing_run, image_set, ["1.png"], input="what\n/reset\nwhat\n\n").stdout
+    assert [reply.strip() for reply in said.split("you> ")[1:]] == ["blue", "(forgotten)", "blue", ""]
+    import sample as script
+    asked = []
+    monkeypatch.setattr(script, "answer", lambda model, tokenizer, ids, cfg, seed, images:
+                        asked.append((ids, images)) or [1, 2])
+    model, tokenizer = script.load(str(seeing_run), "cpu")
+    images = script.load_images([str(image_set.parent / "1.png")], model)
+    cfg, turns = script.Config(chat=True, max_new_tokens=30), []
+    for number in range(20):
+        script.reply(model, tokenizer, turns, f"who{number}?", cfg, images)
+    counts = [ids.count(IMAGE) for ids, _ in asked]
+    assert counts == sorted(counts, reverse=True) and set(counts) == {4, 0}
+    assert all(len(shown) == (4 if count else 0) // 4 for (_, shown), count in zip(asked, counts))
+
+
+@pytest.mark.parametrize("content, message", [
+    (None, "no such file"), (b"GIF89a?", "not a picture that can be read")])
+def test_a_picture_that_cannot_be_read_is_one_line(seeing_run, image_set, tmp_path, content, message):
+    if content is not None:
+        (tmp_path / "x.png").write_bytes(content)
+    result = run("sample.py", f"--init_from={seeing_run}", "--chat=true", "--prompt=what", "--device=cpu",
+                 f"--image={tmp_path}/x.png", check=False)
+    assert_one_line(result, f"--image={tmp_path}/x.png: {message}")
+
+
+def test_a_text_model_shows_no_pictures(teacher_run, image_set):
+    result = run("sample.py", f"--init_from={teacher_run}", "--prompt=a", "--device=cpu",
+                 f"--image={image_set.parent}/0.png", check=False)
+    assert_one_line(result, "the model has no vision")
+
+
+@pytest.mark.parametrize("resize", ["stretch", "crop", "pad"])
+def test_pictures_become_squares(tmp_path, resize):
+    image = Image.new("RGB", (60, 20), "lime")
+    image.paste("red", (20, 0, 40, 20))
+    image.save(tmp_path / "x.png")
+    found = load_image(tmp_path / "x.png", {**INFO, "image_size": 12, "resize": resize})
+    middle, corner = found[6, 6].tolist(), found[1, 1].tolist()
+    assert middle == [255, 0, 0]
+    assert corner == {"stretch": [0, 255, 0], "crop": [255, 0, 0], "pad": [0, 0, 0]}[resize]
+
+
+def test_transparent_grey_and_turned_pictures_are_read(tmp_path):
+    Image.new("RGBA", (4, 4), (0, 0, 0, 0)).save(tmp_path / "clear.png")
+    Image.new("L", (4, 4), 77).save(tmp_path / "grey.png")
+    turned = Image.new("RGB", (8, 16), "red")
+    turned.paste("blue", (0, 8, 8, 16))
+    exif = Image.Exif()
+    exif[0x0112] = 3                                          # held upside down
+    turned.save(tmp_path / "turned.png", exif=exif)
+    small = {**INFO, "image_size": 4}
+    assert load_image(tmp_path / "clear.png", small)[0, 0].tolist() == [255, 255, 255]
+    assert load_image(tmp_path / "grey.png", small)[0, 0].tolist() == [77, 77, 77]
+    assert load_image(tmp_path / "turned.png", small)[0, 0].tolist() == [0, 0, 255]
+
+
+def test_without_pillow_it_says_what_to_install(image_set, tmp_path):
+    code = ("import runpy, sys; sys.modules['PIL'] = None; sys.argv = ['x', *sys.argv[1:]]; "
+            f"runpy.run_path({str(ROOT / 'data/prepare.py')!r}, run_name='__main__')")
+    result = run("-c", code, "images", f"--input={image_set.parent}/rows.jsonl", f"--out_dir={tmp_path}/x",
+                 check=False)
+    assert_one_line(result, 'Pillow is missing, which reads pictures: pip install pillow')
+    assert not os.path.exists(tmp_path / "x")
