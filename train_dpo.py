@@ -23,6 +23,7 @@ from common import checkpoint, dist, hf, losses, optim, sampling
 from common.config import as_dict, build, check_batch, count_steps, parse_config, read_overrides
 from common.data import PairData, read_meta
 from common.dist import UserError
+from common.estimate import estimate
 from common.logger import Logger, Timer, check_run_directory
 from common.model import GPT, ModelConfig
 from common.schedule import learning_rate
@@ -39,6 +40,7 @@ class Config:
     out_dir: str = "out/dpo"           # run directory, must be new or empty unless resume
     init_from: str = ""                # run, checkpoint or Hugging Face folder to start from; "" = random
     resume: bool = False               # continue out_dir from its latest whole checkpoint, if it has one
+    dry_run: bool = False              # check all, measure a micro-batch, say what the run takes, and exit
     # batch
     batch_size: int = 32               # pairs per step, over all ranks and micro-batches
     micro_batch_size: int = 0          # pairs per forward and rank; lower saves memory; 0 = all at once
@@ -76,6 +78,8 @@ class Config:
     save_every: int = 500              # steps; 0 = only at the end
     keep_last: int = 2                 # latest checkpoints to keep, next to the best by validation loss
     log_every: int = 10                # steps between console lines (metrics.jsonl gets every step)
+    wandb: str = ""                    # also log to this project of Weights & Biases
+    tensorboard: bool = False          # also log to out_dir/tensorboard
     max_bad_steps: int = 20            # stop after so many skipped steps (loss or gradient nan/inf) in a row
     # system
     seed: int = 1337                   # of the weights, the order of the data and dropout
@@ -235,13 +239,15 @@ if __name__ == "__main__":
                 if checkpoint.fingerprint(reference) != initial_weights:
                     raise UserError(f"--init_from={cfg.init_from}: not the weights that this run began with; "
                                     "its reference needs those again")
-        if cached is None and not cfg.ref_online:
+        if cached is None and not cfg.ref_online and not cfg.dry_run:
             if rank == 0:
                 print(f"reference: log-probs of {sum(d.num_samples for d in sets.values()):,} pairs")
             ref_arrays = {split: summed_logps(reference, data, autocast) for split, data in sets.items()}
             reference = None
         elif cached:
             ref_arrays = {split: torch.from_numpy(array).to(device) for split, array in cached.items()}
+
+    beside = dict(models=[reference] * cfg.ref_online)                        # what estimate() needs to know
 
     def ref(split, pairs):                                                    # -> (P, 2), None without one
         if reference is not None:
@@ -252,7 +258,10 @@ if __name__ == "__main__":
     # -------------------------------------------------------------------------
     # run directory (identical in every stage)
     options = {**as_dict(cfg), "model": read_overrides().get("model", {})}    # the model as it was asked for
-    log = Logger(cfg.out_dir, options, __file__, cfg.resume, start_step, num_steps, cfg.log_every)
+    if cfg.dry_run:
+        dist.leave(estimate(model, optimizer, train_data, cfg, num_steps, autocast, token_flops, **beside))
+    log = Logger(cfg.out_dir, options, __file__, cfg.resume, start_step, num_steps, cfg.log_every, cfg.wandb,
+                 cfg.tensorboard)
     log.print_changes(as_dict(cfg), saved["config"] if previous else {})
     log.introduce(model.size(), optimizer.state_bytes(), train_data, source, previous)
 

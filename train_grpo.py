@@ -9,7 +9,6 @@ Writes  out_dir/{config.json, code/, metrics.jsonl, samples.jsonl, step_NNNNNN/}
 """
 import copy
 import math
-import time
 from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
@@ -20,6 +19,7 @@ from common import checkpoint, dist, hf, losses, optim, sampling
 from common.config import as_dict, build, check_batch, count_steps, parse_config, read_overrides
 from common.data import Branches, PromptData, branches, read_meta
 from common.dist import UserError
+from common.estimate import estimate
 from common.logger import Logger, Timer, check_run_directory
 from common.model import GPT, ModelConfig
 from common.rewards import load_function, score, summarize
@@ -38,6 +38,7 @@ class Config:
     out_dir: str = "out/grpo"          # run directory, must be new or empty unless resume
     init_from: str = ""                # run, checkpoint or Hugging Face folder to start from; "" = random
     resume: bool = False               # continue out_dir from its latest whole checkpoint, if it has one
+    dry_run: bool = False              # check all, measure a micro-batch, say what the run takes, and exit
     # batch
     batch_size: int = 16               # prompts per rollout, over all ranks and micro-batches
     micro_batch_size: int = 0          # prompts per forward and rank; lower saves memory; 0 = all at once
@@ -92,6 +93,8 @@ class Config:
     save_every: int = 500              # steps; 0 = only at the end
     keep_last: int = 2                 # latest checkpoints to keep, next to the best by validation loss
     log_every: int = 10                # steps between console lines (metrics.jsonl gets every step)
+    wandb: str = ""                    # also log to this project of Weights & Biases
+    tensorboard: bool = False          # also log to out_dir/tensorboard
     max_bad_steps: int = 20            # stop after so many skipped steps (loss or gradient nan/inf) in a row
     # system
     seed: int = 1337                   # of the weights, the order of the data and dropout
@@ -116,7 +119,7 @@ def sample_answers(model, tokenizer, data, i, G, sampling_cfg, rewards, env_step
     def say(text):                                            # after an end token that was sampled
         return tokenizer.markers["end"][1:] + encode_user(tokenizer, text)
     answers = rollout(model, tokenizer, prompts, sampling_cfg, G, data.seed, places, env_step, say)
-    start = time.perf_counter()
+    timer = Timer()
     ended = torch.tensor([a.ended for a in answers])
     texts, pieces = map(list, zip(*(a.texts(tokenizer) for a in answers)))
     rows = [data.row(k) for k in ids for _ in range(G)]
@@ -126,7 +129,7 @@ def sample_answers(model, tokenizer, data, i, G, sampling_cfg, rewards, env_step
     return dict(prompts=prompts, answers=answers, lengths=torch.tensor([len(a.logps) for a in answers]),
                 ended=ended, counts=torch.from_numpy(counts), rewards=(values - penalty).view(-1, G),
                 to_go=(to_go - penalty[:, None]).view(-1, G, cfg.max_new_tokens),
-                reward_s=time.perf_counter() - start)
+                reward_s=timer.lap())
 
 
 def as_branches(episodes, cfg, device):
@@ -242,11 +245,15 @@ if __name__ == "__main__":
     sampling_cfg = SamplingConfig(cfg.max_new_tokens, cfg.suppress, temperature=cfg.temperature,
                                   top_k=cfg.top_k, top_p=cfg.top_p, packed=cfg.packed)
     sampling_cfg = for_vocabulary(sampling_cfg, model, tokenizer)             # in the log-probs too
+    beside = dict(models=[reference], tokens=cfg.num_samples * cfg.max_new_tokens)
 
     # -------------------------------------------------------------------------
     # run directory (identical in every stage)
     options = {**as_dict(cfg), "model": read_overrides().get("model", {})}    # the model as it was asked for
-    log = Logger(cfg.out_dir, options, __file__, cfg.resume, start_step, num_steps, cfg.log_every)
+    if cfg.dry_run:
+        dist.leave(estimate(model, optimizer, train_data, cfg, num_steps, autocast, token_flops, **beside))
+    log = Logger(cfg.out_dir, options, __file__, cfg.resume, start_step, num_steps, cfg.log_every, cfg.wandb,
+                 cfg.tensorboard)
     log.print_changes(as_dict(cfg), saved["config"] if previous else {})
     log.introduce(model.size(), optimizer.state_bytes(), train_data, source, previous)
 

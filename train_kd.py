@@ -23,6 +23,7 @@ from common import checkpoint, dist, hf, losses, optim, sampling
 from common.config import as_dict, build, check_batch, count_steps, parse_config, read_overrides
 from common.data import ChatData, TokenData, continuations, read_meta
 from common.dist import UserError
+from common.estimate import estimate
 from common.logger import Logger, Timer, check_run_directory
 from common.model import GPT, ModelConfig
 from common.sampling import SamplingConfig, complete, for_vocabulary
@@ -41,6 +42,7 @@ class Config:
     out_dir: str = "out/kd"            # run directory, must be new or empty unless resume
     init_from: str = ""                # where the student starts, as in other stages; "" = random weights
     resume: bool = False               # continue out_dir from its latest whole checkpoint, if it has one
+    dry_run: bool = False              # check all, measure a micro-batch, say what the run takes, and exit
     # teacher
     teacher: str = ""                  # run, or Hugging Face folder; "" = teacher_logits in this script
     kd_frac: float = 0.5               # share of the divergence from the teacher; the rest is cross-entropy
@@ -84,6 +86,8 @@ class Config:
     save_every: int = 500              # steps; 0 = only at the end
     keep_last: int = 2                 # latest checkpoints to keep, next to the best by validation loss
     log_every: int = 10                # steps between console lines (metrics.jsonl gets every step)
+    wandb: str = ""                    # also log to this project of Weights & Biases
+    tensorboard: bool = False          # also log to out_dir/tensorboard
     max_bad_steps: int = 20            # stop after so many skipped steps (loss or gradient nan/inf) in a row
     # system
     seed: int = 1337                   # of the weights, the order of the data and dropout
@@ -252,6 +256,7 @@ if __name__ == "__main__":
         teacher = GPT(teacher_config).to(device).eval().requires_grad_(False)
         fill(teacher)
         token_flops += teacher.flops_per_token(train_data.mean_context, train_data.target_frac) / 3
+    beside = dict(models=[teacher])                                           # what estimate() needs to know
     kd_options = dict(temperature=cfg.temperature, kind=cfg.divergence, jsd_beta=cfg.jsd_beta)
 
     def ask(split, i, tokens, docs):
@@ -266,7 +271,10 @@ if __name__ == "__main__":
     # -------------------------------------------------------------------------
     # run directory (identical in every stage)
     options = {**as_dict(cfg), "model": read_overrides().get("model", {})}    # the model as it was asked for
-    log = Logger(cfg.out_dir, options, __file__, cfg.resume, start_step, num_steps, cfg.log_every)
+    if cfg.dry_run:
+        dist.leave(estimate(model, optimizer, train_data, cfg, num_steps, autocast, token_flops, **beside))
+    log = Logger(cfg.out_dir, options, __file__, cfg.resume, start_step, num_steps, cfg.log_every, cfg.wandb,
+                 cfg.tensorboard)
     log.print_changes(as_dict(cfg), saved["config"] if previous else {})
     log.introduce(model.size(), optimizer.state_bytes(), train_data, source, previous)
 

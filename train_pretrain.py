@@ -18,6 +18,7 @@ from common import checkpoint, dist, hf, losses, optim, sampling
 from common.config import as_dict, build, check_batch, count_steps, parse_config, read_overrides
 from common.data import TokenData, read_meta
 from common.dist import UserError
+from common.estimate import estimate
 from common.logger import Logger, Timer, check_run_directory
 from common.model import GPT, ModelConfig
 from common.schedule import learning_rate
@@ -34,6 +35,7 @@ class Config:
     out_dir: str = "out/pretrain"      # run directory, must be new or empty unless resume
     init_from: str = ""                # run, checkpoint or Hugging Face folder to start from; "" = random
     resume: bool = False               # continue out_dir from its latest whole checkpoint, if it has one
+    dry_run: bool = False              # check all, measure a micro-batch, say what the run takes, and exit
     # batch
     batch_size: int = 64               # sequences per step, over all ranks and micro-batches
     micro_batch_size: int = 0          # sequences per forward and rank; lower saves memory; 0 = all at once
@@ -65,6 +67,8 @@ class Config:
     save_every: int = 500              # steps; 0 = only at the end
     keep_last: int = 2                 # latest checkpoints to keep, next to the best by validation loss
     log_every: int = 10                # steps between console lines (metrics.jsonl gets every step)
+    wandb: str = ""                    # also log to this project of Weights & Biases
+    tensorboard: bool = False          # also log to out_dir/tensorboard
     max_bad_steps: int = 20            # stop after so many skipped steps (loss or gradient nan/inf) in a row
     # system
     seed: int = 1337                   # of the weights, the order of the data and dropout
@@ -119,6 +123,7 @@ if __name__ == "__main__":
     train_data, val_data = load("train", cfg.seed), load("val", 0) if cfg.eval_seqs else None
     eval_prompts = [tokenizer.encode(prompt) for prompt in cfg.eval_prompts]
     critical_ids = torch.tensor(cfg.critical_ids, dtype=torch.int64, device=device)
+    beside = {}                                                               # nothing that estimate() lacks
     new_model = GPT                                                           # ModelConfig -> the model
 
     # -------------------------------------------------------------------------
@@ -155,7 +160,10 @@ if __name__ == "__main__":
     # -------------------------------------------------------------------------
     # run directory (identical in every stage)
     options = {**as_dict(cfg), "model": read_overrides().get("model", {})}    # the model as it was asked for
-    log = Logger(cfg.out_dir, options, __file__, cfg.resume, start_step, num_steps, cfg.log_every)
+    if cfg.dry_run:
+        dist.leave(estimate(model, optimizer, train_data, cfg, num_steps, autocast, token_flops, **beside))
+    log = Logger(cfg.out_dir, options, __file__, cfg.resume, start_step, num_steps, cfg.log_every, cfg.wandb,
+                 cfg.tensorboard)
     log.print_changes(as_dict(cfg), saved["config"] if previous else {})
     log.introduce(model.size(), optimizer.state_bytes(), train_data, source, previous)
 
