@@ -16,20 +16,20 @@ From your own code:
 import sys
 from dataclasses import dataclass
 
-from common import checkpoint, dist
+from common import checkpoint, dist, hf
 from common.config import parse_config
 from common.dist import UserError
 from common.model import GPT, ModelConfig
 from common.rewards import load_function
 from common.sampling import SamplingConfig, complete, for_vocabulary, stream, stream_tokens  # noqa: F401
-from common.tokenizer import encode_chat, load_tokenizer
+from common.tokenizer import encode_chat, encode_user, load_tokenizer
 from common.vision import Vision, VisionConfig, load_image
 
 
 @dataclass(frozen=True)
 class Config(SamplingConfig):
     # what
-    init_from: str = "out/pretrain"    # run directory (its latest checkpoint) or one checkpoint folder
+    init_from: str = "out/pretrain"    # run (its latest checkpoint), checkpoint or Hugging Face folder
     prompt: str = ""                   # text to continue; - reads it from stdin; "" starts a document
     image: tuple[str, ...] = ()        # pictures to show before the prompt, or in the first turn of a chat
     interactive: bool = False          # ask for prompts in a loop; an empty line ends it
@@ -44,15 +44,15 @@ class Config(SamplingConfig):
 
 
 def load(path, device):
-    """path: run directory or checkpoint folder -> model in eval mode on device, its tokenizer"""
-    folder = checkpoint.find(path)
-    saved = checkpoint.read_manifest(folder)
+    """path: run, checkpoint or Hugging Face folder -> model in eval mode on device, its tokenizer"""
+    origin = hf if hf.is_folder(path) else checkpoint
+    saved = origin.read_manifest(folder := origin.find(path))
     model = GPT(ModelConfig(**saved["model"]))
     if vision := saved.get("vision"):
         config = VisionConfig(**vision["config"])
         model.vision = Vision(config, model.config.n_embd, vision["images"],
                               load_function("vision.tower", config.tower) if config.tower else None)
-    checkpoint.load_weights(folder, model)
+    origin.load_weights(folder, model)
     return model.to(device).eval(), load_tokenizer(folder)
 
 
@@ -115,8 +115,7 @@ def reply(model, tokenizer, turns, text, cfg, images=()):
     context = model.config.seq_len
     ids = encode_chat(tokenizer, [[{"role": "system", "content": cfg.system}]])[0][0] if cfg.system else []
     content = [dict(type="image") for _ in images if not turns] + [dict(type="text", text=text)]
-    (user, _), = encode_chat(tokenizer, [[{"role": "user", "content": content}]], reply=True,
-                             tokens_per_image=model.vision.tokens_per_image if model.vision else 1)
+    user = encode_user(tokenizer, content, model.vision.tokens_per_image if model.vision else 1)
     room = context - min(cfg.max_new_tokens, context // 2)
     if len(ids) + len(user) > room:
         options = "--prompt" + " and --system" * bool(ids) + " and --image" * bool(images)
@@ -128,7 +127,7 @@ def reply(model, tokenizer, turns, text, cfg, images=()):
     ids = sum(turns, ids)
     shown = images if images and model.vision.token in ids else ()            # until its turn is forgotten
     tokens = answer(model, tokenizer, ids, cfg, cfg.seed + len(turns), shown)
-    turns.append([*tokens, tokenizer.end])
+    turns.append([*tokens, *tokenizer.markers["end"]])
 
 
 def typed(ask):
@@ -155,6 +154,8 @@ if __name__ == "__main__":
     if cfg.interactive and cfg.prompt:
         raise UserError("--interactive=true: asks for prompts itself; leave --prompt out")
     model, tokenizer = load(cfg.init_from, device)
+    if cfg.chat and max(encode_user(tokenizer, "")) >= model.config.vocab_size:
+        raise UserError(f"--chat=true: {cfg.init_from} knows no tokens for roles; train_sft.py teaches them")
     if any(not 0 <= i < model.config.vocab_size for i in cfg.suppress):
         raise UserError(f"--suppress={cfg.suppress}: ids must be below the vocabulary's "
                         f"{model.config.vocab_size}")

@@ -5,7 +5,7 @@ reference is the policy as training started, after a resume too; a prompt is com
     python train_dpo.py --data_dir=out/pairs --init_from=out/sft                          # one CPU or GPU
     torchrun --standalone --nproc_per_node=8 train_dpo.py --data_dir=out/pairs --init_from=out/sft
 
-Reads   data_dir, made by `python data/prepare.py pairs ...`; init_from, a run or checkpoint to start from
+Reads   data_dir, made by `python data/prepare.py pairs ...`; init_from, what to start from
 Writes  out_dir/{config.json, code/, metrics.jsonl, step_NNNNNN/}, ref_logps.bin: the reference's log-probs
 Expect  `make demo`: accuracy on held-out pairs, in README.md, "Results"
 """
@@ -19,14 +19,15 @@ from typing import Literal
 import numpy as np
 import torch
 
-from common import checkpoint, dist, losses, optim, sampling
-from common.config import as_dict, build, check_batch, parse_config, read_overrides
+from common import checkpoint, dist, hf, losses, optim, sampling
+from common.config import as_dict, build, check_batch, count_steps, parse_config, read_overrides
 from common.data import PairData, read_meta
 from common.dist import UserError
+from common.estimate import estimate
 from common.logger import Logger, Timer, check_run_directory
 from common.model import GPT, ModelConfig
 from common.schedule import learning_rate
-from common.tokenizer import encode_chat, load_tokenizer
+from common.tokenizer import encode_user, load_tokenizer
 from common.zero1 import ShardedOptimizer
 
 # -----------------------------------------------------------------------------
@@ -37,8 +38,9 @@ class Config:
     # files
     data_dir: str = "out/pairs"        # pairs of answers prepared by data/prepare.py pairs
     out_dir: str = "out/dpo"           # run directory, must be new or empty unless resume
-    init_from: str = ""                # run or checkpoint to take the weights from; "" = random weights
+    init_from: str = ""                # run, checkpoint or Hugging Face folder to start from; "" = random
     resume: bool = False               # continue out_dir from its latest whole checkpoint, if it has one
+    dry_run: bool = False              # check all, measure a micro-batch, say what the run takes, and exit
     # batch
     batch_size: int = 32               # pairs per step, over all ranks and micro-batches
     micro_batch_size: int = 0          # pairs per forward and rank; lower saves memory; 0 = all at once
@@ -76,6 +78,8 @@ class Config:
     save_every: int = 500              # steps; 0 = only at the end
     keep_last: int = 2                 # latest checkpoints to keep, next to the best by validation loss
     log_every: int = 10                # steps between console lines (metrics.jsonl gets every step)
+    wandb: str = ""                    # also log to this project of Weights & Biases
+    tensorboard: bool = False          # also log to out_dir/tensorboard
     max_bad_steps: int = 20            # stop after so many skipped steps (loss or gradient nan/inf) in a row
     # system
     seed: int = 1337                   # of the weights, the order of the data and dropout
@@ -163,9 +167,10 @@ if __name__ == "__main__":
     if tokenizer.fingerprint != meta["fingerprint"]:
         raise UserError(f"--data_dir={cfg.data_dir}: was prepared with another tokenizer than lies beside it")
     previous = checkpoint.latest(cfg.out_dir) if cfg.resume else None         # where this run left off
-    source = previous or (checkpoint.find(cfg.init_from) if cfg.init_from else None)
-    saved = checkpoint.read_manifest(source) if source else None
-    if saved and saved["fingerprint"] != tokenizer.fingerprint:
+    origin = hf if not previous and hf.is_folder(cfg.init_from) else checkpoint
+    source = previous or (origin.find(cfg.init_from) if cfg.init_from else None)
+    saved = origin.read_manifest(source) if source else None
+    if source and load_tokenizer(source).fingerprint != tokenizer.fingerprint:
         raise UserError(f"{source}: was trained with another tokenizer than --data_dir={cfg.data_dir}")
 
     # -------------------------------------------------------------------------
@@ -178,23 +183,19 @@ if __name__ == "__main__":
     def load(split, seed):
         return PairData(cfg.data_dir, split, cfg.seq_len, micro_batch_size, rank, world_size, device, seed)
     train_data, val_data = load("train", cfg.seed), load("val", 0) if cfg.eval_seqs else None
-    eval_prompts = [ids for ids, _ in encode_chat(
-        tokenizer, [[{"role": "user", "content": prompt}] for prompt in cfg.eval_prompts], reply=True)]
+    eval_prompts = [encode_user(tokenizer, prompt) for prompt in cfg.eval_prompts]
     critical_ids = torch.tensor(cfg.critical_ids, dtype=torch.int64, device=device)
     new_model = GPT                                                           # ModelConfig -> the model
 
     # -------------------------------------------------------------------------
     # model, optimizer (identical in every stage)
-    if cfg.num_epochs:                                                        # the last step may be partial
-        train_data.total = round(cfg.num_epochs * train_data.num_samples)
-        if train_data.total < 1:
-            raise UserError(f"--num_epochs={cfg.num_epochs}: not one of {train_data.num_samples} sequences")
-    num_steps = cfg.num_steps or -(-train_data.total // cfg.batch_size)
+    num_steps, train_data.total = count_steps(cfg, train_data.num_samples)    # the last may be partial
     if val_data:
         val_data.total = min(cfg.eval_seqs, val_data.num_samples)
     if saved:
         old = ModelConfig(**saved["model"])
-        model_config = old.continued(build(old, read_overrides().get("model", {}), "model."), cfg.seq_len)
+        wanted = build(old, read_overrides().get("model", {}), "model.")
+        model_config = old.continued(wanted, cfg.seq_len, meta["vocab_size"])
         if previous and model_config != old:
             raise UserError(f"--resume: {previous} has another --model or a smaller --seq_len; "
                             "use --init_from instead")
@@ -206,7 +207,7 @@ if __name__ == "__main__":
     model = new_model(model_config).to(device, getattr(torch, cfg.param_dtype))
     model.activation_checkpointing = cfg.activation_checkpointing
     if source:
-        checkpoint.load_weights(source, model)
+        origin.load_weights(source, model)
     groups = optim.parameter_groups(model, cfg.optimizer, cfg.weight_decay, cfg.beta1, cfg.beta2)
     optimizer = ShardedOptimizer(groups, cfg.zero1, loss_scaling=dtype == torch.float16)
     # what the order of the data and the meaning of a step depend on, not to be changed by a resume
@@ -233,17 +234,20 @@ if __name__ == "__main__":
                 torch.manual_seed(cfg.seed)
                 reference.load_state_dict(GPT(model_config).state_dict())
                 if cfg.init_from:
-                    checkpoint.load_weights(checkpoint.find(cfg.init_from), reference)
+                    first = hf if hf.is_folder(cfg.init_from) else checkpoint
+                    first.load_weights(first.find(cfg.init_from), reference)
                 if checkpoint.fingerprint(reference) != initial_weights:
                     raise UserError(f"--init_from={cfg.init_from}: not the weights that this run began with; "
                                     "its reference needs those again")
-        if cached is None and not cfg.ref_online:
+        if cached is None and not cfg.ref_online and not cfg.dry_run:
             if rank == 0:
                 print(f"reference: log-probs of {sum(d.num_samples for d in sets.values()):,} pairs")
             ref_arrays = {split: summed_logps(reference, data, autocast) for split, data in sets.items()}
             reference = None
         elif cached:
             ref_arrays = {split: torch.from_numpy(array).to(device) for split, array in cached.items()}
+
+    beside = dict(models=[reference] * cfg.ref_online)                        # what estimate() needs to know
 
     def ref(split, pairs):                                                    # -> (P, 2), None without one
         if reference is not None:
@@ -254,13 +258,12 @@ if __name__ == "__main__":
     # -------------------------------------------------------------------------
     # run directory (identical in every stage)
     options = {**as_dict(cfg), "model": read_overrides().get("model", {})}    # the model as it was asked for
-    log = Logger(cfg.out_dir, options, __file__, cfg.resume, start_step, num_steps, cfg.log_every)
+    if cfg.dry_run:
+        dist.leave(estimate(model, optimizer, train_data, cfg, num_steps, autocast, token_flops, **beside))
+    log = Logger(cfg.out_dir, options, __file__, cfg.resume, start_step, num_steps, cfg.log_every, cfg.wandb,
+                 cfg.tensorboard)
     log.print_changes(as_dict(cfg), saved["config"] if previous else {})
-    log.print(f"{model.size()}, {optimizer.state_bytes():,} bytes of optimizer state "
-              f"on each of {world_size} rank{'s'[:world_size > 1]}, {train_data.num_tokens:,} tokens "
-              f"in {train_data.num_samples:,} samples, {num_steps} steps"
-              + (f" from step {start_step} of {previous}" if previous else
-                 f", weights of {source}" if source else ", random weights"))
+    log.introduce(model.size(), optimizer.state_bytes(), train_data, source, previous)
 
     # -------------------------------------------------------------------------
     # train

@@ -4,28 +4,28 @@ Group relative policy optimization: sample several answers to a prompt, raise th
     python train_grpo.py --data_dir=out/prompts --init_from=out/sft --reward=my_rewards.py:good
     torchrun --standalone --nproc_per_node=8 train_grpo.py --data_dir=out/prompts --init_from=out/sft ...
 
-Reads   data_dir, made by `python data/prepare.py prompts ...`; init_from, a run or checkpoint to start from
+Reads   data_dir, made by `python data/prepare.py prompts ...`; init_from, what to start from
 Writes  out_dir/{config.json, code/, metrics.jsonl, samples.jsonl, step_NNNNNN/}
 """
 import copy
 import math
-import time
 from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 import numpy as np
 import torch
 
-from common import checkpoint, dist, losses, optim, sampling
-from common.config import as_dict, build, check_batch, parse_config, read_overrides
+from common import checkpoint, dist, hf, losses, optim, sampling
+from common.config import as_dict, build, check_batch, count_steps, parse_config, read_overrides
 from common.data import Branches, PromptData, branches, read_meta
 from common.dist import UserError
+from common.estimate import estimate
 from common.logger import Logger, Timer, check_run_directory
 from common.model import GPT, ModelConfig
 from common.rewards import load_function, score, summarize
 from common.sampling import SamplingConfig, for_vocabulary, rollout
 from common.schedule import learning_rate
-from common.tokenizer import encode_chat, load_tokenizer
+from common.tokenizer import encode_user, load_tokenizer
 from common.zero1 import ShardedOptimizer
 
 # -----------------------------------------------------------------------------
@@ -36,8 +36,9 @@ class Config:
     # files
     data_dir: str = "out/prompts"      # prompts prepared by data/prepare.py prompts
     out_dir: str = "out/grpo"          # run directory, must be new or empty unless resume
-    init_from: str = ""                # run or checkpoint to take the weights from; "" = random weights
+    init_from: str = ""                # run, checkpoint or Hugging Face folder to start from; "" = random
     resume: bool = False               # continue out_dir from its latest whole checkpoint, if it has one
+    dry_run: bool = False              # check all, measure a micro-batch, say what the run takes, and exit
     # batch
     batch_size: int = 16               # prompts per rollout, over all ranks and micro-batches
     micro_batch_size: int = 0          # prompts per forward and rank; lower saves memory; 0 = all at once
@@ -92,6 +93,8 @@ class Config:
     save_every: int = 500              # steps; 0 = only at the end
     keep_last: int = 2                 # latest checkpoints to keep, next to the best by validation loss
     log_every: int = 10                # steps between console lines (metrics.jsonl gets every step)
+    wandb: str = ""                    # also log to this project of Weights & Biases
+    tensorboard: bool = False          # also log to out_dir/tensorboard
     max_bad_steps: int = 20            # stop after so many skipped steps (loss or gradient nan/inf) in a row
     # system
     seed: int = 1337                   # of the weights, the order of the data and dropout
@@ -113,10 +116,10 @@ def sample_answers(model, tokenizer, data, i, G, sampling_cfg, rewards, env_step
     ids, places, counts = data.batch(i)
     prompts = [data.prompt(k).tolist() for k in ids]
 
-    def say(text):
-        return encode_chat(tokenizer, [[{"role": "user", "content": text}]], reply=True)[0][0]
+    def say(text):                                            # after an end token that was sampled
+        return tokenizer.markers["end"][1:] + encode_user(tokenizer, text)
     answers = rollout(model, tokenizer, prompts, sampling_cfg, G, data.seed, places, env_step, say)
-    start = time.perf_counter()
+    timer = Timer()
     ended = torch.tensor([a.ended for a in answers])
     texts, pieces = map(list, zip(*(a.texts(tokenizer) for a in answers)))
     rows = [data.row(k) for k in ids for _ in range(G)]
@@ -126,7 +129,7 @@ def sample_answers(model, tokenizer, data, i, G, sampling_cfg, rewards, env_step
     return dict(prompts=prompts, answers=answers, lengths=torch.tensor([len(a.logps) for a in answers]),
                 ended=ended, counts=torch.from_numpy(counts), rewards=(values - penalty).view(-1, G),
                 to_go=(to_go - penalty[:, None]).view(-1, G, cfg.max_new_tokens),
-                reward_s=time.perf_counter() - start)
+                reward_s=timer.lap())
 
 
 def as_branches(episodes, cfg, device):
@@ -171,9 +174,10 @@ if __name__ == "__main__":
     if tokenizer.fingerprint != meta["fingerprint"]:
         raise UserError(f"--data_dir={cfg.data_dir}: was prepared with another tokenizer than lies beside it")
     previous = checkpoint.latest(cfg.out_dir) if cfg.resume else None         # where this run left off
-    source = previous or (checkpoint.find(cfg.init_from) if cfg.init_from else None)
-    saved = checkpoint.read_manifest(source) if source else None
-    if saved and saved["fingerprint"] != tokenizer.fingerprint:
+    origin = hf if not previous and hf.is_folder(cfg.init_from) else checkpoint
+    source = previous or (origin.find(cfg.init_from) if cfg.init_from else None)
+    saved = origin.read_manifest(source) if source else None
+    if source and load_tokenizer(source).fingerprint != tokenizer.fingerprint:
         raise UserError(f"{source}: was trained with another tokenizer than --data_dir={cfg.data_dir}")
 
     # -------------------------------------------------------------------------
@@ -196,21 +200,17 @@ if __name__ == "__main__":
     new_model = GPT                                                           # ModelConfig -> the model
     train_data, val_data = load("train", cfg.seed), load("val", 0) if cfg.eval_seqs else None
     train_data.view = dict(num_samples=cfg.num_samples, updates_per_rollout=updates)
-    eval_prompts = [ids for ids, _ in encode_chat(
-        tokenizer, [[{"role": "user", "content": prompt}] for prompt in cfg.eval_prompts], reply=True)]
+    eval_prompts = [encode_user(tokenizer, prompt) for prompt in cfg.eval_prompts]
 
     # -------------------------------------------------------------------------
     # model, optimizer (identical in every stage)
-    if cfg.num_epochs:                                                        # the last step may be partial
-        train_data.total = round(cfg.num_epochs * train_data.num_samples)
-        if train_data.total < 1:
-            raise UserError(f"--num_epochs={cfg.num_epochs}: not one of {train_data.num_samples} sequences")
-    num_steps = cfg.num_steps or -(-train_data.total // cfg.batch_size)
+    num_steps, train_data.total = count_steps(cfg, train_data.num_samples)    # the last may be partial
     if val_data:
         val_data.total = min(cfg.eval_seqs, val_data.num_samples)
     if saved:
         old = ModelConfig(**saved["model"])
-        model_config = old.continued(build(old, read_overrides().get("model", {}), "model."), cfg.seq_len)
+        wanted = build(old, read_overrides().get("model", {}), "model.")
+        model_config = old.continued(wanted, cfg.seq_len, meta["vocab_size"])
         if previous and model_config != old:
             raise UserError(f"--resume: {previous} has another --model or a smaller --seq_len; "
                             "use --init_from instead")
@@ -222,7 +222,7 @@ if __name__ == "__main__":
     model = new_model(model_config).to(device, getattr(torch, cfg.param_dtype))
     model.activation_checkpointing = cfg.activation_checkpointing
     if source:
-        checkpoint.load_weights(source, model)
+        origin.load_weights(source, model)
     groups = optim.parameter_groups(model, cfg.optimizer, cfg.weight_decay, cfg.beta1, cfg.beta2)
     optimizer = ShardedOptimizer(groups, cfg.zero1, loss_scaling=dtype == torch.float16)
     # what the order of the data and the meaning of a step depend on, not to be changed by a resume
@@ -245,17 +245,17 @@ if __name__ == "__main__":
     sampling_cfg = SamplingConfig(cfg.max_new_tokens, cfg.suppress, temperature=cfg.temperature,
                                   top_k=cfg.top_k, top_p=cfg.top_p, packed=cfg.packed)
     sampling_cfg = for_vocabulary(sampling_cfg, model, tokenizer)             # in the log-probs too
+    beside = dict(models=[reference], tokens=cfg.num_samples * cfg.max_new_tokens)
 
     # -------------------------------------------------------------------------
     # run directory (identical in every stage)
     options = {**as_dict(cfg), "model": read_overrides().get("model", {})}    # the model as it was asked for
-    log = Logger(cfg.out_dir, options, __file__, cfg.resume, start_step, num_steps, cfg.log_every)
+    if cfg.dry_run:
+        dist.leave(estimate(model, optimizer, train_data, cfg, num_steps, autocast, token_flops, **beside))
+    log = Logger(cfg.out_dir, options, __file__, cfg.resume, start_step, num_steps, cfg.log_every, cfg.wandb,
+                 cfg.tensorboard)
     log.print_changes(as_dict(cfg), saved["config"] if previous else {})
-    log.print(f"{model.size()}, {optimizer.state_bytes():,} bytes of optimizer state "
-              f"on each of {world_size} rank{'s'[:world_size > 1]}, {train_data.num_tokens:,} tokens "
-              f"in {train_data.num_samples:,} samples, {num_steps} steps"
-              + (f" from step {start_step} of {previous}" if previous else
-                 f", weights of {source}" if source else ", random weights"))
+    log.introduce(model.size(), optimizer.state_bytes(), train_data, source, previous)
 
     # -------------------------------------------------------------------------
     # train

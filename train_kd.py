@@ -20,15 +20,16 @@ import numpy as np
 import torch
 
 from common import checkpoint, dist, hf, losses, optim, sampling
-from common.config import as_dict, build, check_batch, parse_config, read_overrides
+from common.config import as_dict, build, check_batch, count_steps, parse_config, read_overrides
 from common.data import ChatData, TokenData, continuations, read_meta
 from common.dist import UserError
+from common.estimate import estimate
 from common.logger import Logger, Timer, check_run_directory
 from common.model import GPT, ModelConfig
 from common.sampling import SamplingConfig, complete, for_vocabulary
 from common.schedule import learning_rate
 from common.teacher_cache import open_cache, write_cache
-from common.tokenizer import encode_chat, load_tokenizer
+from common.tokenizer import encode_user, load_tokenizer
 from common.zero1 import ShardedOptimizer
 
 # -----------------------------------------------------------------------------
@@ -39,10 +40,11 @@ class Config:
     # files
     data_dir: str = "out/data"         # text or conversations prepared by data/prepare.py text or chat
     out_dir: str = "out/kd"            # run directory, must be new or empty unless resume
-    init_from: str = ""                # run or checkpoint to take the student from; "" = random weights
+    init_from: str = ""                # where the student starts, as in other stages; "" = random weights
     resume: bool = False               # continue out_dir from its latest whole checkpoint, if it has one
+    dry_run: bool = False              # check all, measure a micro-batch, say what the run takes, and exit
     # teacher
-    teacher: str = ""                  # run, or folder of transformers; "" = teacher_logits in this script
+    teacher: str = ""                  # run, or Hugging Face folder; "" = teacher_logits in this script
     kd_frac: float = 0.5               # share of the divergence from the teacher; the rest is cross-entropy
     divergence: Literal["forward", "reverse", "jsd"] = "forward"  # KL(teacher, student), KL the other way
     jsd_beta: float = 0.5              # jsd: weight of the teacher in the mixture, above 0 and below 1
@@ -84,6 +86,8 @@ class Config:
     save_every: int = 500              # steps; 0 = only at the end
     keep_last: int = 2                 # latest checkpoints to keep, next to the best by validation loss
     log_every: int = 10                # steps between console lines (metrics.jsonl gets every step)
+    wandb: str = ""                    # also log to this project of Weights & Biases
+    tensorboard: bool = False          # also log to out_dir/tensorboard
     max_bad_steps: int = 20            # stop after so many skipped steps (loss or gradient nan/inf) in a row
     # system
     seed: int = 1337                   # of the weights, the order of the data and dropout
@@ -104,21 +108,19 @@ def teacher_logits(tokens, docs):
     raise UserError("--teacher: name a run to learn from, or write teacher_logits() in train_kd.py")
 
 
-def find_teacher(path, fingerprint):
+def find_teacher(path, tokenizer):
     """
-    path: a run, a folder of transformers, or "": teacher_logits; fingerprint: of the tokenizer to have (a
-    folder's is not read) -> ModelConfig, what identifies the weights, function that fills a model
+    path: a run, a Hugging Face folder, or "": teacher_logits; tokenizer: the one to have -> ModelConfig, what
+    identifies the weights, function that fills a model
     """
     if not path:
         return None, hashlib.sha256(inspect.getsource(teacher_logits).encode()).hexdigest(), None
-    if hf.is_folder(path):
-        return ModelConfig(**hf.read_config(path)), hf.fingerprint(path), \
-            lambda model: model.load_state_dict(hf.read_weights(path))
-    theirs = checkpoint.read_manifest(folder := checkpoint.find(path))
-    if theirs["fingerprint"] != fingerprint:
+    origin = hf if hf.is_folder(path) else checkpoint
+    if load_tokenizer(folder := origin.find(path)).fingerprint != tokenizer.fingerprint:
         raise UserError(f"--teacher={path}: has another tokenizer than --data_dir")
-    return ModelConfig(**theirs["model"]), theirs["files"]["model.pt"]["sha256"], \
-        lambda model: checkpoint.load_weights(folder, model)
+    config = ModelConfig(**origin.read_manifest(folder)["model"])
+    config = replace(config, vocab_size=max(config.vocab_size, tokenizer.vocab_size))
+    return config, origin.weights_id(folder), lambda model: origin.load_weights(folder, model)
 
 
 def student_rows(model, tokenizer, data, i, cfg):
@@ -162,9 +164,10 @@ if __name__ == "__main__":
     if tokenizer.fingerprint != meta["fingerprint"]:
         raise UserError(f"--data_dir={cfg.data_dir}: was prepared with another tokenizer than lies beside it")
     previous = checkpoint.latest(cfg.out_dir) if cfg.resume else None         # where this run left off
-    source = previous or (checkpoint.find(cfg.init_from) if cfg.init_from else None)
-    saved = checkpoint.read_manifest(source) if source else None
-    if saved and saved["fingerprint"] != tokenizer.fingerprint:
+    origin = hf if not previous and hf.is_folder(cfg.init_from) else checkpoint
+    source = previous or (origin.find(cfg.init_from) if cfg.init_from else None)
+    saved = origin.read_manifest(source) if source else None
+    if source and load_tokenizer(source).fingerprint != tokenizer.fingerprint:
         raise UserError(f"{source}: was trained with another tokenizer than --data_dir={cfg.data_dir}")
 
     # -------------------------------------------------------------------------
@@ -190,28 +193,25 @@ if __name__ == "__main__":
             cfg.data_dir, split, cfg.seq_len, micro_batch_size, rank, world_size, device, seed,
             cfg.mask_prompt if chat else cfg.doc_mask)
     train_data, val_data = load("train", cfg.seed), load("val", 0) if cfg.eval_seqs else None
-    eval_prompts = [encode_chat(tokenizer, [[{"role": "user", "content": prompt}]], reply=True)[0][0] if chat
-                    else tokenizer.encode(prompt) for prompt in cfg.eval_prompts]
+    eval_prompts = [encode_user(tokenizer, prompt) if chat else tokenizer.encode(prompt)
+                    for prompt in cfg.eval_prompts]
     critical_ids = torch.tensor(cfg.critical_ids, dtype=torch.int64, device=device)
     new_model = GPT                                                           # ModelConfig -> the model
 
-    teacher_config, teacher_id, fill = find_teacher(cfg.teacher, tokenizer.fingerprint)
+    teacher_config, teacher_id, fill = find_teacher(cfg.teacher, tokenizer)
     if teacher_config and teacher_config.seq_len < cfg.seq_len:
         raise UserError(f"--seq_len={cfg.seq_len}: longer than the teacher's {teacher_config.seq_len}")
     train_data.view = {**train_data.view, "teacher": teacher_id}              # the same after a resume
 
     # -------------------------------------------------------------------------
     # model, optimizer (identical in every stage)
-    if cfg.num_epochs:                                                        # the last step may be partial
-        train_data.total = round(cfg.num_epochs * train_data.num_samples)
-        if train_data.total < 1:
-            raise UserError(f"--num_epochs={cfg.num_epochs}: not one of {train_data.num_samples} sequences")
-    num_steps = cfg.num_steps or -(-train_data.total // cfg.batch_size)
+    num_steps, train_data.total = count_steps(cfg, train_data.num_samples)    # the last may be partial
     if val_data:
         val_data.total = min(cfg.eval_seqs, val_data.num_samples)
     if saved:
         old = ModelConfig(**saved["model"])
-        model_config = old.continued(build(old, read_overrides().get("model", {}), "model."), cfg.seq_len)
+        wanted = build(old, read_overrides().get("model", {}), "model.")
+        model_config = old.continued(wanted, cfg.seq_len, meta["vocab_size"])
         if previous and model_config != old:
             raise UserError(f"--resume: {previous} has another --model or a smaller --seq_len; "
                             "use --init_from instead")
@@ -223,7 +223,7 @@ if __name__ == "__main__":
     model = new_model(model_config).to(device, getattr(torch, cfg.param_dtype))
     model.activation_checkpointing = cfg.activation_checkpointing
     if source:
-        checkpoint.load_weights(source, model)
+        origin.load_weights(source, model)
     groups = optim.parameter_groups(model, cfg.optimizer, cfg.weight_decay, cfg.beta1, cfg.beta2)
     optimizer = ShardedOptimizer(groups, cfg.zero1, loss_scaling=dtype == torch.float16)
     # what the order of the data and the meaning of a step depend on, not to be changed by a resume
@@ -256,6 +256,7 @@ if __name__ == "__main__":
         teacher = GPT(teacher_config).to(device).eval().requires_grad_(False)
         fill(teacher)
         token_flops += teacher.flops_per_token(train_data.mean_context, train_data.target_frac) / 3
+    beside = dict(models=[teacher])                                           # what estimate() needs to know
     kd_options = dict(temperature=cfg.temperature, kind=cfg.divergence, jsd_beta=cfg.jsd_beta)
 
     def ask(split, i, tokens, docs):
@@ -270,13 +271,12 @@ if __name__ == "__main__":
     # -------------------------------------------------------------------------
     # run directory (identical in every stage)
     options = {**as_dict(cfg), "model": read_overrides().get("model", {})}    # the model as it was asked for
-    log = Logger(cfg.out_dir, options, __file__, cfg.resume, start_step, num_steps, cfg.log_every)
+    if cfg.dry_run:
+        dist.leave(estimate(model, optimizer, train_data, cfg, num_steps, autocast, token_flops, **beside))
+    log = Logger(cfg.out_dir, options, __file__, cfg.resume, start_step, num_steps, cfg.log_every, cfg.wandb,
+                 cfg.tensorboard)
     log.print_changes(as_dict(cfg), saved["config"] if previous else {})
-    log.print(f"{model.size()}, {optimizer.state_bytes():,} bytes of optimizer state "
-              f"on each of {world_size} rank{'s'[:world_size > 1]}, {train_data.num_tokens:,} tokens "
-              f"in {train_data.num_samples:,} samples, {num_steps} steps"
-              + (f" from step {start_step} of {previous}" if previous else
-                 f", weights of {source}" if source else ", random weights"))
+    log.introduce(model.size(), optimizer.state_bytes(), train_data, source, previous)
 
     # -------------------------------------------------------------------------
     # train

@@ -36,9 +36,10 @@ MANIFEST = "checkpoint.json"
 def save(out_dir, step, model, optimizer, info, files, keep_last=2, val_loss=None, last=False):
     """
     Write out_dir/step_NNNNNN on all ranks together. info: plain values that a resume compares or needs (model
-    config, config, data). files: dict of name to bytes, such as tokenizer.files(). keep_last: how many of the
-    latest to keep, next to the best by val_loss. -> True, or False when it could not be written (disk full):
-    the run may go on, nothing is lost. last: the run ends here, so that a failure is a UserError.
+    config, config, data). files: dict of name to bytes, such as tokenizer.files(). optimizer: None where
+    there is none. keep_last: how many of the latest to keep, next to the best by val_loss. -> True, or False
+    when it could not be written (disk full): the run may go on, nothing is lost. last: the run ends here, so
+    that a failure is a UserError.
     """
     name = f"step_{step:06d}"
     target, aside = os.path.join(out_dir, name), os.path.join(out_dir, f".{name}.partial")
@@ -51,8 +52,8 @@ def save(out_dir, step, model, optimizer, info, files, keep_last=2, val_loss=Non
             for file_name, content in files.items():
                 sums[file_name] = _write(aside, file_name, lambda f, content=content: f.write(content))
             sums["model.pt"] = _write(aside, "model.pt", lambda f: torch.save(_on_cpu(model.state_dict()), f))
-        state = optimizer.state_dict()
-        if dist.world()[0] == 0 or state["shards"] > 1:
+        state = optimizer.state_dict() if optimizer else None
+        if state and (dist.world()[0] == 0 or state["shards"] > 1):
             shard = f"optimizer_{state['shard']}_of_{state['shards']}.pt"
             sums[shard] = _write(aside, shard, lambda f: torch.save(_on_cpu(state), f))
     except (OSError, RuntimeError) as problem:  # torch.save turns a failed write into a RuntimeError
@@ -169,6 +170,11 @@ def read_manifest(folder):
         raise UserError(f"{folder}: not a checkpoint (no {MANIFEST})") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: damaged ({error})") from None
+
+
+def weights_id(folder):
+    """-> sha256 of the weights' file, as hex"""
+    return read_manifest(folder)["files"]["model.pt"]["sha256"]
 
 
 def verify(folder):

@@ -15,6 +15,7 @@ field is its help text: `--help` prints every option with type, default and comm
 import difflib
 import inspect
 import json
+import math
 import re
 import sys
 from dataclasses import asdict, fields, is_dataclass, replace
@@ -157,6 +158,16 @@ def check_batch(cfg, world_size):
         raise UserError(f"--num_steps={cfg.num_steps} --num_epochs={cfg.num_epochs}: set one of them, "
                         "the other to 0")
     return micro_batch_size, cfg.batch_size // (micro_batch_size * world_size)
+
+
+def count_steps(cfg, num_samples):
+    """-> number of updates, of samples that the run may use (inf = no end); num_samples: of an epoch"""
+    if cfg.num_steps:
+        return cfg.num_steps, math.inf
+    total = round(cfg.num_epochs * num_samples)
+    if total < 1:
+        raise UserError(f"--num_epochs={cfg.num_epochs}: not one of {num_samples} sequences")
+    return -(-total // cfg.batch_size), total
 
 
 # -----------------------------------------------------------------------------

@@ -102,6 +102,14 @@ def finish():
         td.destroy_process_group()
 
 
+def leave(text):
+    """Print text once, and end the program in good order"""
+    if world()[0] == 0:
+        print(text, flush=True)
+    finish()
+    sys.exit(0)
+
+
 # -----------------------------------------------------------------------------
 # talking to the other ranks; with one process all of these cost nothing
 

@@ -1,10 +1,9 @@
 """
-Hugging Face directories: Llama, Qwen2 (and 2.5), Qwen3 in, and out again.
+Hugging Face directories: Llama, Qwen2 (and 2.5), Qwen3, and their mixtures of experts in, and out again.
 
+    python train_sft.py --init_from=Qwen2.5-0.5B --data_dir=...                 # any stage, and sample.py
+    python -m common.hf import --hf_dir=Qwen2.5-0.5B --out_dir=out/qwen         # as a run of ours
     python -m common.hf export --init_from=out/sft --hf_dir=out/sft_hf          # for transformers
-
-    model = GPT(ModelConfig(**hf.read_config("Qwen2.5-0.5B")))                  # and in
-    model.load_state_dict(hf.read_weights("Qwen2.5-0.5B"))
 
 Tensors of ours that are fused (queries, keys and values; gate and up) are theirs one below the other; both
 rotate halves, so no rows are permuted. Needs the extra `hf` (safetensors).
@@ -16,6 +15,10 @@ model that computes something else than its authors' would be worse than none. H
     num_attention_heads, num_key_value_heads, head_dim, max_position_embeddings, rms_norm_eps,
     tie_word_embeddings, attention_dropout, and the rotary ones: rope_parameters (transformers 5), rope_theta
     and rope_scaling (before), of rope_type default, linear, dynamic, yarn, llama3
+
+and of mixtures of experts num_experts (num_local_experts), num_experts_per_tok, moe_intermediate_size,
+norm_topk_prob, router_aux_loss_coef, mlp_only_layers (the first ones), and of Qwen2-MoE qkv_bias and
+shared_expert_intermediate_size.
 """
 import contextlib
 import hashlib
@@ -27,20 +30,25 @@ import sys
 
 import torch
 
+from common import dist
 from common.dist import UserError
 
-FAMILIES = {"llama": ("LlamaForCausalLM", {}),                # model_type: class, what sets it apart for us
-            "qwen2": ("Qwen2ForCausalLM", dict(attn_bias=True)),
-            "qwen3": ("Qwen3ForCausalLM", dict(qk_norm=True))}
+FAMILIES = {                                                  # model_type: class, what sets it apart for us
+    "llama": ("LlamaForCausalLM", {}), "mixtral": ("MixtralForCausalLM", {}),
+    "qwen2": ("Qwen2ForCausalLM", dict(attn_bias=True)), "qwen2_moe": ("Qwen2MoeForCausalLM", {}),
+    "qwen3": ("Qwen3ForCausalLM", dict(qk_norm=True)),
+    "qwen3_moe": ("Qwen3MoeForCausalLM", dict(qk_norm=True))}
 # fields that must have this value, if they are there
 ONLY = dict(hidden_act="silu", attention_bias=False, mlp_bias=False, use_sliding_window=False,
-            partial_rotary_factor=1.0, use_mrope=False, is_decoder=False, add_cross_attention=False)
+            partial_rotary_factor=1.0, use_mrope=False, is_decoder=False, add_cross_attention=False,
+            decoder_sparse_step=1, router_jitter_noise=0.0)
 # fields that change nothing in what these models compute: bookkeeping, initialisation, text generation's
 # defaults; the tokenizer reads the end token for itself; windows are in use with use_sliding_window only
 IGNORED = {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache", "initializer_range",
            "pretraining_tp", "bos_token_id", "eos_token_id", "pad_token_id", "max_window_layers",
            "sliding_window", "output_attentions", "output_hidden_states", "return_dict", "id2label",
-           "label2id", "_attn_implementation_autoset", "unsloth_fixed", "unsloth_version"}
+           "label2id", "_attn_implementation_autoset", "unsloth_fixed", "unsloth_version",
+           "output_router_logits"}
 ROPE_FIELDS = {                                               # rope_type: its fields, and ours
     "default": {},
     "linear": dict(factor="rope_factor"),
@@ -55,11 +63,37 @@ SHARD_BYTES = 5 * 10**9                                       # of an exported f
 
 def is_folder(path):
     """Whether path is a folder in Hugging Face's format"""
-    return os.path.isfile(os.path.join(path, "config.json")) and \
-        "model_type" in _read_json(os.path.join(path, "config.json"))
+    config = os.path.join(path, "config.json")
+    return bool(path) and os.path.isfile(config) and "model_type" in _read_json(config)
 
 
-def fingerprint(folder):
+# what checkpoint.py has for runs of ours, by the same names
+def find(path):
+    """-> path: the folder is what it is"""
+    return path
+
+
+def read_manifest(folder):
+    """-> {"model": dict of ModelConfig's fields}"""
+    return dict(model=read_config(folder))
+
+
+def load_weights(folder, model):
+    """
+    Fill model, of the folder's config but for a larger vocabulary: further rows of embedding and head are the
+    mean of the folder's plus what the model has there, its own initialisation, so that they differ. Says so.
+    """
+    weights, ours = read_weights(folder), model.state_dict()
+    for name in ("embed.weight", "untied_head.weight"):
+        if name in weights and len(ours[name]) > (n := len(weights[name])):
+            mean = weights[name].float().mean(dim=0).to(ours[name])
+            weights[name] = torch.cat([weights[name].to(ours[name]), mean + ours[name][n:]])
+            if name == "embed.weight" and dist.world()[0] == 0:
+                print(f"{folder}: {len(ours[name]) - n} rows are added for tokens that its embedding lacks")
+    model.load_state_dict({**ours, **weights})                # ours: vision, which no folder has
+
+
+def weights_id(folder):
     """-> sha256 of config and weights, as hex"""
     sha = hashlib.sha256()
     for name in sorted(os.listdir(folder)):
@@ -80,6 +114,8 @@ def read_config(folder):
     if (family := left.pop("model_type", None)) not in FAMILIES:
         raise _refusal(path, "model_type", family, " or ".join(FAMILIES))
     architecture, options = FAMILIES[family]
+    if family == "mixtral" and _read_json(path).get("sliding_window") is not None:     # no use_sliding_window
+        raise _refusal(path, "sliding_window", _read_json(path)["sliding_window"], "null")
     for name, value in dict(ONLY, architectures=[architecture]).items():
         if (given := left.pop(name, value)) != value:
             raise _refusal(path, name, given, json.dumps(value))
@@ -101,24 +137,45 @@ def read_config(folder):
         n_layer=take("num_hidden_layers"), d_ff=take("intermediate_size"),
         n_kv_head=take("num_key_value_heads", default=n_head if family == "llama" else None),
         head_dim=take("head_dim", default=128 if family == "qwen3" else n_embd // n_head),
-        norm_eps=take("rms_norm_eps", float, 1e-6), attn_dropout=take("attention_dropout", float, 0.0),
+        norm_eps=take("rms_norm_eps", float, 1e-5 if family == "mixtral" else 1e-6),
+        attn_dropout=take("attention_dropout", float, 0.0),
         tie_embeddings=take("tie_word_embeddings", bool, False),
-        **_read_rope(path, left, take("max_position_embeddings")))
+        **_read_rope(path, left, take("max_position_embeddings"), 1e6 if family == "mixtral" else 1e4))
+    if family == "mixtral" or family.endswith("_moe"):
+        name = "num_local_experts" if "num_local_experts" in left else "num_experts"
+        config |= dict(n_expert=take(name), n_expert_active=take("num_experts_per_tok"),
+                       balance_coef=take("router_aux_loss_coef", float, 0.001))
+        dense = left.pop("mlp_only_layers", [])
+        if dense != list(range(len(dense))):
+            raise _refusal(path, "mlp_only_layers", dense, "the first layers, 0 to n - 1")
+        config |= dict(n_dense_layer=len(dense), d_expert=config["d_ff"]) if family == "mixtral" else dict(
+            n_dense_layer=len(dense), d_expert=take("moe_intermediate_size"),
+            norm_topk=take("norm_topk_prob", bool, False))
+    if family == "qwen2_moe":
+        shared = take("shared_expert_intermediate_size")
+        if not shared or shared % config["d_expert"]:
+            raise _refusal(path, "shared_expert_intermediate_size", shared, "a multiple of "
+                           f"moe_intermediate_size={config['d_expert']}")
+        config |= dict(n_shared_expert=shared // config["d_expert"], shared_gate=True,
+                       attn_bias=take("qkv_bias", bool, True))
     for name, value in left.items():
         raise _refusal(path, name, value, "no such field, as it may change what the model computes; if it "
                        "does not, remove it")
     return config
 
 
-def _read_rope(path, left, seq_len):
-    """Take what is about rotary positions out of left, a config.json -> ModelConfig's fields, with seq_len"""
+def _read_rope(path, left, seq_len, theta):
+    """
+    Take what is about rotary positions out of left, a config.json -> ModelConfig's fields, with seq_len.
+    theta: where none is given
+    """
     rope = {}
     for field in ("rope_parameters", "rope_scaling"):
         for name, value in left.pop(field, {}).items():
             name = "rope_type" if name == "type" else name                 # before 2024
             if value is not None and rope.setdefault(name, value) != value:
                 raise _refusal(path, f"{field}.{name}", value, f"{json.dumps(rope[name])}, as elsewhere")
-    theta = left.pop("rope_theta", 10_000.0)
+    theta = left.pop("rope_theta", theta)
     config = dict(seq_len=seq_len, rope_original_len=seq_len, rope_factor=1.0, rope_scaling="none",
                   rope_theta=_number(path, "rope_theta", rope.pop("rope_theta", theta), float))
     if (kind := rope.pop("rope_type", "default")) not in ROPE_FIELDS:
@@ -162,23 +219,56 @@ def config_json(config, dtype, end):
     if c["partial_rotary_factor"] != 1:
         raise UserError(f"--model.partial_rotary_factor={c['partial_rotary_factor']}: none of the families "
                         f"{', '.join(FAMILIES)} rotates a part of a head; it cannot be exported")
-    apart = {name: True for name in ("attn_bias", "qk_norm") if c[name]}
-    family = next((family for family, (_, options) in FAMILIES.items() if options == apart), None)
-    if not family:
-        raise UserError("--model.attn_bias=true --model.qk_norm=true: no family has both; "
-                        "it cannot be exported")
+    family = _family(c)
     kind = {"none": "default"}.get(c["rope_scaling"], c["rope_scaling"])
     rope = {theirs: c[ours] for theirs, ours in ROPE_FIELDS[kind].items()}
     rope = {"rope_type": kind, **{name: value for name, value in rope.items() if value}}    # 0: derived
     return dict(
         model_type=family, architectures=[FAMILIES[family][0]], dtype=str(dtype).removeprefix("torch."),
-        vocab_size=c["vocab_size"], hidden_size=c["n_embd"], intermediate_size=c["d_ff"],
+        vocab_size=c["vocab_size"], hidden_size=c["n_embd"],
+        intermediate_size=c["d_expert"] if family == "mixtral" else c["d_ff"], **_experts_json(c, family),
         num_hidden_layers=c["n_layer"], num_attention_heads=c["n_head"], num_key_value_heads=c["n_kv_head"],
         head_dim=c["head_dim"], hidden_act="silu", rms_norm_eps=c["norm_eps"],
         max_position_embeddings=c["rope_original_len"] if kind == "dynamic" else c["seq_len"],
         rope_theta=c["rope_theta"], rope_scaling=rope if kind != "default" else None,       # before version 5
         rope_parameters=dict(rope, rope_theta=c["rope_theta"]), attention_dropout=c["attn_dropout"],
         tie_word_embeddings=c["tie_embeddings"], bos_token_id=None, eos_token_id=end, pad_token_id=None)
+
+
+def _family(c):
+    """ModelConfig's fields -> model_type; UserError where no family computes that"""
+    bias, norm, experts = (bool(c.get(name)) for name in ("attn_bias", "qk_norm", "n_expert"))
+    shared = experts and bool(c.get("n_shared_expert"))
+    if not experts and not (bias and norm):
+        return "qwen2" if bias else "qwen3" if norm else "llama"
+    if experts and not shared and not bias:
+        if norm:
+            return "qwen3_moe"
+        if c.get("norm_topk", True) and not c.get("n_dense_layer"):
+            return "mixtral"
+    if shared and c.get("shared_gate") and not norm:
+        return "qwen2_moe"
+    options = ("attn_bias", "qk_norm", "n_expert", "n_shared_expert", "shared_gate", "norm_topk",
+               "n_dense_layer")
+    raise UserError(" ".join(f"--model.{name}={c[name]}" for name in options)
+                    + ": no family of transformers that is known here has these together; it cannot be "
+                    "exported (with experts: qk_norm alone as Qwen3-MoE, shared_gate as Qwen2-MoE)")
+
+
+def _experts_json(c, family):
+    """-> the fields of config.json about experts"""
+    if not c["n_expert"]:
+        return {}
+    if family == "mixtral":
+        return dict(num_local_experts=c["n_expert"], num_experts_per_tok=c["n_expert_active"],
+                    router_aux_loss_coef=c["balance_coef"], sliding_window=None)
+    fields = dict(num_experts=c["n_expert"], num_experts_per_tok=c["n_expert_active"],
+                  moe_intermediate_size=c["d_expert"], norm_topk_prob=c["norm_topk"], decoder_sparse_step=1,
+                  router_aux_loss_coef=c["balance_coef"], mlp_only_layers=list(range(c["n_dense_layer"])))
+    if family == "qwen2_moe":
+        fields |= dict(shared_expert_intermediate_size=c["n_shared_expert"] * c["d_expert"],
+                       qkv_bias=c["attn_bias"])
+    return fields
 
 
 # -----------------------------------------------------------------------------
@@ -197,13 +287,32 @@ def names(config):
         yield f"{ours}.attn.out.weight", {f"{theirs}.self_attn.o_proj.weight": C}
         for x in "qk" if c.get("qk_norm") else "":
             yield f"{ours}.attn.{x}_norm.weight", {f"{theirs}.self_attn.{x}_norm.weight": c["head_dim"]}
-        yield f"{ours}.mlp.gate_up.weight", {f"{theirs}.mlp.{x}_proj.weight": F for x in ("gate", "up")}
-        yield f"{ours}.mlp.down.weight", {f"{theirs}.mlp.down_proj.weight": C}
+        if c.get("n_expert") and i >= c["n_dense_layer"]:
+            yield from _expert_names(c, ours, theirs)
+        else:
+            yield f"{ours}.mlp.gate_up.weight", {f"{theirs}.mlp.{x}_proj.weight": F for x in ("gate", "up")}
+            yield f"{ours}.mlp.down.weight", {f"{theirs}.mlp.down_proj.weight": C}
         yield f"{ours}.attn_norm.weight", {f"{theirs}.input_layernorm.weight": C}
         yield f"{ours}.mlp_norm.weight", {f"{theirs}.post_attention_layernorm.weight": C}
     yield "norm.weight", {"model.norm.weight": C}
     if not c["tie_embeddings"]:
         yield "untied_head.weight", {"lm_head.weight": c["vocab_size"]}
+
+
+def _expert_names(c, ours, theirs):
+    """The part of `names` about the experts of one layer; each of theirs is a tensor of its own"""
+    C, E, F, shared = c["n_embd"], c["n_expert"], c["d_expert"], c.get("n_shared_expert", 0)
+    mixtral = _family(c) == "mixtral"
+    theirs += ".block_sparse_moe" if mixtral else ".mlp"
+    gate, up, down = ("w1", "w3", "w2") if mixtral else ("gate_proj", "up_proj", "down_proj")
+    yield f"{ours}.mlp.router", {f"{theirs}.gate.weight": E}
+    yield f"{ours}.mlp.gate_up", {f"{theirs}.experts.{e}.{x}.weight": F for e in range(E) for x in (gate, up)}
+    yield f"{ours}.mlp.down", {f"{theirs}.experts.{e}.{down}.weight": C for e in range(E)}
+    if shared:
+        yield f"{ours}.mlp.shared.gate_up.weight", {
+            f"{theirs}.shared_expert.{x}.weight": shared * F for x in (gate, up)}
+        yield f"{ours}.mlp.shared.down.weight", {f"{theirs}.shared_expert.{down}.weight": C}
+        yield f"{ours}.mlp.shared_gate.weight", {f"{theirs}.shared_expert_gate.weight": 1}
 
 
 def read_weights(folder):
@@ -222,6 +331,8 @@ def read_weights(folder):
                 if len(tensors[-1]) != rows:
                     raise UserError(f"{folder}: {name} has {len(tensors[-1])} rows; config.json says {rows}")
             weights[ours] = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
+            if ours.endswith(("mlp.gate_up", "mlp.down")):    # of experts: one more axis
+                weights[ours] = weights[ours].unflatten(0, (config["n_expert"], -1))
         if config["tie_embeddings"]:
             files.pop("lm_head.weight", None)                 # a copy of the embedding, in some files
         left = [name for name in files if not name.endswith(".rotary_emb.inv_freq")]        # computed anew
@@ -270,7 +381,8 @@ def write(folder, config, weights, end, files, shard_bytes=SHARD_BYTES):
         raise UserError(f"{folder}: already there; remove it or choose another")
     theirs = {}
     for ours, parts in names(config):
-        theirs |= zip(parts, weights[ours].split(list(parts.values())))
+        rows = weights[ours].flatten(0, 1) if weights[ours].ndim == 3 else weights[ours]
+        theirs |= zip(parts, rows.split(list(parts.values())))
     shards, size = [{}], 0
     for name, tensor in theirs.items():
         if size and size + tensor.nbytes > shard_bytes:
@@ -320,25 +432,39 @@ def _read_json(path):
 
 
 if __name__ == "__main__":  # the only part that knows other modules
-    from dataclasses import asdict, dataclass
+    from dataclasses import asdict, dataclass, replace
 
     from common import checkpoint
     from common.config import parse_config
+    from common.logger import check_run_directory
     from common.model import GPT, ModelConfig
     from common.tokenizer import load_tokenizer
 
     @dataclass(frozen=True)
     class Config:
-        init_from: str = ""                # run or checkpoint of ours
-        hf_dir: str = ""                   # folder to write for transformers, must not exist
+        hf_dir: str = ""                   # Hugging Face folder; export writes it, and it must not exist
+        init_from: str = ""                # export: run or checkpoint of ours
+        out_dir: str = ""                  # import: run directory to write, must be new or empty
 
     command, *options = sys.argv[1:] or [""]
     cfg = parse_config(Config, options)
-    if command != "export" or not cfg.init_from or not cfg.hf_dir:
-        raise UserError("expected: python -m common.hf export --init_from=RUN --hf_dir=FOLDER")
-    source = checkpoint.find(cfg.init_from)
-    model = GPT(ModelConfig(**checkpoint.read_manifest(source)["model"]))
-    checkpoint.load_weights(source, model)
-    tokenizer = load_tokenizer(source)
-    write(cfg.hf_dir, asdict(model.config), model.state_dict(), tokenizer.end, tokenizer.files())
-    print(f"{cfg.hf_dir}: {model.num_parameters():,} parameters of {source}")
+    if command == "export" and cfg.init_from and cfg.hf_dir:
+        source = checkpoint.find(cfg.init_from)
+        model = GPT(ModelConfig(**checkpoint.read_manifest(source)["model"]))
+        checkpoint.load_weights(source, model)
+        tokenizer = load_tokenizer(source)
+        write(cfg.hf_dir, asdict(model.config), model.state_dict(), tokenizer.end, tokenizer.files())
+        print(f"{cfg.hf_dir}: {model.size()} of {source}")
+    elif command == "import" and cfg.hf_dir and cfg.out_dir:
+        check_run_directory(cfg.out_dir, False)
+        tokenizer, config = load_tokenizer(cfg.hf_dir), ModelConfig(**read_config(cfg.hf_dir))
+        torch.manual_seed(0)                                  # of what rows for our own tokens begin with
+        model = GPT(replace(config, vocab_size=max(config.vocab_size, tokenizer.vocab_size)))
+        load_weights(cfg.hf_dir, model)
+        os.makedirs(cfg.out_dir, exist_ok=True)
+        info = dict(model=asdict(model.config), config={}, identity={}, fingerprint=tokenizer.fingerprint)
+        checkpoint.save(cfg.out_dir, 0, model, None, info, tokenizer.files(), last=True)
+        print(f"{cfg.out_dir}: {model.size()} of {cfg.hf_dir}")
+    else:
+        raise UserError("expected: python -m common.hf import --hf_dir=FOLDER --out_dir=RUN, or "
+                        "export --init_from=RUN --hf_dir=FOLDER")

@@ -10,6 +10,8 @@ A run directory and what is written into it while training.
 
 Only rank 0 writes. Values are those of the whole step over all ranks, never one rank's or one micro-batch's.
 """
+import hashlib
+import importlib
 import json
 import math
 import os
@@ -28,14 +30,47 @@ def check_run_directory(out_dir, resume):
                         "choose another, or continue that run with --resume=true")
 
 
-class Logger:
-    """config: plain dict of options. start_step: where a resumed run starts; later records are taken out."""
+def open_mirrors(out_dir, config, wandb_project, tensorboard, start_step):
+    """-> functions of (step, dict of numbers) that send a record elsewhere too"""
+    mirrors = []
+    if tensorboard:
+        writer = _extra("torch.utils.tensorboard", "tensorboard").SummaryWriter(
+            os.path.join(out_dir, "tensorboard"), purge_step=start_step or None, flush_secs=10)
+        mirrors.append(lambda step, numbers: [writer.add_scalar(k, v, step) for k, v in numbers.items()])
+    if wandb_project:
+        name = os.path.abspath(out_dir)
+        run = _extra("wandb", "wandb").init(
+            project=wandb_project, name=os.path.basename(name), dir=out_dir, config=config, resume="allow",
+            id=hashlib.sha256(name.encode()).hexdigest()[:16])          # a resumed run goes on there too
+        mirrors.append(lambda step, numbers: run.log(numbers, step=step))
+    return mirrors
 
-    def __init__(self, out_dir, config, script, resume=False, start_step=0, num_steps=0, log_every=10):
+
+def _extra(module, package):
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise UserError(f"--{package}: it is not installed; pip install {package}, or this package with its "
+                        f'extra "{package}"') from None
+
+
+class Logger:
+    """
+    config: plain dict of options. start_step: where a resumed run starts; later records are taken out. wandb:
+    name of a project, "" = none; tensorboard: whether to write for it
+    """
+
+    def __init__(self, out_dir, config, script, resume=False, start_step=0, num_steps=0, log_every=10,
+                 wandb="", tensorboard=False):
         self.out_dir, self.num_steps, self.log_every = out_dir, num_steps, log_every
+        self.start_step = start_step
         self.is_main = dist.world()[0] == 0
         self.interval_tokens = self.interval_seconds = 0.0
+        for package, wanted in (("wandb", wandb), ("tensorboard", tensorboard)):
+            if wanted:
+                _extra(package, package)                      # before anything is written
         dist.from_rank_zero(lambda: self._open(config, script, resume, start_step))
+        self.mirrors = open_mirrors(out_dir, config, wandb, tensorboard, start_step) if self.is_main else []
 
     def _open(self, config, script, resume, start_step):
         check_run_directory(self.out_dir, resume)
@@ -75,6 +110,15 @@ class Logger:
         if self.is_main:
             print(*text, flush=True)
 
+    def introduce(self, size, state_bytes, data, source, previous):
+        """First line of a run: how large model, optimizer and data are, and where the weights come from"""
+        ranks = dist.world()[1]
+        start = f" from step {self.start_step} of {previous}" if previous else \
+            f", weights of {source}" if source else ", random weights"
+        self.print(f"{size}, {state_bytes:,} bytes of optimizer state on each of {ranks} "
+                   f"rank{'s'[:ranks > 1]}, {data.num_tokens:,} tokens in {data.num_samples:,} samples, "
+                   f"{self.num_steps} steps{start}")
+
     def print_changes(self, config, before):
         """Tell which options a resumed run has changed."""
         for name, value in config.items() if before else ():
@@ -84,6 +128,9 @@ class Logger:
     def metrics(self, step, **values):
         """Append one record to metrics.jsonl; nan and inf, which JSON lacks, become null."""
         self._append("metrics.jsonl", dict(step=step, **values))
+        numbers = {name: value for name, value in values.items() if isinstance(value, (int, float))}
+        for mirror in self.mirrors:
+            mirror(step, numbers)
 
     def sample(self, step, prompt, text, between=""):
         """Record and print text that a prompt has given. between: what to print between the two"""

@@ -119,10 +119,11 @@ class ModelConfig:
                             "(seq_len / rope_original_len)")
         return c
 
-    def continued(self, wanted, seq_len):
+    def continued(self, wanted, seq_len, vocab_size=0):
         """
         The config to go on from a checkpoint of this (resolved) config: wanted is this one with what the user
         asked for. Only what leaves the tensors as they are may differ; a longer seq_len needs a rope_scaling.
+        The vocabulary may grow to vocab_size: checkpoints of others know nothing of our special tokens.
         """
         for f in fields(self):
             if not f.name.startswith(("rope_", "yarn_", "seq_len", "attn_dropout", "balance_coef")) \
@@ -139,7 +140,8 @@ class ModelConfig:
         factor = wanted.rope_factor if wanted.rope_factor != self.rope_factor else 0.0
         if longest == self.seq_len and wanted.rope_original_len == self.rope_original_len:
             factor = wanted.rope_factor
-        return replace(wanted, seq_len=longest, rope_factor=factor).resolved()
+        return replace(wanted, seq_len=longest, rope_factor=factor,
+                       vocab_size=max(wanted.vocab_size, vocab_size)).resolved()
 
     def check_data(self, vocab_size, seq_len, packed, prompts):
         """UserError where this (resolved) model cannot take the data: its vocabulary, rows, or a prompt"""

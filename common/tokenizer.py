@@ -2,10 +2,13 @@
 Text to token ids and back: bytes, tiktoken and SentencePiece behind one small class.
 
     tokenizer = load_tokenizer("bytes")       # or x.model, x.tiktoken, a folder with vocab.json + merges.txt,
-    ids = tokenizer.encode("Good morrow!")    # gpt2, or any data set or checkpoint folder
+    ids = tokenizer.encode("Good morrow!")    # gpt2, a Hugging Face folder, any data set or checkpoint folder
     text = tokenizer.decode(ids)
 
 Special tokens come after the base vocabulary and are ids only: what a user writes is encoded as plain text.
+The vocabulary of a Hugging Face folder has special tokens of its own: their ids are kept, and the one that
+ends its model's texts is `end`; the others of ours come after them all. Roles of a folder with the tokens of
+ChatML (Qwen) or Llama 3 are written as its model has learned them.
 
 The chat template, the same in every stage: `<role>` body `<end>` for each message, where the body of an
 assistant is `<think>thoughts</think>` (if it has any) and `<answer>content</answer>`. A prompt for the next
@@ -22,6 +25,7 @@ import io
 import json
 import os
 import re
+import unicodedata
 
 import numpy as np
 import sentencepiece
@@ -45,21 +49,26 @@ PATTERNS = {
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
         r"\p{N}{1,3}", r" ?[^\s\p{L}\p{N}]+[\r\n/]*", r"\s*[\r\n]+", r"\s+(?!\S)", r"\s+"]),
 }
+# gpt2 in what is left between digits, each of which is by itself
+GPT2_DIGITS = r"'(?:[sdmt]|ll|ve|re)|\p{N}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s"
 INFO = "tokenizer_info.json"  # in every data set and checkpoint, beside the vocabulary file it names
 
 
 class Tokenizer:
     """
-    kind: bytes, tiktoken, sentencepiece. vocabulary: file content (b"" for bytes). pattern: key of PATTERNS.
+    kind: bytes, tiktoken, sentencepiece. vocabulary: file content (b"" for bytes). pattern: key of PATTERNS,
+    or a regular expression. extra, of a Hugging Face folder: dict of `end`, an id or None; `added`, dict of
+    id (as a str) to text, "" for special tokens; `nfc`, whether text is normalised so; `markers`, see below.
 
     vocab_size      base vocabulary and special tokens
-    special         dict of special token name to id; `end` and `pad` as attributes
+    special         dict of special token name to id, special_names the reverse; `end`, `pad` as attributes
+    markers         dict of special token name to the list of ids that the chat template writes for it
     token_bytes     list of the bytes that each id stands for, b"" for special ones
     fingerprint     where it is equal, ids mean the same
     """
 
-    def __init__(self, kind, vocabulary=b"", pattern=""):
-        self.kind, self.vocabulary, self.pattern = kind, vocabulary, pattern
+    def __init__(self, kind, vocabulary=b"", pattern="", extra=None):
+        self.kind, self.vocabulary, self.pattern, self.extra = kind, vocabulary, pattern, extra
         self.drops_first_space = False
         if kind == "bytes":
             base = [bytes([i]) for i in range(256)]
@@ -69,8 +78,9 @@ class Tokenizer:
             if not ranks.keys() >= {bytes([i]) for i in range(256)} or min(ranks.values()) < 0 or \
                     len(set(ranks.values())) < len(ranks):
                 raise ValueError("each of the 256 bytes must be a token, and ranks must differ")
-            self.bpe = tiktoken.Encoding("common", pat_str=PATTERNS[pattern], mergeable_ranks=ranks,
-                                         special_tokens={})
+            # what an expression from a file does not match is a piece too; tiktoken would drop it
+            split = PATTERNS.get(pattern) or f"(?:{pattern})|(?:(?!{pattern})[\\s\\S])+"
+            self.bpe = tiktoken.Encoding("common", pat_str=split, mergeable_ranks=ranks, special_tokens={})
             base = [b""] * (max(ranks.values()) + 1)
             for token, rank in ranks.items():
                 base[rank] = token
@@ -80,11 +90,18 @@ class Tokenizer:
             self.bpe = sentencepiece.SentencePieceProcessor(model_proto=vocabulary)
             base = [self._piece_bytes(i) for i in range(self.bpe.get_piece_size())]
             self.drops_first_space = self.bpe.encode("a", out_type=str)[0].startswith("\u2581")
-        self.special = {name: len(base) + i for i, name in enumerate(SPECIAL_TOKENS)}
+        end = extra["end"] if extra else None
+        for i, text in sorted((int(i), text) for i, text in extra["added"].items()) if extra else ():
+            base += [b""] * (i + 1 - len(base))
+            base[i] = text.encode()
+        ours = SPECIAL_TOKENS if end is None else SPECIAL_TOKENS[1:]
+        self.special = {"end": end, **{name: len(base) + i for i, name in enumerate(ours)}}
+        self.special_names = {i: name for name, i in self.special.items()}
         self.end, self.pad = self.special["end"], self.special["pad"]
-        self.token_bytes = base + [b""] * len(SPECIAL_TOKENS)
+        self.markers = {name: [i] for name, i in self.special.items()} | (extra["markers"] if extra else {})
+        self.token_bytes = base + [b""] * len(ours)
         self.vocab_size = len(self.token_bytes)
-        content = json.dumps([kind, pattern, SPECIAL_TOKENS]).encode() + vocabulary
+        content = json.dumps([kind, pattern, SPECIAL_TOKENS, *[extra] * bool(extra)]).encode() + vocabulary
         self.fingerprint = hashlib.sha256(content).hexdigest()[:16]
 
     def _piece_bytes(self, i):
@@ -103,6 +120,8 @@ class Tokenizer:
         """-> list of lists of int"""
         if self.kind == "bytes":
             return [list(text.encode()) for text in texts]
+        if self.extra and self.extra["nfc"]:
+            texts = [unicodedata.normalize("NFC", text) for text in texts]
         if self.kind == "tiktoken":
             return self.bpe.encode_ordinary_batch(texts, num_threads=num_threads)
         return self.bpe.encode(texts, num_threads=num_threads)
@@ -121,6 +140,8 @@ class Tokenizer:
         name = {"bytes": None, "tiktoken": "tokenizer.tiktoken",
                 "sentencepiece": "tokenizer.model"}[self.kind]
         info = dict(kind=self.kind, file=name, pattern=self.pattern, fingerprint=self.fingerprint)
+        if self.extra:
+            info["extra"] = self.extra
         vocabulary = {name: self.vocabulary} if name else {}
         return {INFO: (json.dumps(info, indent=1) + "\n").encode(), **vocabulary}
 
@@ -141,8 +162,8 @@ class Stream:
 
     def put(self, token):
         t = self.tokenizer
-        if token >= t.special["end"]:                         # a text ends here, and another one begins
-            name, self.drop_space = SPECIAL_TOKENS[token - t.special["end"]], t.drops_first_space
+        if name := t.special_names.get(token):                # a text ends here, and another one begins
+            self.drop_space = t.drops_first_space
             text = "" if self.thinking else self.utf8.decode(b"", final=True)
             self.utf8.reset()
             if name in ("think", "/think"):
@@ -205,11 +226,19 @@ def encode_chat(tokenizer, conversations, answer_tags=True, reply=False, tokens_
     for chat in chats:
         ids, counts = [], []
         for special, _, learn in chat:
-            new = [tokenizer.special[special]] if special else next(texts)
+            new = tokenizer.markers[special] if special else next(texts)
             ids += new
             counts += [learn] * len(new)
+            if special == "end":                              # generation stops there, whatever is to follow
+                counts[len(counts) - len(new) + 1:] = [False] * (len(new) - 1)
         encoded.append((ids, counts))
     return encoded
+
+
+def encode_user(tokenizer, content, tokens_per_image=0):
+    """-> ids of a user's message and of the <assistant> after it, for the model to go on"""
+    return encode_chat(tokenizer, [[{"role": "user", "content": content}]], reply=True,
+                       tokens_per_image=tokens_per_image)[0][0]
 
 
 def _template(messages, answer_tags, tokens_per_image):
@@ -241,8 +270,9 @@ def _template(messages, answer_tags, tokens_per_image):
 def load_tokenizer(source):
     """
     source: "bytes"; a SentencePiece .model; a .tiktoken rank file (x.tiktoken:PATTERN where its name does not
-    tell gpt2, cl100k or o200k); a folder with GPT-2's vocab.json and merges.txt; a data set, run or
-    checkpoint of ours; or a name that tiktoken knows, such as gpt2. -> Tokenizer. Raises UserError.
+    tell gpt2, cl100k or o200k); a folder with GPT-2's vocab.json and merges.txt; a Hugging Face folder, with
+    tokenizer.json or tokenizer.model; a data set, run or checkpoint of ours; or a name that tiktoken knows,
+    such as gpt2. -> Tokenizer. Raises UserError.
     """
     if source == "bytes":
         return Tokenizer("bytes")
@@ -254,6 +284,8 @@ def load_tokenizer(source):
     try:
         if os.path.isfile(os.path.join(path, INFO)):
             return _load_saved(path)
+        if any(os.path.isfile(os.path.join(path, name)) for name in ("tokenizer.json", "tokenizer.model")):
+            return _load_hf(path)
         if os.path.isfile(os.path.join(path, "vocab.json")):
             return Tokenizer("tiktoken", _ranks_from_gpt2_files(path), "gpt2")
         if path.endswith(".model"):
@@ -265,6 +297,9 @@ def load_tokenizer(source):
     except (ValueError, KeyError, TypeError, RuntimeError) as error:
         raise UserError(f"--tokenizer={source}: not a vocabulary of that kind, or damaged "
                         f"({error})") from None
+    if os.path.isdir(path):
+        raise UserError(f"{source}: no tokenizer there: tokenizer.json, tokenizer.model, vocab.json with "
+                        f"merges.txt, or {INFO}")
     return _load_known(source)
 
 
@@ -276,7 +311,7 @@ def _read(path):
 def _load_saved(folder):
     info = json.loads(_read(os.path.join(folder, INFO)))
     content = _read(os.path.join(folder, info["file"])) if info["file"] else b""
-    tokenizer = Tokenizer(info["kind"], content, info["pattern"])
+    tokenizer = Tokenizer(info["kind"], content, info["pattern"], info.get("extra"))
     if tokenizer.fingerprint != info["fingerprint"]:
         raise UserError(f"{folder}: the tokenizer files do not match their fingerprint; "
                         "they were changed or damaged")
@@ -295,18 +330,120 @@ def _pattern_of(path):
 
 def _ranks_from_gpt2_files(folder):
     """GPT-2's vocab.json and merges.txt -> the same as a .tiktoken rank file (lines of base64 and rank)."""
-    vocab = json.loads(_read(os.path.join(folder, "vocab.json")))
+    kind = _optional_json(folder, "tokenizer_config.json").get("tokenizer_class", "GPT2Tokenizer")
+    if not kind.startswith("GPT2"):                           # splits text in another way
+        raise UserError(f"--tokenizer={folder}: a {kind} with vocab.json and merges.txt only; "
+                        "its tokenizer.json is needed")
     merges = _read(os.path.join(folder, "merges.txt")).decode().splitlines()
-    # the files write bytes as printable characters: visible ones as themselves, the others from U+0100 on
+    return _ranks(json.loads(_read(os.path.join(folder, "vocab.json"))),
+                  [line.split() for line in merges if line and not line.startswith("#version")])
+
+
+def _printable():
+    """
+    -> dict of byte to the character that stands for it in GPT-2's files: the visible ones for themselves, for
+    the others U+0100 and on
+    """
     visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    to_byte = {chr(b): b for b in visible}
-    to_byte.update({chr(0x100 + i): b for i, b in enumerate(b for b in range(256) if b not in visible)})
-    tokens = list(to_byte)
-    tokens += ["".join(line.split()) for line in merges if line and not line.startswith("#version")]
-    ranks = sorted((vocab[token], bytes(to_byte[c] for c in token)) for token in tokens)
-    if [vocab[token] for token in tokens[256:]] != sorted(vocab[token] for token in tokens[256:]):
+    hidden = [b for b in range(256) if b not in visible]
+    return {b: chr(b) for b in visible} | {b: chr(0x100 + i) for i, b in enumerate(hidden)}
+
+
+def _ranks(vocab, merges, others=()):
+    """
+    vocab: dict of token, written in printable characters, to id; merges: list of pairs; others: tokens that
+    no pair makes -> lines of base64 and rank
+    """
+    to_byte = {c: b for b, c in _printable().items()}
+    merged = [vocab["".join(pair)] for pair in merges]
+    if merged != sorted(merged):
         raise ValueError("ids do not follow the order of merges")
+    tokens = {*to_byte, *map("".join, merges), *others}
+    ranks = sorted((vocab[token], bytes(to_byte[c] for c in token)) for token in tokens)
     return b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in ranks)
+
+
+def _optional_json(folder, name):
+    path = os.path.join(folder, name)
+    return json.loads(_read(path)) if os.path.isfile(path) else {}
+
+
+def _load_hf(folder):
+    """A folder with tokenizer.json (byte-level BPE) or tokenizer.model (SentencePiece) -> Tokenizer"""
+    file = _optional_json(folder, "tokenizer.json")
+    config = _optional_json(folder, "tokenizer_config.json")
+    added = {i: token for i, token in config.get("added_tokens_decoder", {}).items()}
+    added |= {str(token["id"]): token for token in file.get("added_tokens", [])}
+    texts = {i: "" if token["special"] else token["content"] for i, token in added.items()}
+    ids = {token["content"]: int(i) for i, token in added.items()}
+    byte_level = "ByteLevel" in json.dumps(file.get("pre_tokenizer"))
+    if byte_level:
+        pattern, nfc, lines = _read_byte_level(file, ids, folder)
+        tokenizer = "tiktoken", lines, pattern
+    elif not os.path.isfile(os.path.join(folder, "tokenizer.model")):
+        raise UserError(f"--tokenizer={folder}: tokenizer.json is not byte-level BPE, and there is no "
+                        "SentencePiece tokenizer.model; other kinds are not supported")
+    else:
+        tokenizer, nfc = ("sentencepiece", _read(os.path.join(folder, "tokenizer.model")), ""), False
+        pieces = Tokenizer(*tokenizer).bpe
+        ids |= {pieces.id_to_piece(i): i for i in range(pieces.get_piece_size())}
+    # an instructed model has several ends; that of the tokenizer ends a turn
+    ends = next((ends for name in ("generation_config.json", "config.json")
+                 if (ends := _optional_json(folder, name).get("eos_token_id")) is not None), [])
+    ends = ends if isinstance(ends, list) else [ends]
+    named = config.get("eos_token")
+    named = ids.get(named["content"] if isinstance(named, dict) else named)
+    end = named if named is not None and (named in ends or not ends) else ends[0] if ends else None
+    if end is not None:
+        texts[str(end)] = ""
+    plain = Tokenizer(*tokenizer, dict(end=end, added=texts, nfc=nfc, markers={}))
+    return Tokenizer(*tokenizer, plain.extra | dict(markers=_role_markers(plain, ids)))
+
+
+def _role_markers(tokenizer, ids):
+    """ids: dict of a folder's added tokens -> what its models read as roles and ends of turns, where known"""
+    def marker(*parts):
+        return [i for part in parts for i in ([ids[part]] if part in ids else tokenizer.encode(part))]
+    if {"<|im_start|>", "<|im_end|>"} <= ids.keys() and tokenizer.end == ids["<|im_end|>"]:          # ChatML
+        return {role: marker("<|im_start|>", role + "\n") for role in ROLES} | {
+            "end": marker("<|im_end|>", "\n")}
+    if {"<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"} <= ids.keys() \
+            and tokenizer.end == ids["<|eot_id|>"]:                                                  # Llama 3
+        return {role: marker("<|start_header_id|>", role, "<|end_header_id|>", "\n\n") for role in ROLES}
+    return {}
+
+
+def _read_byte_level(file, added, folder):
+    """tokenizer.json, dict of added tokens to ids -> pattern, whether it normalises to NFC, lines of ranks"""
+    def refuse(name, value):
+        raise UserError(f"--tokenizer={folder}: tokenizer.json has {name} {json.dumps(value)[:120]}, "
+                        "which is not supported")
+    model, normalizer = file["model"], file.get("normalizer")
+    for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
+        if model.get(name):
+            refuse(name, model[name])
+    if model["type"] != "BPE":
+        refuse("a model", model["type"])
+    steps = [normalizer] if normalizer and normalizer["type"] != "Sequence" else \
+        normalizer["normalizers"] if normalizer else []
+    if [step["type"] for step in steps] not in ([], ["NFC"]):
+        refuse("a normalizer", normalizer)
+    pre = file["pre_tokenizer"]
+    *splits, last = pre["pretokenizers"] if pre["type"] == "Sequence" else [pre]
+    kinds, pattern = [split["type"] for split in splits], None
+    if last["type"] == "ByteLevel" and not last["add_prefix_space"]:
+        if last.get("use_regex", True):
+            pattern = "gpt2" if not splits else GPT2_DIGITS if splits == [
+                {"type": "Digits", "individual_digits": True}] else None
+        elif kinds == ["Split"] and splits[0]["behavior"] == "Isolated" and not splits[0]["invert"]:
+            pattern = splits[0]["pattern"].get("Regex")
+    if not pattern:
+        refuse("a pre_tokenizer", pre)
+    merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
+    alphabet, others = set(_printable().values()), ()
+    if model.get("ignore_merges"):                            # a piece that is a token is that token
+        others = [token for token in model["vocab"] if alphabet.issuperset(token) and token not in added]
+    return pattern, bool(steps), _ranks(model["vocab"], merges, others)
 
 
 def _load_known(name):

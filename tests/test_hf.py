@@ -23,7 +23,16 @@ SIZES = dict(vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_lay
              num_key_value_heads=2, max_position_embeddings=64, rms_norm_eps=1e-5, initializer_range=0.3,
              tie_word_embeddings=False, bos_token_id=None, eos_token_id=3, pad_token_id=None)
 FAMILIES = {"Llama": {}, "Llama, wide heads": dict(head_dim=16), "Llama, MHA": dict(num_key_value_heads=4),
-            "Qwen2": {}, "Qwen2, MQA": dict(num_key_value_heads=1), "Qwen3": dict(head_dim=16)}
+            "Qwen2": {}, "Qwen2, MQA": dict(num_key_value_heads=1), "Qwen3": dict(head_dim=16),
+            "Qwen3Moe": dict(head_dim=16, num_experts=6, num_experts_per_tok=2, moe_intermediate_size=24,
+                             norm_topk_prob=True),
+            "Qwen3Moe, first dense": dict(head_dim=16, num_experts=4, num_experts_per_tok=3,
+                                          moe_intermediate_size=16, mlp_only_layers=[0]),
+            "Qwen2Moe": dict(num_experts=6, num_experts_per_tok=2, moe_intermediate_size=24,
+                             shared_expert_intermediate_size=48),
+            "Qwen2Moe, no biases": dict(num_experts=4, num_experts_per_tok=1, moe_intermediate_size=24,
+                                        shared_expert_intermediate_size=24, qkv_bias=False),
+            "Mixtral": dict(num_local_experts=4, num_experts_per_tok=2, sliding_window=None, head_dim=8)}
 ROPES = {"default": dict(rope_type="default"), "linear": dict(rope_type="linear", factor=3.0),
          "dynamic": dict(rope_type="dynamic", factor=3.0),
          "yarn": dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=16, beta_fast=8.0),
@@ -43,6 +52,8 @@ def make(folder, family="Llama", rope="default", shard_size="5GB", dtype=torch.f
         **changes, rope_parameters={"rope_theta": 100.0} | ROPES[rope])
     model = getattr(transformers, family + "ForCausalLM")(config).eval()
     for name, p in model.named_parameters():
+        if "expert" in name or "gate.weight" in name:         # transformers leaves some of them empty
+            torch.nn.init.normal_(p, std=0.3)
         if p.ndim == 1:
             torch.nn.init.normal_(p, mean=float("norm" in name), std=0.3)
     model = model.to(dtype)
@@ -132,7 +143,9 @@ def test_transformers_loads_what_is_exported_and_has_the_same_logits(tmp_path, f
 @pytest.mark.parametrize("shard_bytes", [10**9, 9000], ids=["single", "sharded"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("options", [
-    dict(), dict(attn_bias=True, n_kv_head=1), dict(qk_norm=True, head_dim=12), dict(tie_embeddings=False)])
+    dict(), dict(attn_bias=True, n_kv_head=1), dict(qk_norm=True, head_dim=12), dict(tie_embeddings=False),
+    dict(n_expert=4, d_ff=32, d_expert=32), dict(n_expert=4, qk_norm=True, n_dense_layer=1, norm_topk=False),
+    dict(n_expert=4, n_shared_expert=2, shared_gate=True, attn_bias=True)], ids=str)
 def test_what_is_exported_is_imported_bit_by_bit(tmp_path, options, dtype, shard_bytes):
     torch.manual_seed(0)
     model = GPT(ModelConfig(vocab_size=50, n_layer=3, n_head=4, n_embd=32, seq_len=24, **options)).to(dtype)
@@ -187,8 +200,13 @@ def test_yarn_of_published_configs_goes_to_the_stretched_length(tmp_path):
     ("Llama", dict(hidden_act="gelu"), 'hidden_act="gelu"'),
     ("Llama", dict(attention_bias=True), "attention_bias=true"),
     ("Llama", dict(mlp_bias=True), "mlp_bias=true"),
-    ("Llama", dict(model_type="mixtral"), 'model_type="mixtral": not supported; expected llama or qwen2'),
-    ("Qwen3", dict(model_type="qwen3_moe"), 'model_type="qwen3_moe"'),
+    ("Llama", dict(model_type="mistral"), 'model_type="mistral": not supported; expected llama or mixtral'),
+    ("Qwen3Moe", dict(model_type="qwen3_next"), 'model_type="qwen3_next"'),
+    ("Qwen3Moe", dict(decoder_sparse_step=2), "decoder_sparse_step=2"),
+    ("Qwen3Moe", dict(mlp_only_layers=[1]), "mlp_only_layers=[1]"),
+    ("Qwen2Moe", dict(shared_expert_intermediate_size=30), "shared_expert_intermediate_size=30"),
+    ("Mixtral", dict(sliding_window=4096), "sliding_window=4096"),
+    ("Mixtral", dict(router_jitter_noise=0.1), "router_jitter_noise=0.1"),
     ("Llama", dict(architectures=["LlamaForSequenceClassification"]), "LlamaForSequenceClassification"),
     ("Qwen2", dict(use_sliding_window=True, sliding_window=8), "use_sliding_window=true"),
     ("Qwen3", dict(layer_types=["full_attention", "sliding_attention"]), "sliding_attention"),
@@ -260,7 +278,9 @@ def test_files_that_are_missing_or_damaged_are_named(tmp_path):
 
 def test_what_no_family_computes_is_not_exported(tmp_path):
     for options, name in ((dict(partial_rotary_factor=0.5), "partial_rotary_factor=0.5"),
-                          (dict(attn_bias=True, qk_norm=True), "qk_norm=true")):
+                          (dict(attn_bias=True, qk_norm=True), "qk_norm=True"),
+                          (dict(n_expert=4, n_shared_expert=1), "shared_gate=False"),
+                          (dict(n_expert=4, norm_topk=False), "norm_topk=False")):
         with pytest.raises(UserError, match=name):
             export(GPT(ModelConfig(vocab_size=9, n_layer=1, n_head=2, n_embd=16, seq_len=8, **options)),
                    tmp_path / "out")

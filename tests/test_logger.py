@@ -1,7 +1,11 @@
 """The run directory: what is kept on a resume, what JSON cannot hold, the console line."""
 import json
+import os
+import subprocess
+import sys
 
 import pytest
+from conftest import ROOT
 
 from common.dist import UserError
 from common.logger import Logger, short_time
@@ -54,3 +58,57 @@ def test_the_console_line_shows_the_speed_of_its_interval(tmp_path, capsys):
                                            (7325, "2h02m")])
 def test_times_are_short(seconds, text):
     assert short_time(seconds) == text
+
+
+# -----------------------------------------------------------------------------
+# elsewhere too
+
+def test_tensorboard_gets_every_number_and_a_resumed_run_goes_on(tmp_path):
+    pytest.importorskip("tensorboard", reason="the extra tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    log = new(tmp_path, tensorboard=True)
+    for step in range(4):
+        log.metrics(step, loss=float(step), expert_frac=[[0.5, 0.5]], dropped=0)
+    log = new(tmp_path, tensorboard=True, resume=True, start_step=2)
+    log.metrics(2, loss=9.0, val_loss=float("nan"))
+    events = EventAccumulator(str(tmp_path / "run/tensorboard"), purge_orphaned_data=True).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(0, 0.0), (1, 1.0), (2, 9.0)]
+    assert set(events.Tags()["scalars"]) == {"loss", "dropped", "val_loss"}
+
+
+def test_wandb_gets_every_number_under_an_id_of_the_run_directory(tmp_path, monkeypatch):
+    sent, started = [], []
+
+    class Run:
+        def log(self, numbers, step):
+            sent.append((step, numbers))
+
+    class Wandb:
+        @staticmethod
+        def init(**options):
+            started.append(options)
+            return Run()
+    monkeypatch.setitem(sys.modules, "wandb", Wandb)
+    new(tmp_path, wandb="mine").metrics(0, loss=1.0, expert_frac=[[1.0]])
+    new(tmp_path, wandb="mine", resume=True, start_step=1).metrics(1, loss=2.0)
+    assert sent == [(0, {"loss": 1.0}), (1, {"loss": 2.0})]
+    assert started[0]["project"] == "mine" and started[0]["config"] == {"lr": 0.1}
+    assert started[0]["id"] == started[1]["id"] and started[0]["resume"] == "allow"
+
+
+def test_wandb_runs_offline(tmp_path):
+    pytest.importorskip("wandb", reason="the extra wandb")
+    code = ("from common.logger import Logger; log = Logger(%r, {'lr': 0.1}, 'sample.py', wandb='mine')\n"
+            "for step in range(3): log.metrics(step, loss=1.0)" % str(tmp_path / "run"))
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=120, capture_output=True,
+                   env={**os.environ, "WANDB_MODE": "offline", "WANDB_SILENT": "true"})
+    files = list((tmp_path / "run/wandb").glob("offline-run-*/*.wandb"))
+    assert len(files) == 1 and b"loss" in files[0].read_bytes()
+
+
+@pytest.mark.parametrize("package", ["wandb", "tensorboard"])
+def test_a_package_that_is_missing_is_named_and_nothing_is_written(tmp_path, monkeypatch, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(UserError, match=f'--{package}: it is not installed.*extra "{package}"'):
+        new(tmp_path, **{package: "mine" if package == "wandb" else True})
+    assert not (tmp_path / "run").exists()

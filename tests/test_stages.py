@@ -26,8 +26,8 @@ STAGES = {"train_pretrain.py": ("token_set", TINY),
           "train_grpo.py": ("prompt_set", [*TINY, "--num_samples=4", "--max_new_tokens=8",
                                            "--reward=tests/some_rewards.py:letters"]),
           "train_kd.py": ("chat_set", [*TINY, "--seq_len=150", "--max_new_tokens=8"])}
-MOE = ["--model.n_expert=4", "--model.n_expert_active=2", "--model.n_shared_expert=1", "--model.n_dense_layer=1",
-       "--model.balance_coef=0.1"]
+MOE = ["--model.n_expert=4", "--model.n_expert_active=2", "--model.n_shared_expert=1",
+       "--model.n_dense_layer=1", "--model.balance_coef=0.1"]
 SEES = ["--data_dir=image_set", "--vision.n_layer=1", "--vision.n_head=2", "--vision.n_embd=16"]
 # options that change what a step computes: of every stage once, and of one stage
 VARIANTS = [("train_pretrain.py", ["--doc_mask=true"]), ("train_pretrain.py", ["--optimizer=muon"]),
@@ -325,7 +325,7 @@ def test_a_full_disk_costs_nothing_that_was_saved(one_stage):
     one_stage("run", "--num_steps=4", *options)
 
     def limit():                                              # writing a larger file fails, as on a full disk
-        resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
     result = one_stage("run", "--num_steps=12", "--resume=true", *options, check=False, preexec_fn=limit)
     assert result.returncode == 2
     assert result.stderr.count("earlier checkpoints are untouched") == 2  # the run went on after the first

@@ -319,7 +319,7 @@ def experts(c):
     torch.manual_seed(0)
     model = GPT(ModelConfig(vocab_size=17, n_layer=2, n_head=2, n_embd=8, d_ff=12, seq_len=8, n_expert=6,
                             n_dense_layer=1, balance_coef=0.5))
-    with torch.no_grad():                                     # tokens of 5 f to 5 f + 4 to experts 2 f, 2 f + 1
+    with torch.no_grad():                                     # tokens 5 f to 5 f + 4 to experts 2 f, 2 f + 1
         for f in range(3):
             model.embed.weight[5 * f:5 * f + 5, f] = 1.0
             model.blocks[1].mlp.router[2 * f:2 * f + 2, f] = 1.0

@@ -1,0 +1,78 @@
+"""
+What a run would take (--dry_run=true): memory, FLOPs and time, measured on one micro-batch, not guessed.
+
+    print(estimate(model, optimizer, data, cfg, num_steps, autocast, token_flops))
+"""
+import time
+
+import torch
+
+from common import dist
+
+
+def measure(model, tokens, autocast):
+    """
+    Forward and backward of tokens (B, T), without the loss -> seconds of the faster of two, bytes that are
+    kept for backward in between. Leaves the gradients at zero.
+    """
+    times = []
+    for _ in range(2):                                        # the first one warms up
+        own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        kept = {}                                             # storage -> bytes
+
+        def keep(tensor):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+        start = time.perf_counter()
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), autocast:
+            hidden = model(tokens)
+        hidden.float().sum().backward()
+        if tokens.is_cuda:
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    for p in model.parameters():
+        if p.grad is not None:
+            p.grad.zero_()
+    return min(times), sum(kept.values())
+
+
+def estimate(model, optimizer, data, cfg, num_steps, autocast, token_flops, models=(), tokens=0):
+    """
+    -> text. data: as in data.py; cfg: batch_size, seq_len; token_flops: of a token with its loss; models:
+    others in memory, or None; tokens: that a sample gets besides the data's, at most
+    """
+    def weights(model):
+        return sum(p.numel() * p.element_size() for p in model.parameters())
+    ranks, device = dist.world()[1], model.head.device
+    sample_tokens = data.num_tokens / data.num_samples + tokens
+    length = max(1, min(cfg.seq_len, round(sample_tokens)))
+    optimizer.sync = False                                    # nothing travels
+    shape = data.micro_batch_size, length
+    seconds, kept = measure(model, torch.zeros(shape, dtype=torch.int64, device=device), autocast)
+    speed = model.flops_per_token(length, head_frac=0.0) * shape[0] * shape[1] / seconds      # of this rank
+    tokens = cfg.batch_size * sample_tokens                   # of a step
+    flops, epoch = token_flops * tokens * num_steps, data.num_samples / cfg.batch_size
+    memory = {"weights": weights(model), "gradients": sum(4 * p.numel() for p in model.parameters()
+                                                          if p.requires_grad),
+              "optimizer": optimizer.state_bytes(), "kept for backward": kept,
+              "other models": sum(weights(other) for other in models if other is not None)}
+    share = ", ".join(f"{name} {size / 2**20:,.0f}" for name, size in memory.items() if size)
+    rows = dict(
+        model=model.size(),
+        data=f"{data.num_tokens:,} tokens in {data.num_samples:,} samples; an epoch is {epoch:,.1f} steps",
+        step=f"{tokens:,.0f} tokens in {cfg.batch_size} samples, {data.micro_batch_size} at once on each of "
+             f"{ranks} rank{'s'[:ranks > 1]}",
+        run=f"{num_steps:,} steps, {num_steps / epoch:,.2f} epochs, {tokens * num_steps:,.0f} tokens, "
+            f"{flops:.2e} FLOPs",
+        memory=f"{sum(memory.values()) / 2**20:,.0f} MiB a rank: {share}; torch and some logits come on top",
+        speed=f"{speed / 1e9:,.1f} GFLOP/s a rank, measured on {shape[0]} x {shape[1]} tokens",
+        time=f"{_time(flops / speed / ranks)} of updates; evaluation, sampling and saving come on top")
+    return "\n".join([*(f"{name:<10}{text}" for name, text in rows.items()),
+                      "Nothing was written. Leave out --dry_run to train."])
+
+
+def _time(seconds):
+    hours, minutes = int(seconds // 3600), int(seconds % 3600 // 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{int(seconds % 60):02d}s"
