@@ -136,7 +136,7 @@ def pool(x, k):
 class Tower(nn.Module):
     """
     A vision transformer: pixels (N, 3, S, S) -> (N, P, D), row after row of patches. Small convolutions that
-    halve the sides embed the patches (2106.14881): with them it learns shapes sooner than with one linear map.
+    halve the sides embed the patches (2106.14881): shapes are learned sooner than with one linear map
     """
     def __init__(self, c, image_size):
         super().__init__()
