@@ -95,7 +95,9 @@ def answer(model, tokenizer, ids, cfg, seed, images=()):
 
 def continue_text(model, tokenizer, text, cfg, images=()):
     ids = [token for _ in images for token in [model.vision.token] * model.vision.tokens_per_image]
-    ids += tokenizer.encode(text)
+    ids = tokenizer.begin + ids + tokenizer.encode(text)
+    if not ids and tokenizer.end >= model.config.vocab_size:
+        raise UserError(f"--prompt: {cfg.init_from} knows no token that a text begins with; give some text")
     if len(ids) > model.config.seq_len:
         raise UserError(f"--prompt: {len(ids)} tokens, but the model's context is "
                         f"{model.config.seq_len}; shorten it")
@@ -114,8 +116,9 @@ def reply(model, tokenizer, turns, text, cfg, images=()):
         return
     context = model.config.seq_len
     ids = encode_chat(tokenizer, [[{"role": "system", "content": cfg.system}]])[0][0] if cfg.system else []
+    ids = ids or list(tokenizer.begin)
     content = [dict(type="image") for _ in images if not turns] + [dict(type="text", text=text)]
-    user = encode_user(tokenizer, content, model.vision.tokens_per_image if model.vision else 1)
+    user = encode_user(tokenizer, content, model.vision.tokens_per_image if model.vision else 1, begin=False)
     room = context - min(cfg.max_new_tokens, context // 2)
     if len(ids) + len(user) > room:
         options = "--prompt" + " and --system" * bool(ids) + " and --image" * bool(images)

@@ -117,7 +117,7 @@ def sample_answers(model, tokenizer, data, i, G, sampling_cfg, rewards, env_step
     prompts = [data.prompt(k).tolist() for k in ids]
 
     def say(text):                                            # after an end token that was sampled
-        return tokenizer.markers["end"][1:] + encode_user(tokenizer, text)
+        return tokenizer.markers["end"][1:] + encode_user(tokenizer, text, begin=False)
     answers = rollout(model, tokenizer, prompts, sampling_cfg, G, data.seed, places, env_step, say)
     timer = Timer()
     ended = torch.tensor([a.ended for a in answers])

@@ -193,7 +193,7 @@ if __name__ == "__main__":
             cfg.data_dir, split, cfg.seq_len, micro_batch_size, rank, world_size, device, seed,
             cfg.mask_prompt if chat else cfg.doc_mask)
     train_data, val_data = load("train", cfg.seed), load("val", 0) if cfg.eval_seqs else None
-    eval_prompts = [encode_user(tokenizer, prompt) if chat else tokenizer.encode(prompt)
+    eval_prompts = [encode_user(tokenizer, prompt) if chat else tokenizer.begin + tokenizer.encode(prompt)
                     for prompt in cfg.eval_prompts]
     critical_ids = torch.tensor(cfg.critical_ids, dtype=torch.int64, device=device)
     new_model = GPT                                                           # ModelConfig -> the model

@@ -121,7 +121,7 @@ if __name__ == "__main__":
         return TokenData(cfg.data_dir, split, cfg.seq_len, micro_batch_size, rank, world_size, device, seed,
                          cfg.doc_mask)
     train_data, val_data = load("train", cfg.seed), load("val", 0) if cfg.eval_seqs else None
-    eval_prompts = [tokenizer.encode(prompt) for prompt in cfg.eval_prompts]
+    eval_prompts = [tokenizer.begin + tokenizer.encode(prompt) for prompt in cfg.eval_prompts]
     critical_ids = torch.tensor(cfg.critical_ids, dtype=torch.int64, device=device)
     beside = {}                                                               # nothing that estimate() lacks
     new_model = GPT                                                           # ModelConfig -> the model

@@ -41,14 +41,14 @@ FAMILIES = {                                                  # model_type: clas
 # fields that must have this value, if they are there
 ONLY = dict(hidden_act="silu", attention_bias=False, mlp_bias=False, use_sliding_window=False,
             partial_rotary_factor=1.0, use_mrope=False, is_decoder=False, add_cross_attention=False,
-            decoder_sparse_step=1, router_jitter_noise=0.0)
+            decoder_sparse_step=1, router_jitter_noise=0.0, rope_interleaved=False)
 # fields that change nothing in what these models compute: bookkeeping, initialisation, text generation's
 # defaults; the tokenizer reads the end token for itself; windows are in use with use_sliding_window only
 IGNORED = {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache", "initializer_range",
            "pretraining_tp", "bos_token_id", "eos_token_id", "pad_token_id", "max_window_layers",
            "sliding_window", "output_attentions", "output_hidden_states", "return_dict", "id2label",
            "label2id", "_attn_implementation_autoset", "unsloth_fixed", "unsloth_version",
-           "output_router_logits"}
+           "output_router_logits", "is_llama_config", "max_sequence_length"}
 ROPE_FIELDS = {                                               # rope_type: its fields, and ours
     "default": {},
     "linear": dict(factor="rope_factor"),
@@ -111,7 +111,8 @@ def read_config(folder):
     path = os.path.join(folder, "config.json")
     left = {name: value for name, value in _read_json(path).items()
             if value is not None and name not in IGNORED}
-    if (family := left.pop("model_type", None)) not in FAMILIES:
+    family = left.pop("model_type", None)
+    if not isinstance(family, str) or family not in FAMILIES:
         raise _refusal(path, "model_type", family, " or ".join(FAMILIES))
     architecture, options = FAMILIES[family]
     if family == "mixtral" and _read_json(path).get("sliding_window") is not None:     # no use_sliding_window
@@ -119,7 +120,8 @@ def read_config(folder):
     for name, value in dict(ONLY, architectures=[architecture]).items():
         if (given := left.pop(name, value)) != value:
             raise _refusal(path, name, given, json.dumps(value))
-    if set(given := left.pop("layer_types", ())) - {"full_attention"}:
+    given = left.pop("layer_types", [])
+    if not isinstance(given, list) or any(kind != "full_attention" for kind in given):
         raise _refusal(path, "layer_types", given, "full_attention for all")
 
     def take(name, kind=int, default=None):
@@ -143,17 +145,17 @@ def read_config(folder):
         **_read_rope(path, left, take("max_position_embeddings"), 1e6 if family == "mixtral" else 1e4))
     if family == "mixtral" or family.endswith("_moe"):
         name = "num_local_experts" if "num_local_experts" in left else "num_experts"
-        config |= dict(n_expert=take(name), n_expert_active=take("num_experts_per_tok"),
-                       balance_coef=take("router_aux_loss_coef", float, 0.001))
+        config |= dict(n_expert=take(name), n_expert_active=take("num_experts_per_tok"))
         dense = left.pop("mlp_only_layers", [])
         if dense != list(range(len(dense))):
             raise _refusal(path, "mlp_only_layers", dense, "the first layers, 0 to n - 1")
         config |= dict(n_dense_layer=len(dense), d_expert=config["d_ff"]) if family == "mixtral" else dict(
             n_dense_layer=len(dense), d_expert=take("moe_intermediate_size"),
             norm_topk=take("norm_topk_prob", bool, False))
+        config["balance_coef"] = _balance(config, take("router_aux_loss_coef", float, 0.001), 1)
     if family == "qwen2_moe":
         shared = take("shared_expert_intermediate_size")
-        if not shared or shared % config["d_expert"]:
+        if shared % config["d_expert"]:
             raise _refusal(path, "shared_expert_intermediate_size", shared, "a multiple of "
                            f"moe_intermediate_size={config['d_expert']}")
         config |= dict(n_shared_expert=shared // config["d_expert"], shared_gate=True,
@@ -171,14 +173,17 @@ def _read_rope(path, left, seq_len, theta):
     """
     rope = {}
     for field in ("rope_parameters", "rope_scaling"):
-        for name, value in left.pop(field, {}).items():
+        if not isinstance(given := left.pop(field, {}), dict):
+            raise _refusal(path, field, given, "an object")
+        for name, value in given.items():
             name = "rope_type" if name == "type" else name                 # before 2024
             if value is not None and rope.setdefault(name, value) != value:
                 raise _refusal(path, f"{field}.{name}", value, f"{json.dumps(rope[name])}, as elsewhere")
     theta = left.pop("rope_theta", theta)
     config = dict(seq_len=seq_len, rope_original_len=seq_len, rope_factor=1.0, rope_scaling="none",
                   rope_theta=_number(path, "rope_theta", rope.pop("rope_theta", theta), float))
-    if (kind := rope.pop("rope_type", "default")) not in ROPE_FIELDS:
+    kind = rope.pop("rope_type", "default")
+    if not isinstance(kind, str) or kind not in ROPE_FIELDS:
         raise _refusal(path, "rope_type", kind, " or ".join(ROPE_FIELDS))
     for name, value in (("partial_rotary_factor", 1.0), ("truncate", True)):
         if (given := rope.pop(name, value)) != value:
@@ -203,9 +208,10 @@ def _read_rope(path, left, seq_len, theta):
 
 
 def _number(path, name, value, kind):
-    """value as kind (int or float); UserError unless it is one, and not negative"""
-    if isinstance(value, bool) or not isinstance(value, (int, kind)) or value < 0:
-        raise _refusal(path, name, value, f"a number ({kind.__name__}) that is not negative")
+    """value as kind; UserError unless it is an int of at least 1, or a float that is not negative"""
+    if isinstance(value, bool) or not isinstance(value, (int, kind)) or value < (kind is int):
+        raise _refusal(path, name, value, f"a number ({kind.__name__}), "
+                       + ("at least 1" if kind is int else "not negative"))
     return kind(value)
 
 
@@ -255,16 +261,25 @@ def _family(c):
                     "exported (with experts: qk_norm alone as Qwen3-MoE, shared_gate as Qwen2-MoE)")
 
 
+def _balance(c, coef, sign):
+    """
+    Their router_aux_loss_coef as our balance_coef (sign 1), or back (-1): even routing costs k times theirs,
+    whatever the number of layers, and ours for each layer
+    """
+    return round(coef * (c["n_expert_active"] / (c["n_layer"] - c["n_dense_layer"]))**sign, 12)
+
+
 def _experts_json(c, family):
     """-> the fields of config.json about experts"""
     if not c["n_expert"]:
         return {}
     if family == "mixtral":
         return dict(num_local_experts=c["n_expert"], num_experts_per_tok=c["n_expert_active"],
-                    router_aux_loss_coef=c["balance_coef"], sliding_window=None)
+                    router_aux_loss_coef=_balance(c, c["balance_coef"], -1), sliding_window=None)
     fields = dict(num_experts=c["n_expert"], num_experts_per_tok=c["n_expert_active"],
                   moe_intermediate_size=c["d_expert"], norm_topk_prob=c["norm_topk"], decoder_sparse_step=1,
-                  router_aux_loss_coef=c["balance_coef"], mlp_only_layers=list(range(c["n_dense_layer"])))
+                  router_aux_loss_coef=_balance(c, c["balance_coef"], -1),
+                  mlp_only_layers=list(range(c["n_dense_layer"])))
     if family == "qwen2_moe":
         fields |= dict(shared_expert_intermediate_size=c["n_shared_expert"] * c["d_expert"],
                        qkv_bias=c["attn_bias"])

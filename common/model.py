@@ -98,9 +98,11 @@ class ModelConfig:
             raise UserError(f"--model.n_expert_active={self.n_expert_active} --model.n_dense_layer="
                             f"{self.n_dense_layer}: expected 1 to n_expert={self.n_expert}, and fewer "
                             f"than n_layer={self.n_layer}")
-        if self.shared_gate and not (self.n_expert and self.n_shared_expert):
-            raise UserError("--model.shared_gate=true: there are no shared experts; "
-                            "set --model.n_expert and --model.n_shared_expert")
+        if not self.n_expert and (self.n_shared_expert or self.n_dense_layer or self.d_expert):
+            raise UserError("--model.n_shared_expert, n_dense_layer, d_expert: only with --model.n_expert")
+        if self.shared_gate and not self.n_shared_expert:
+            raise UserError("--model.shared_gate=true: there are no shared experts; set "
+                            "--model.n_shared_expert")
         original = self.rope_original_len or self.seq_len
         d_ff = self.d_ff or -(-8 * self.n_embd // 3 // 32) * 32
         c = replace(self, n_kv_head=self.n_kv_head or self.n_head,

@@ -295,7 +295,7 @@ def stream_tokens(model, tokenizer, ids, cfg=SamplingConfig(), seed=0, images=()
     max_new_tokens. When the context is full the second half of it becomes the new prompt, so a model of 256
     positions can write for as long as one likes. images: those whose tokens are in ids, see `generate`
     """
-    ids = list(ids) or [tokenizer.end]                        # no prompt: as after the end of a document
+    ids = list(ids) or tokenizer.begin or [tokenizer.end]     # no prompt: as after the end of a document
     limit, left, part = model.config.seq_len, cfg.max_new_tokens, 0
     cfg = for_vocabulary(cfg, model, tokenizer)
     while left > 0:
@@ -321,7 +321,7 @@ def stream(model, tokenizer, prompt, cfg=SamplingConfig(), seed=0, images=()):
     Yield pieces of text that continue prompt (str, or a list of ids), each as soon as its characters are
     complete; see `stream_tokens`. images: see there, for a prompt of ids
     """
-    ids = tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+    ids = tokenizer.begin + tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
     decoder = tokenizer.stream(continues=bool(prompt))
     for token in stream_tokens(model, tokenizer, ids, cfg, seed, images):
         yield decoder.put(token)

@@ -6,9 +6,9 @@ Text to token ids and back: bytes, tiktoken and SentencePiece behind one small c
     text = tokenizer.decode(ids)
 
 Special tokens come after the base vocabulary and are ids only: what a user writes is encoded as plain text.
-The vocabulary of a Hugging Face folder has special tokens of its own: their ids are kept, and the one that
-ends its model's texts is `end`; the others of ours come after them all. Roles of a folder with the tokens of
-ChatML (Qwen) or Llama 3 are written as its model has learned them.
+The vocabulary of a Hugging Face folder has special tokens of its own: their ids are kept, the one that ends
+its model's texts is `end`, and so are <think> and </think> where it has these; the others of ours come after
+them all. A text begins as its model has learned it (`begin`), roles are written so in ChatML (Qwen), Llama 3.
 
 The chat template, the same in every stage: `<role>` body `<end>` for each message, where the body of an
 assistant is `<think>thoughts</think>` (if it has any) and `<answer>content</answer>`. A prompt for the next
@@ -57,12 +57,14 @@ INFO = "tokenizer_info.json"  # in every data set and checkpoint, beside the voc
 class Tokenizer:
     """
     kind: bytes, tiktoken, sentencepiece. vocabulary: file content (b"" for bytes). pattern: key of PATTERNS,
-    or a regular expression. extra, of a Hugging Face folder: dict of `end`, an id or None; `added`, dict of
-    id (as a str) to text, "" for special tokens; `nfc`, whether text is normalised so; `markers`, see below.
+    or a regular expression. extra, of a Hugging Face folder: dict of `special`, name to id of those of ours
+    that it has; `added`, id (as a str) to text, "" for special tokens; `nfc`, whether text is normalised so;
+    `begin` and `markers`, see below.
 
     vocab_size      base vocabulary and special tokens
     special         dict of special token name to id, special_names the reverse; `end`, `pad` as attributes
     markers         dict of special token name to the list of ids that the chat template writes for it
+    begin           list of ids that every text and conversation begins with: [] or a token
     token_bytes     list of the bytes that each id stands for, b"" for special ones
     fingerprint     where it is equal, ids mean the same
     """
@@ -90,15 +92,16 @@ class Tokenizer:
             self.bpe = sentencepiece.SentencePieceProcessor(model_proto=vocabulary)
             base = [self._piece_bytes(i) for i in range(self.bpe.get_piece_size())]
             self.drops_first_space = self.bpe.encode("a", out_type=str)[0].startswith("\u2581")
-        end = extra["end"] if extra else None
+        theirs = extra["special"] if extra else {}
         for i, text in sorted((int(i), text) for i, text in extra["added"].items()) if extra else ():
             base += [b""] * (i + 1 - len(base))
             base[i] = text.encode()
-        ours = SPECIAL_TOKENS if end is None else SPECIAL_TOKENS[1:]
-        self.special = {"end": end, **{name: len(base) + i for i, name in enumerate(ours)}}
+        ours = [name for name in SPECIAL_TOKENS if name not in theirs]
+        self.special = {**theirs, **{name: len(base) + i for i, name in enumerate(ours)}}
         self.special_names = {i: name for name, i in self.special.items()}
         self.end, self.pad = self.special["end"], self.special["pad"]
         self.markers = {name: [i] for name, i in self.special.items()} | (extra["markers"] if extra else {})
+        self.begin = extra["begin"] if extra else []
         self.token_bytes = base + [b""] * len(ours)
         self.vocab_size = len(self.token_bytes)
         content = json.dumps([kind, pattern, SPECIAL_TOKENS, *[extra] * bool(extra)]).encode() + vocabulary
@@ -208,12 +211,12 @@ def check_conversation(messages, with_images=False):
             raise ValueError("an assistant's content is text")
 
 
-def encode_chat(tokenizer, conversations, answer_tags=True, reply=False, tokens_per_image=0):
+def encode_chat(tokenizer, conversations, answer_tags=True, reply=False, tokens_per_image=0, begin=True):
     """
     The chat template. conversations: list of lists of {"role", "content", "think"?}. answer_tags: put
     <answer> tags around an assistant's content. reply: end with <assistant>, for the model to go on.
     tokens_per_image: a content may be a list of {"type": "text", "text": ...} and {"type": "image"}, and this
-    is how many <image> stand for the latter.
+    is how many <image> stand for the latter. begin: False for messages that go on with a conversation.
 
     -> list of (ids, counts), one per conversation. counts: list of bool, True where the id is to be learned:
     an assistant's body and the <end> after it, not the <assistant> before it, and nothing of other roles.
@@ -224,7 +227,8 @@ def encode_chat(tokenizer, conversations, answer_tags=True, reply=False, tokens_
     texts = iter(tokenizer.encode_batch([text for chat in chats for special, text, _ in chat if not special]))
     encoded = []
     for chat in chats:
-        ids, counts = [], []
+        ids = list(tokenizer.begin) if begin else []
+        counts = [False] * len(ids)
         for special, _, learn in chat:
             new = tokenizer.markers[special] if special else next(texts)
             ids += new
@@ -235,10 +239,10 @@ def encode_chat(tokenizer, conversations, answer_tags=True, reply=False, tokens_
     return encoded
 
 
-def encode_user(tokenizer, content, tokens_per_image=0):
-    """-> ids of a user's message and of the <assistant> after it, for the model to go on"""
+def encode_user(tokenizer, content, tokens_per_image=0, begin=True):
+    """-> ids of a user's message and of the <assistant> after it; see `encode_chat`"""
     return encode_chat(tokenizer, [[{"role": "user", "content": content}]], reply=True,
-                       tokens_per_image=tokens_per_image)[0][0]
+                       tokens_per_image=tokens_per_image, begin=begin)[0][0]
 
 
 def _template(messages, answer_tags, tokens_per_image):
@@ -394,10 +398,25 @@ def _load_hf(folder):
     named = config.get("eos_token")
     named = ids.get(named["content"] if isinstance(named, dict) else named)
     end = named if named is not None and (named in ends or not ends) else ends[0] if ends else None
-    if end is not None:
-        texts[str(end)] = ""
-    plain = Tokenizer(*tokenizer, dict(end=end, added=texts, nfc=nfc, markers={}))
-    return Tokenizer(*tokenizer, plain.extra | dict(markers=_role_markers(plain, ids)))
+    special = {name: ids[f"<{name}>"] for name in ("think", "/think") if f"<{name}>" in ids} \
+        if {"<think>", "</think>"} <= ids.keys() else {}
+    special |= {} if end is None else {"end": end}
+    texts |= {str(i): "" for i in special.values()}
+    plain = Tokenizer(*tokenizer, dict(special=special, added=texts, nfc=nfc, begin=[], markers={}))
+    return Tokenizer(*tokenizer, plain.extra | dict(begin=_begin(file, config, ids),
+                                                    markers=_role_markers(plain, ids)))
+
+
+def _begin(file, config, ids):
+    """tokenizer.json and tokenizer_config.json, ids of tokens -> ids that every text begins with"""
+    steps = file.get("post_processor") or {}
+    for step in steps.get("processors", [steps]):
+        first = (step.get("single") or [{}])[0]
+        if step.get("type") == "TemplateProcessing" and "SpecialToken" in first:
+            return [ids[first["SpecialToken"]["id"]]]
+    bos = config.get("bos_token")
+    bos = bos["content"] if isinstance(bos, dict) else bos
+    return [ids[bos]] if config.get("add_bos_token") and bos in ids else []
 
 
 def _role_markers(tokenizer, ids):
@@ -422,7 +441,7 @@ def _read_byte_level(file, added, folder):
     for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
         if model.get(name):
             refuse(name, model[name])
-    if model["type"] != "BPE":
+    if model.get("type", "BPE") != "BPE":
         refuse("a model", model["type"])
     steps = [normalizer] if normalizer and normalizer["type"] != "Sequence" else \
         normalizer["normalizers"] if normalizer else []

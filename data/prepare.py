@@ -432,6 +432,8 @@ def write_tokens(inputs, tokenizer, cfg, report, folder):
                 if document is None:
                     report.skip("empty documents", f"{path}:{number}")
                 continue
+            if document is None and list(ids[:1]) != tokenizer.begin:       # token ids may bring this too
+                put(split, np.array(tokenizer.begin, dtype=np.int64))
             put(split, ids)
             document, last = (split, number), ids[-1]
             progress.show(sum(w.count for w in writers.values()))

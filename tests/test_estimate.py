@@ -67,7 +67,8 @@ def test_a_dry_run_says_what_the_run_then_does(script, fixture, options, request
 
 def test_mistakes_are_found_by_a_dry_run(token_set, tmp_path):
     data = f"--data_dir={token_set}"
-    for options, message in (([f"--data_dir={tmp_path}"], "meta.json"), ([data, "--init_from=nowhere"], "nowhere"),
+    for options, message in (([f"--data_dir={tmp_path}"], "meta.json"),
+                             ([data, "--init_from=nowhere"], "nowhere"),
                              ([data, "--batch_size=3", "--micro_batch_size=2"], "multiple")):
         result = run("train_pretrain.py", *options, f"--out_dir={tmp_path}/run", "--dry_run=true",
                      check=False)

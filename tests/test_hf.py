@@ -161,6 +161,31 @@ def test_what_is_exported_is_imported_bit_by_bit(tmp_path, options, dtype, shard
         folder, output_loading_info=True)[1].values())
 
 
+def test_defaults_of_fields_that_are_absent_are_those_of_transformers(tmp_path):
+    for family in ("Llama", "Qwen2", "Qwen3", "Mixtral", "Qwen3Moe", "Qwen2Moe"):
+        make(tmp_path / family, family, intermediate_size=48)
+        edit(tmp_path / family, rope_parameters=None, rope_theta=None, rms_norm_eps=None,
+             tie_word_embeddings=None, head_dim=None if family != "Qwen3" else 16, norm_topk_prob=None, router_aux_loss_coef=None)
+        theirs = transformers.AutoConfig.from_pretrained(tmp_path / family)
+        ours = hf.read_config(str(tmp_path / family))
+        assert ours["rope_theta"] == theirs.rope_parameters["rope_theta"], family
+        assert ours["norm_eps"] == theirs.rms_norm_eps
+        assert ours["tie_embeddings"] == theirs.tie_word_embeddings
+        if ours.get("n_expert"):
+            assert ours.get("norm_topk", True) == getattr(theirs, "norm_topk_prob", True)
+
+
+@pytest.mark.parametrize("family", ["Mixtral", "Qwen3Moe", "Qwen3Moe, first dense", "Qwen2Moe"])
+def test_even_routing_costs_what_it_costs_in_transformers(tmp_path, family):
+    make(tmp_path, family, router_aux_loss_coef=0.01)
+    c = ModelConfig(**hf.read_config(str(tmp_path)))
+    # transformers: coef times k, over all layers; ours: balance_coef a layer
+    assert c.balance_coef * (c.n_layer - c.n_dense_layer) == pytest.approx(0.01 * c.n_expert_active)
+    folder = export(load(str(tmp_path)), tmp_path / "out")
+    assert json.loads((tmp_path / "out/config.json").read_text())["router_aux_loss_coef"] == 0.01
+    assert ModelConfig(**hf.read_config(folder)) == c
+
+
 def test_sharded_and_single_files_hold_the_same(tmp_path):
     make(tmp_path / "one", "Qwen2", dtype=torch.bfloat16)
     make(tmp_path / "many", "Qwen2", shard_size="9KB", dtype=torch.bfloat16)
@@ -211,6 +236,12 @@ def test_yarn_of_published_configs_goes_to_the_stretched_length(tmp_path):
     ("Qwen2", dict(use_sliding_window=True, sliding_window=8), "use_sliding_window=true"),
     ("Qwen3", dict(layer_types=["full_attention", "sliding_attention"]), "sliding_attention"),
     ("Llama", dict(logit_scale=0.5), "logit_scale=0.5"),
+    ("Llama", dict(num_attention_heads=0), "num_attention_heads=0"),
+    ("Llama", dict(model_type=["llama"]), 'model_type=["llama"]'),
+    ("Llama", dict(rope_parameters="x"), 'rope_parameters="x"'),
+    ("Qwen3", dict(layer_types=5), "layer_types=5"),
+    ("Llama", dict(rope_parameters=dict(rope_type=["a"])), 'rope_type=["a"]'),
+    ("Qwen2Moe", dict(moe_intermediate_size=0), "moe_intermediate_size=0"),
     ("Llama", dict(quantization_config={"bits": 4}), 'quantization_config={"bits": 4}'),
     ("Llama", dict(partial_rotary_factor=0.5), "partial_rotary_factor=0.5"),
     ("Llama", dict(rope_parameters=dict(rope_type="longrope", factor=2.0)), 'rope_type="longrope"'),

@@ -197,6 +197,51 @@ def test_roles_are_written_as_the_folder_s_models_have_learned_them(tmp_path, te
         [CHAT[3]], add_generation_prompt=True, tokenize=True, return_dict=False)
 
 
+@pytest.mark.parametrize("how", ["post_processor", "add_bos_token"])
+def test_texts_begin_as_the_folder_s_models_have_learned_them(tmp_path, how):
+    import tokenizers as tk
+    theirs = byte_level(tmp_path, "llama3", eos="<|eot_id|>", special=[
+        "<|bos|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"])
+    bos = theirs.convert_tokens_to_ids("<|bos|>")
+    if how == "post_processor":                               # Llama 3's
+        t = tk.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+        t.post_processor = tk.processors.Sequence([
+            tk.processors.ByteLevel(trim_offsets=False),
+            tk.processors.TemplateProcessing(single="<|bos|> $A", special_tokens=[("<|bos|>", bos)])])
+        t.save(str(tmp_path / "tokenizer.json"))
+        theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=t)
+        assert theirs.encode("hi") == [bos, *theirs.encode("hi", add_special_tokens=False)]
+    else:
+        path = tmp_path / "tokenizer_config.json"
+        config = json.loads(path.read_text()) | dict(bos_token="<|bos|>", add_bos_token=True)
+        path.write_text(json.dumps(config))
+    ours = load_tokenizer(str(tmp_path))
+    assert ours.begin == [bos] and ours.decode([bos, *ours.encode("hi")]) == "hi"
+    (ids, counts), = encode_chat(ours, [CHAT])
+    assert ids[0] == bos and ids.count(bos) == 1 and not counts[0]
+    assert encode_user(ours, "x") == [bos, *encode_user(ours, "x", begin=False)]
+    (tmp_path / "t.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
+    run("data/prepare.py", "text", f"--input={tmp_path}/t.jsonl", f"--tokenizer={tmp_path}",
+        f"--out_dir={tmp_path}/set")
+    import numpy as np
+    assert np.load(tmp_path / "set/train.npy").tolist() == [
+        bos, *ours.encode("one"), ours.end, bos, *ours.encode("two"), ours.end]
+    assert load_tokenizer(str(tmp_path / "set")).begin == [bos]
+
+
+def test_thoughts_are_between_the_folder_s_own_tokens(tmp_path):
+    theirs = byte_level(tmp_path, "qwen2")
+    theirs.add_tokens(["<think>", "</think>"])
+    theirs.save_pretrained(tmp_path)
+    ours, ids_of = load_tokenizer(str(tmp_path)), theirs.convert_tokens_to_ids
+    assert [ours.special[name] for name in ("think", "/think")] == ids_of(["<think>", "</think>"])
+    assert ours.vocab_size == len(theirs) + 7                 # end and these are there
+    ids, _ = encode_chat(ours, [[dict(role="assistant", think="Hm.", content="Yes.")]], answer_tags=False)[0]
+    assert ours.decode(ids[1:], hide_think=True) == "Yes."
+    assert ours.decode(ids[1:], show_special=True) == "<think>Hm.</think>Yes.<end>"
+    assert not set(ours.encode("<think>")) & set(ids_of(["<think>", "</think>"]))
+
+
 def test_roles_of_other_folders_are_ours(tmp_path):
     byte_level(tmp_path, "gpt2", eos="<|endoftext|>", special=["<|im_start|>"])
     t = load_tokenizer(str(tmp_path))
@@ -311,6 +356,17 @@ def test_a_student_learns_from_a_folder_of_its_own_tokenizer(folder, tmp_path):
     rows = [json.loads(line) for line in open(tmp_path / "kd/metrics.jsonl")]
     kd = [row["kd"] for row in rows if "kd" in row]
     assert kd[-1] < 0.5 * kd[0]
+
+
+def test_a_prompt_is_needed_where_no_token_begins_a_text(folder, tmp_path):
+    for path in folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
+        config = json.loads((tmp_path / name).read_text())
+        (tmp_path / name).write_text(json.dumps({k: v for k, v in config.items() if "eos" not in k}))
+    assert run("sample.py", f"--init_from={tmp_path}", "--prompt=x", "--max_new_tokens=3").stdout
+    result = run("sample.py", f"--init_from={tmp_path}", check=False)
+    assert result.returncode == 2 and "give some text" in result.stderr
 
 
 def test_a_folder_without_a_tokenizer_is_named(folder, tmp_path):

@@ -127,21 +127,23 @@ def test_parameters_and_flops_equal_the_hand_count():
                             f"({blocks + outside + norms - idle:,} active in a token)")
     scores = 6 * 3 * 32 * 20                                  # attention's two products, half of them
     assert model.flops_per_token(20) == 6 * (blocks - idle + outside) + scores
-    dense = GPT(replace(TINY, n_expert=0))
+    dense = GPT(replace(TINY, n_expert=0, n_dense_layer=0))
     assert dense.size() == f"{dense.num_parameters():,} parameters"
 
 
 def test_what_is_derived_is_filled_in():
     assert TINY.resolved().d_expert == 32                     # two active ones are as wide as d_ff = 64
     assert replace(TINY, n_shared_expert=2).resolved().d_expert == 16
-    assert replace(TINY, n_expert=0).resolved().d_expert == 0
+    assert replace(TINY, n_expert=0, n_dense_layer=0).resolved().d_expert == 0
 
 
 @pytest.mark.parametrize("changes, named", [
     (dict(n_expert_active=9), "n_expert_active=9"), (dict(n_expert_active=0), "n_expert_active=0"),
     (dict(n_expert=-1), "n_expert=-1"), (dict(d_expert=-1), "d_expert=-1"),
     (dict(balance_coef=-0.1), "balance_coef=-0.1"), (dict(n_shared_expert=-1), "n_shared_expert=-1"),
-    (dict(shared_gate=True), "shared_gate"), (dict(n_dense_layer=-1), "n_dense_layer=-1"),
+    (dict(shared_gate=True), "shared_gate"),
+    (dict(n_expert=0, n_shared_expert=1), "n_shared_expert"),
+    (dict(n_expert=0, n_dense_layer=1), "only with --model.n_expert"), (dict(n_dense_layer=-1), "n_dense_layer=-1"),
     (dict(n_dense_layer=3), "n_dense_layer=3")], ids=str)
 def test_numbers_that_do_not_fit_are_refused_by_name(changes, named):
     with pytest.raises(UserError, match=f"--model.*{named}"):
@@ -272,7 +274,7 @@ def test_statistics_are_the_shares_of_the_choices_and_start_anew():
     with torch.no_grad():
         model.train()(tokens)                                 # neither is training
     assert model.router_stats() == {} and model.balance_loss() == 0.0
-    dense = GPT(replace(TINY, n_expert=0))
+    dense = GPT(replace(TINY, n_expert=0, n_dense_layer=0))
     dense(tokens)
     assert dense.router_stats() == {} and dense.balance_loss() == 0.0
 
