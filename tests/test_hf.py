@@ -165,7 +165,9 @@ def test_defaults_of_fields_that_are_absent_are_those_of_transformers(tmp_path):
     for family in ("Llama", "Qwen2", "Qwen3", "Mixtral", "Qwen3Moe", "Qwen2Moe"):
         make(tmp_path / family, family, intermediate_size=48)
         edit(tmp_path / family, rope_parameters=None, rope_theta=None, rms_norm_eps=None,
-             tie_word_embeddings=None, head_dim=None if family != "Qwen3" else 16, norm_topk_prob=None, router_aux_loss_coef=None)
+             tie_word_embeddings=None,
+             head_dim=None if family != "Qwen3" else 16,
+             norm_topk_prob=None, router_aux_loss_coef=None)
         theirs = transformers.AutoConfig.from_pretrained(tmp_path / family)
         ours = hf.read_config(str(tmp_path / family))
         assert ours["rope_theta"] == theirs.rope_parameters["rope_theta"], family

@@ -143,7 +143,8 @@ def test_what_is_derived_is_filled_in():
     (dict(balance_coef=-0.1), "balance_coef=-0.1"), (dict(n_shared_expert=-1), "n_shared_expert=-1"),
     (dict(shared_gate=True), "shared_gate"),
     (dict(n_expert=0, n_shared_expert=1), "n_shared_expert"),
-    (dict(n_expert=0, n_dense_layer=1), "only with --model.n_expert"), (dict(n_dense_layer=-1), "n_dense_layer=-1"),
+    (dict(n_expert=0, n_dense_layer=1), "only with --model.n_expert"),
+    (dict(n_dense_layer=-1), "n_dense_layer=-1"),
     (dict(n_dense_layer=3), "n_dense_layer=3")], ids=str)
 def test_numbers_that_do_not_fit_are_refused_by_name(changes, named):
     with pytest.raises(UserError, match=f"--model.*{named}"):
