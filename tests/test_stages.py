@@ -698,7 +698,7 @@ def test_a_teacher_can_be_a_function_of_yours(kd, teacher_run):
     text = (ROOT / "train_kd.py").read_text()
     stock = re.search(r"    raise UserError\(\"--teacher: name a run.*?\n", text)[0]
     folder = max(teacher_run.glob("step_*"))
-    mine = text.replace(stock, f"    config, _, fill = find_teacher({str(folder)!r}, tokenizer.fingerprint)\n"
+    mine = text.replace(stock, f"    config, _, fill = find_teacher({str(folder)!r}, tokenizer)\n"
                                "    fill(model := GPT(config).eval())\n"
                                "    return model(tokens, docs) @ model.head.T\n")
     path, here = kd.folder / "mine.py", f"import hashlib, sys\nsys.path.insert(0, {str(ROOT)!r})\n"
