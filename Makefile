@@ -1,4 +1,4 @@
-# make demo    own environment, data, training, samples, a table      (Python 3.11 or newer)
+# make demo    own environment, every stage, a table, samples, a page with curves  (Python 3.11 or newer)
 # make demo-vlm  own environment, a model that answers questions about pictures
 # make gym     own environment, GRPO on a task of reasoning-gym
 # make test    own environment, ruff, the whole test suite
@@ -19,6 +19,8 @@ BIN = .venv/bin
 	touch $@
 
 demo: .venv/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt \
+	    $$(grep ^matplotlib requirements-dev.txt)
 	$(BIN)/python configs/demo/run.py
 
 demo-vlm: .venv/installed

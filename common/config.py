@@ -18,6 +18,7 @@ import json
 import math
 import re
 import sys
+import textwrap
 from dataclasses import asdict, fields, is_dataclass, replace
 from typing import Literal, get_args, get_origin, get_type_hints
 
@@ -199,7 +200,7 @@ def options(instance, path):
     types, comments, groups = get_type_hints(type(instance)), {}, {}
     for cls in reversed([c for c in type(instance).__mro__ if is_dataclass(c)]):
         group = ""
-        for line in inspect.getsource(cls).splitlines():
+        for line in textwrap.dedent(inspect.getsource(cls)).splitlines():
             if heading := re.fullmatch(r"    # (.+)", line):
                 group = heading[1]
             if field := re.match(r"    (\w+): [^=]+=.*?(?:\s#\s(.*))?$", line):

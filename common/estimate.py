@@ -1,7 +1,9 @@
 """
-What a run would take (--dry_run=true): memory, FLOPs and time, measured on one micro-batch, not guessed.
+What a run would take (--dry_run=true): memory, FLOPs and time, measured on one micro-batch, not guessed. And
+before there is a model: how large it may be.
 
     print(estimate(model, optimizer, data, cfg, num_steps, autocast, token_flops))
+    python -m common.estimate --memory_gib=24,80 --ranks=1,8        # bytes a parameter, largest models
 """
 import time
 
@@ -76,3 +78,47 @@ def estimate(model, optimizer, data, cfg, num_steps, autocast, token_flops, mode
 def _time(seconds):
     hours, minutes = int(seconds // 3600), int(seconds % 3600 // 60)
     return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{int(seconds % 60):02d}s"
+
+
+def bytes_per_parameter(param_dtype, slots, shards):
+    """
+    Of weights, fp32 gradients and optimizer state on a rank: slots moments (AdamW 2, Lion 1) and, of bfloat16
+    weights, a master copy, all fp32 and cut into `shards` parts (ZeRO-1, 1910.02054, section 5.2)
+    """
+    weight = {"float32": 4, "bfloat16": 2}[param_dtype]
+    return weight + 4 + 4 * (slots + (weight < 4)) / shards
+
+
+def capacity_table(memory_gib, ranks, optimizer, free_frac):
+    """-> text: bytes a parameter, and billions of parameters of the largest model, by GPU and ranks"""
+    slots = dict(adamw=2, lion=1)[optimizer]
+    lines = [f"{optimizer}, --zero1=true: bytes a parameter, and the largest model in billions of parameters; "
+             f"{free_frac:.0%} of the memory is left free",
+             f"{'weights':<10}{'ranks':>6}{'bytes':>8}" + "".join(f"{f'{g:g} GiB':>10}" for g in memory_gib)]
+    for dtype in ("float32", "bfloat16"):
+        for n in ranks:
+            size = bytes_per_parameter(dtype, slots, n)
+            lines.append(f"{dtype:<10}{n:>6}{size:>8.2f}" + "".join(
+                f"{gib * 2**30 * (1 - free_frac) / size / 1e9:>10.2f}" for gib in memory_gib))
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":  # the only part that knows other modules
+    from dataclasses import dataclass
+    from typing import Literal
+
+    from common.config import parse_config
+    from common.dist import UserError
+
+    @dataclass(frozen=True)
+    class Config:
+        memory_gib: tuple[float, ...] = (24, 40, 80, 141)  # memory of a GPU
+        ranks: tuple[int, ...] = (1, 2, 4, 8, 64)  # numbers of GPUs
+        optimizer: Literal["adamw", "lion"] = "adamw"  # what is kept for each parameter: 2 or 1 fp32 moments
+        free_frac: float = 0.25            # of the memory, for activations and what torch itself takes
+
+    cfg = parse_config(Config)
+    if min((*cfg.memory_gib, *cfg.ranks), default=0) <= 0 or not 0 <= cfg.free_frac < 1:
+        raise UserError(f"--memory_gib={cfg.memory_gib} --ranks={cfg.ranks} --free_frac={cfg.free_frac}: "
+                        "expected positive numbers, and a fraction below 1")
+    print(capacity_table(cfg.memory_gib, cfg.ranks, cfg.optimizer, cfg.free_frac))

@@ -461,8 +461,8 @@ if __name__ == "__main__":  # the only part that knows other modules
         init_from: str = ""                # export: run or checkpoint of ours
         out_dir: str = ""                  # import: run directory to write, must be new or empty
 
-    command, *options = sys.argv[1:] or [""]
-    cfg = parse_config(Config, options)
+    command, *options = sys.argv[1:] or ["--help"]
+    cfg = parse_config(Config, [command, *options] if command.startswith("-") else options)
     if command == "export" and cfg.init_from and cfg.hf_dir:
         source = checkpoint.find(cfg.init_from)
         model = GPT(ModelConfig(**checkpoint.read_manifest(source)["model"]))

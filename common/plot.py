@@ -111,8 +111,9 @@ if __name__ == "__main__":  # the only part that knows other modules
         out: str = ""                      # picture to write, .png, .svg or .pdf; "" = RUN/curves.png
         smooth: int = 1                    # steps that a point of the curve is the mean of
 
-    folders = [argument for argument in sys.argv[1:] if not argument.startswith("--")]
-    cfg = parse_config(Config, [argument for argument in sys.argv[1:] if argument.startswith("--")])
+    arguments = sys.argv[1:] or ["--help"]
+    folders = [argument for argument in arguments if not argument.startswith("-")]
+    cfg = parse_config(Config, [argument for argument in arguments if argument.startswith("-")])
     if not folders or cfg.smooth < 1:
         raise UserError("expected: python -m common.plot RUN [RUN ...] [--out=FILE.png] [--smooth=STEPS]")
     out = cfg.out or os.path.join(folders[0], "curves.png")

@@ -6,6 +6,7 @@ import inspect
 import io
 import json
 import math
+import subprocess
 import sys
 import tokenize
 from dataclasses import dataclass
@@ -311,3 +312,14 @@ class Derived(Inner):
 def test_help_lists_a_field_that_a_subclass_sets_anew_once():
     listed = [line.split()[0] for line in help_text(Derived).splitlines() if line.startswith("  --")]
     assert sorted(listed) == ["--depth=2", "--scale=0.25", "--width=3"]
+
+
+@pytest.mark.parametrize("command", [
+    *(["-m", f"common.{name}"] for name in ("plot", "hf", "estimate")), ["data/lines.py"], ["data/gym.py"],
+    ["data/vqa.py"], *(["data/prepare.py", kind] for kind in ("text", "chat", "pairs", "prompts", "images",
+                                                              "tokenizer"))], ids=" ".join)
+def test_every_command_has_help_that_fits(command):
+    result = subprocess.run([sys.executable, *command, "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "\nOptions (--name=value; the default is shown):\n" in result.stdout
+    assert max(map(len, result.stdout.splitlines())) <= 110

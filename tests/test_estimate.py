@@ -8,8 +8,10 @@ import pytest
 import torch
 from conftest import ROOT, run
 
-from common.estimate import measure
+from common import optim
+from common.estimate import bytes_per_parameter, measure
 from common.model import GPT, ModelConfig
+from common.zero1 import ShardedOptimizer
 
 
 def number(text, pattern):
@@ -95,3 +97,28 @@ def test_memory_is_within_a_third_of_a_real_run_s(token_set, tmp_path):
     used, _ = peak()
     _, said = peak(f"--out_dir={tmp_path}/none", "--dry_run=true")
     assert number(said, r"memory +([\d,]+) MiB") == pytest.approx(used - base, rel=0.33)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("optimizer, slots", [("adamw", 2), ("lion", 1)])
+def test_bytes_per_parameter_are_those_of_the_optimizer_s_buffers(dtype, optimizer, slots):
+    model = GPT(ModelConfig(vocab_size=512, n_layer=2, n_head=2, n_embd=64, seq_len=8)).to(getattr(torch, dtype))
+    ours = ShardedOptimizer(optim.parameter_groups(model, optimizer))
+    held = sum(flat.param.nbytes + flat.grad.nbytes for flat in ours.flats) + ours.state_bytes()
+    assert held == pytest.approx(bytes_per_parameter(dtype, slots, 1) * model.num_parameters(), rel=0.01)
+    state = ours.state_bytes() / model.num_parameters()       # of which N ranks keep 1/N: tests/test_zero1.py
+    for shards in (2, 8):
+        saved = bytes_per_parameter(dtype, slots, 1) - bytes_per_parameter(dtype, slots, shards)
+        assert saved == pytest.approx(state * (1 - 1 / shards), rel=0.01)
+
+
+def test_the_table_of_largest_models_is_arithmetic():
+    result = subprocess.run([sys.executable, "-m", "common.estimate", "--memory_gib=16", "--ranks=1,4",
+                             "--free_frac=0.5"], cwd=ROOT, text=True, capture_output=True, timeout=100)
+    rows = {tuple(line.split()[:2]): line.split()[2:] for line in result.stdout.splitlines()[2:]}
+    assert rows["float32", "1"] == ["16.00", "0.54"]          # 8 * 2^30 / 16 = 0.537e9
+    assert rows["float32", "4"] == ["10.00", "0.86"]          # 4 + 4 + 8 / 4
+    assert rows["bfloat16", "4"] == ["9.00", "0.95"]          # 2 + 4 + 12 / 4
+    result = subprocess.run([sys.executable, "-m", "common.estimate", "--ranks=0"], cwd=ROOT, text=True,
+                            capture_output=True, timeout=100)
+    assert result.returncode == 2 and "expected positive numbers" in result.stderr

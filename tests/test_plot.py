@@ -64,7 +64,7 @@ def test_runs_are_drawn_from_the_command_line(tmp_path):
 
 def test_mistakes_are_answered_by_a_line(tmp_path, monkeypatch):
     one = write(tmp_path / "one", RECORDS)
-    for options, message in (([], "expected: python -m common.plot RUN"),
+    for options, message in ((["--smooth=2"], "expected: python -m common.plot RUN"),
                              ([tmp_path / "none"], "metrics.jsonl: No such file"),
                              ([write(tmp_path / "empty", [])], "nothing to draw yet"),
                              ([one, f"--out={tmp_path}/x.doc"], "Format 'doc' is not supported"),

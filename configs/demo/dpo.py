@@ -11,3 +11,4 @@ nll_coef = 1.0                         # without it both answers become less lik
 log_every = 20
 eval_every = 60
 save_every = 60
+eval_prompts = ["A line from T, 7 words, ending in .", "5 words. First letter W, last mark ?"]

@@ -16,3 +16,4 @@ log_every = 10
 eval_every = 40
 eval_seqs = 100
 save_every = 40
+eval_prompts = ["A line from T, 7 words, ending in .", "5 words. First letter W, last mark ?"]

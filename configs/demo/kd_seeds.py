@@ -11,9 +11,14 @@ import sys
 
 import run as demo
 
+
+def show(line):
+    print(line, end="", flush=True)
+
+
 if __name__ == "__main__":
     seeds = range(1, 1 + int(sys.argv[1] if sys.argv[1:] else 3))
-    results = {name: [demo.student(f"kd_seeds/{name}_{seed}", name == "taught", seed) for seed in seeds]
+    results = {name: [demo.student(show, f"kd_seeds/{name}_{seed}", name == "taught", seed) for seed in seeds]
                for name in ("alone", "taught")}
     print(f"\nvalidation loss per token, {len(seeds)} seeds")
     for name, values in results.items():

@@ -10,4 +10,5 @@ log_every = 25
 eval_every = 250
 eval_seqs = 256
 save_every = 250
+eval_prompts = ["ROMEO.\n", "KING HENRY.\nOnce more"]
 model = dict(n_layer=6, n_head=6, n_kv_head=2, n_embd=192)

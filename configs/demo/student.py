@@ -9,4 +9,5 @@ log_every = 50
 eval_every = 0                         # at the end only
 eval_seqs = 512
 save_every = 0
+eval_prompts = ["ROMEO.\n", "KING HENRY.\nOnce more"]
 model = dict(n_layer=4, n_head=4, n_kv_head=2, n_embd=120)
