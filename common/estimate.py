@@ -92,7 +92,7 @@ def bytes_per_parameter(param_dtype, slots, shards):
 def capacity_table(memory_gib, ranks, optimizer, free_frac):
     """-> text: bytes a parameter, and billions of parameters of the largest model, by GPU and ranks"""
     slots = dict(adamw=2, lion=1)[optimizer]
-    lines = [f"{optimizer}, --zero1=true: bytes a parameter, and the largest model in billions of parameters; "
+    lines = [f"{optimizer}, --zero1=true: bytes a parameter, billions of parameters of the largest model; "
              f"{free_frac:.0%} of the memory is left free",
              f"{'weights':<10}{'ranks':>6}{'bytes':>8}" + "".join(f"{f'{g:g} GiB':>10}" for g in memory_gib)]
     for dtype in ("float32", "bfloat16"):

@@ -102,7 +102,8 @@ def test_memory_is_within_a_third_of_a_real_run_s(token_set, tmp_path):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("optimizer, slots", [("adamw", 2), ("lion", 1)])
 def test_bytes_per_parameter_are_those_of_the_optimizer_s_buffers(dtype, optimizer, slots):
-    model = GPT(ModelConfig(vocab_size=512, n_layer=2, n_head=2, n_embd=64, seq_len=8)).to(getattr(torch, dtype))
+    config = ModelConfig(vocab_size=512, n_layer=2, n_head=2, n_embd=64, seq_len=8)
+    model = GPT(config).to(getattr(torch, dtype))
     ours = ShardedOptimizer(optim.parameter_groups(model, optimizer))
     held = sum(flat.param.nbytes + flat.grad.nbytes for flat in ours.flats) + ours.state_bytes()
     assert held == pytest.approx(bytes_per_parameter(dtype, slots, 1) * model.num_parameters(), rel=0.01)
