@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, launch
+from conftest import ROOT, launch, run
 
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"<!-- runnable -->\n```bash\n(.*?)```", TEXT, re.S)
@@ -29,13 +29,44 @@ def test_the_commands_run_in_their_order(tmp_path):
 
 
 def test_there_are_runnable_blocks():
-    assert len(BLOCKS) == 7
+    assert len(BLOCKS) == 8
+
+
+@pytest.mark.parametrize("kind", ["text", "chat", "pairs", "prompts", "images"])
+def test_the_two_lines_of_each_format_are_what_prepare_takes(kind, tmp_path):
+    lines = re.search(rf"<!-- format: {kind} -->\n```json\n(.*?)```", TEXT, re.S)[1]
+    assert lines.count("\n") == 2
+    (tmp_path / "rows.jsonl").write_text(lines)
+    if kind == "images":
+        Image = pytest.importorskip("PIL.Image", reason="the extra images")
+        Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
+    out = run("data/prepare.py", kind, f"--input={tmp_path}/rows.jsonl", f"--out_dir={tmp_path}/set").stdout
+    assert ": 2 " in out, out
+
+
+def test_the_stage_table_says_how_long_each_script_is():
+    rows = re.findall(r"^\| `([\w/]+\.py)` \| (\d+) \|", TEXT, re.M)
+    assert len(rows) == 7
+    for name, lines in rows:
+        assert abs(len((ROOT / name).read_text().splitlines()) - int(lines)) <= 5, name
+
+
+def test_options_that_the_readme_names_exist():
+    """Everything written --name or --name=..., in text and tables, is an option of some command."""
+    known = set()
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("common/*.py"), *ROOT.glob("data/*.py"),
+                 *ROOT.glob("configs/*/*.py")]:
+        source = path.read_text()
+        for config in re.findall(r"class \w*Config\b.*?:\n((?: +.*\n|\n)+)", source):
+            known |= set(re.findall(r"^ +(\w+): ", config, re.M))
+    named = set(re.findall(r"(?<![\w-])--([a-z]\w*(?:\.\w+)?)", TEXT))
+    named -= {"standalone", "nproc_per_node", "help", "name"}
+    assert not [name for name in named if name.split(".")[-1] not in known | {"model", "vision"}]
 
 
 def test_the_python_example_streams(tmp_path):
     """The example under "More text from Python", on a model made here."""
     code = re.search(r"```python\n(from sample .*?)```", TEXT, re.S)[1]
-    from conftest import run
     (tmp_path / "t.txt").write_text("To be, or not to be, that is the question.\n" * 20)
     run("data/prepare.py", "text", f"--input={tmp_path}/t.txt", f"--out_dir={tmp_path}/set")
     run("train_pretrain.py", f"--data_dir={tmp_path}/set", f"--out_dir={tmp_path}/run", "--num_steps=2",

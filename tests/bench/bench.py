@@ -17,8 +17,10 @@ Speed and memory as ratios against named references, both measured in the same r
     optimizer              one rank's ShardedOptimizer against clip_grad_norm_ + torch.optim.AdamW(fused=True)
     malloc                 a training step with and without the allocator setting of dist.tune_malloc
     generate               128 tokens with the KV cache against the whole context again for each, context 512
+    transformers           a training step, and its memory, against transformers' LlamaForCausalLM
     rollout                sampling for GRPO against transformers.generate, with the same weights
-    grpo_step              a whole GRPO step against trl's
+    sft_step, dpo_step, grpo_step    whole steps against those of trl's trainers
+    ranks                  a step of two ranks against DistributedDataParallel and ZeroRedundancyOptimizer
     overlap                two ranks: how much of the gradients' travel lies inside backward
 
 The machine must be otherwise idle. Absolute times do not travel between machines; ratios nearly do.
@@ -409,9 +411,12 @@ def child(*args, **env):
                           capture_output=True, text=True, check=True).stdout
 
 
-def bench_peer(name):
-    import peers
-    getattr(peers, f"bench_{name}")()
+def of_peers(name):
+    """-> a function of peers.py, which needs more packages"""
+    def function(*args):
+        import peers
+        getattr(peers, name)(*args)
+    return function
 
 
 BENCHES = {"step_26m": lambda: bench_step("step_26m", MODEL_26M, 8),
@@ -421,16 +426,17 @@ BENCHES = {"step_26m": lambda: bench_step("step_26m", MODEL_26M, 8),
            "loss_512": lambda: bench_loss("loss_512", 512, 2048),
            "kd": bench_kd, "packing": bench_packing, "pairs": bench_pairs, "loader": bench_loader,
            "optimizer": bench_optimizer, "malloc": bench_malloc, "generate": bench_generate,
-           "rollout": lambda: bench_peer("rollout"), "grpo_step": lambda: bench_peer("grpo_step"),
-           "overlap": bench_overlap}
+           **{name: of_peers(f"bench_{name}") for name in ("transformers", "rollout", "sft_step", "dpo_step",
+                                                           "grpo_step", "ranks")}, "overlap": bench_overlap}
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["child"]:
         name = sys.argv[2]
-        if name != "overlap":
+        if name not in ("overlap", "ranks"):
             dist.init("cpu")
         {"memory": child_memory, "kd": child_kd, "pairs": child_pairs, "loss": child_loss,
-         "malloc": child_malloc, "overlap": child_overlap}[name](*sys.argv[3:])
+         "malloc": child_malloc, "overlap": child_overlap, "ranks": of_peers("child_ranks"),
+         "transformers": of_peers("child_transformers")}[name](*sys.argv[3:])
     else:
         dist.init("cpu")
         for name in sys.argv[1:] or BENCHES:

@@ -1,18 +1,24 @@
 """
-Rollouts and whole GRPO steps against transformers and trl, with the same weights and the same work, in turns.
+Training steps and rollouts against torch's, transformers' and trl's, with the same weights and the same work,
+in turns. `python tests/bench/bench.py` names and explains them.
 
-Needs both (requirements-dev.txt). python tests/bench/bench.py rollout grpo_step
+Needs the packages (requirements-dev.txt).
 """
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from bench import MODEL_26M, alternate
+import torch.distributed as td
+from bench import MODEL_26M, alternate, child, pair_step, peak_memory, training_step
+from torch.distributed.optim import ZeroRedundancyOptimizer
 
-from common import losses, optim
+from common import dist, losses, optim
 from common.model import GPT
 from common.sampling import SamplingConfig, complete, rollout
 from common.zero1 import ShardedOptimizer
@@ -46,6 +52,152 @@ def llama(model):
     with torch.no_grad():
         assert (peer(tokens).logits - model(tokens) @ model.head.T).abs().max() < 1e-4
     return peer.eval()
+
+
+def their_step(B):
+    """-> function that makes one whole update of transformers' model"""
+    torch.manual_seed(0)
+    peer, T = llama(GPT(MODEL_26M)).train(), MODEL_26M.seq_len
+    adamw = torch.optim.AdamW(peer.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    tokens = torch.randint(0, MODEL_26M.vocab_size, (B, T + 1))
+
+    def step():
+        peer(input_ids=tokens[:, :-1], labels=tokens[:, :-1], shift_labels=tokens[:, 1:]).loss.backward()
+        torch.nn.utils.clip_grad_norm_(peer.parameters(), 1.0)
+        adamw.step()
+        adamw.zero_grad(set_to_none=True)
+    return step
+
+
+def bench_transformers(B=8):
+    ours_s, theirs_s = alternate(training_step(MODEL_26M, B)[0], their_step(B), repeats=5)
+    memory = {who: int(child("transformers", who, B)) / 2**20 for who in ("ours", "theirs")}
+    print(f"transformers: step of {B} x {MODEL_26M.seq_len} tokens: LlamaForCausalLM + AdamW(fused=True) "
+          f"{theirs_s:.2f} s, ours {ours_s:.2f} s, {theirs_s / ours_s:.2f}x; peak memory of a process "
+          f"{memory['theirs']:.0f} -> {memory['ours']:.0f} MiB")
+
+
+def child_transformers(who, B):
+    step = training_step(MODEL_26M, int(B))[0] if who == "ours" else their_step(int(B))
+    for _ in range(3):
+        step()
+    print(peak_memory())
+
+
+def bench_ranks(repeats=7):
+    """Two processes of one thread each: ours, replicated and zero1, against two optimizers under DDP"""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    result = subprocess.run([*torchrun, Path(__file__).with_name("bench.py"), "child", "ranks", str(repeats)],
+                            capture_output=True, text=True, check=True)
+    print(result.stdout.strip())
+
+
+def child_ranks(repeats):
+    dist.init("cpu")
+    tokens = torch.randint(0, MODEL_26M.vocab_size, (2, 513))
+
+    def ours(zero1):
+        model = GPT(MODEL_26M)
+        optimizer = ShardedOptimizer(optim.parameter_groups(model), zero1=zero1)
+        optimizer.lr = 1e-4
+
+        def step():
+            loss = losses.linear_cross_entropy(model(tokens[:, :-1]), model.head, tokens[:, 1:])
+            (loss / (2 * tokens[:, 1:].numel())).backward()
+            optimizer.step(1.0)
+        return step
+
+    def ddp(zero):
+        model = GPT(MODEL_26M)
+        wrapped = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+        how = dict(lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+        adamw = ZeroRedundancyOptimizer(model.parameters(), torch.optim.AdamW, **how) if zero else \
+            torch.optim.AdamW(model.parameters(), **how)
+
+        def step():                                           # the same model and loss
+            loss = losses.linear_cross_entropy(wrapped(tokens[:, :-1]), model.head, tokens[:, 1:])
+            (loss / tokens[:, 1:].numel()).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            adamw.step()
+            adamw.zero_grad(set_to_none=False)
+        return step
+    steps = {"ours": ours(False), "ours, zero1": ours(True), "DDP + AdamW(fused=True)": ddp(False),
+             "DDP + ZeroRedundancyOptimizer": ddp(True)}
+    times = dict(zip(steps, alternate(*steps.values(), repeats=int(repeats))))
+    if td.get_rank() == 0:
+        print("ranks: 2 x (2 x 512) tokens a step: " + ", ".join(
+            f"{name} {seconds * 1000:.0f} ms" for name, seconds in times.items()))
+    dist.finish()
+
+
+def word_tokenizer():
+    """-> transformers' tokenizer of the words w0, w1, ..., an id each"""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(6400)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", eos_token="w1")
+
+
+def sentence(ids):
+    return " ".join(f"w{i}" for i in ids)
+
+
+def in_turns(make_trainer, config, step, repeats, **options):
+    """
+    Train with one of trl's trainers; after each of its steps ours is made -> median seconds of ours, of its.
+    make_trainer(callbacks, args); options: of the class config beside what they have in common
+    """
+    from transformers import TrainerCallback
+    times = {"ours": [], "theirs": []}
+
+    class Turns(TrainerCallback):
+        def on_step_begin(self, *args, **kwargs):
+            self.start = time.perf_counter()
+
+        def on_step_end(self, *args, **kwargs):
+            times["theirs"].append(time.perf_counter() - self.start)
+            start = time.perf_counter()
+            step()
+            times["ours"].append(time.perf_counter() - start)
+    with tempfile.TemporaryDirectory() as folder:
+        make_trainer([Turns()], config(
+            output_dir=folder, use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none",
+            max_steps=repeats + 1, learning_rate=1e-6, logging_strategy="no", save_strategy="no",
+            disable_tqdm=True, **options)).train()
+    return (statistics.median(times[name][1:]) for name in ("ours", "theirs"))
+
+
+def bench_sft_step(B=8, T=256, repeats=5):
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+    torch.manual_seed(0)
+    config = replace(MODEL_26M, seq_len=T)
+    rows = Dataset.from_dict({"input_ids": torch.randint(2, 6400, (B * (repeats + 1), T)).tolist()})
+    ours, theirs = in_turns(
+        lambda callbacks, args: SFTTrainer(llama(GPT(config)), args, train_dataset=rows, callbacks=callbacks,
+                                           processing_class=word_tokenizer()),
+        SFTConfig, training_step(config, B)[0], repeats, per_device_train_batch_size=B, max_length=T)
+    print(f"sft_step: {B} x {T} tokens: trl {theirs:.2f} s, ours {ours:.2f} s, {theirs / ours:.2f}x")
+
+
+def bench_dpo_step(P=4, repeats=5):
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer
+    for prompt, answer in ((128, 128), (256, 64)):
+        torch.manual_seed(0)
+        ids = torch.randint(2, 6400, (P * (repeats + 1), prompt + 2 * answer)).tolist()
+        rows = Dataset.from_list([dict(
+            prompt=sentence(row[:prompt]), chosen=" " + sentence(row[prompt:prompt + answer]),
+            rejected=" " + sentence(row[prompt + answer:])) for row in ids])
+        ours, theirs = in_turns(
+            lambda callbacks, args: DPOTrainer(
+                llama(GPT(replace(MODEL_26M, seq_len=prompt + answer + 1))), args=args, train_dataset=rows,
+                callbacks=callbacks, processing_class=word_tokenizer()),
+            DPOConfig, pair_step("shared", prompt, answer, P), repeats, per_device_train_batch_size=P,
+            max_length=None, precompute_ref_log_probs=True)
+        print(f"dpo_step: {P} pairs of {prompt} + 2 x {answer} tokens: trl {theirs:.2f} s, "
+              f"ours {ours:.2f} s, {theirs / ours:.2f}x")
 
 
 def bench_rollout():
@@ -110,38 +262,17 @@ def bench_grpo_step(repeats=5):
 
 
 def trl_against_ours(prompt, repeats):
-    """-> median seconds of our step and of trl's; ours is made after each of its steps"""
+    """-> median seconds of our step and of trl's"""
     from datasets import Dataset
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
     torch.manual_seed(0)
     model = GPT(replace(MODEL_26M, seq_len=prompt + NEW))
-    peer = llama(model)
-    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(6400)}, unk_token="w0"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", eos_token="w1")
-    ids = torch.randint(2, 6400, (P, prompt))
-    rows = Dataset.from_dict({"prompt": [" ".join(f"w{i}" for i in row) for row in ids.tolist()]})
-    step, times = our_step(model, ids.tolist()), {"ours": [], "theirs": []}
-
-    class Turns(TrainerCallback):
-        def on_step_begin(self, *args, **kwargs):
-            self.start = time.perf_counter()
-
-        def on_step_end(self, *args, **kwargs):
-            times["theirs"].append(time.perf_counter() - self.start)
-            start = time.perf_counter()
-            step()
-            times["ours"].append(time.perf_counter() - start)
-    with tempfile.TemporaryDirectory() as folder:
-        GRPOTrainer(
-            model=peer, processing_class=tokenizer, train_dataset=rows, callbacks=[Turns()],
-            reward_funcs=lambda completions, **_: [float(len(set(text.split()))) for text in completions],
-            args=GRPOConfig(
-                output_dir=folder, use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none",
-                per_device_train_batch_size=P * G, num_generations=G, max_completion_length=NEW, beta=0.0,
-                max_steps=repeats + 1, learning_rate=1e-6, logging_strategy="no", save_strategy="no",
-                disable_tqdm=True, temperature=1.0, top_k=0,
-                generation_kwargs=dict(min_new_tokens=NEW))).train()
-    return (statistics.median(times[name][1:]) for name in ("ours", "theirs"))
+    peer, ids = llama(model), torch.randint(2, 6400, (P, prompt)).tolist()
+    rows = Dataset.from_dict({"prompt": [sentence(row) for row in ids]})
+    return in_turns(
+        lambda callbacks, args: GRPOTrainer(
+            model=peer, processing_class=word_tokenizer(), train_dataset=rows, callbacks=callbacks, args=args,
+            reward_funcs=lambda completions, **_: [float(len(set(text.split()))) for text in completions]),
+        GRPOConfig, our_step(model, ids), repeats, per_device_train_batch_size=P * G, num_generations=G,
+        max_completion_length=NEW, beta=0.0, temperature=1.0, top_k=0,
+        generation_kwargs=dict(min_new_tokens=NEW))
