@@ -15,6 +15,9 @@ From your own code:
 """
 import sys
 from dataclasses import dataclass
+from typing import Literal
+
+import torch
 
 from common import checkpoint, dist, hf
 from common.config import parse_config
@@ -41,9 +44,10 @@ class Config(SamplingConfig):
     seed: int = 1337                   # the same seed gives the same text
     # system
     device: str = "auto"               # auto, cpu, cuda, mps
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of weights and arithmetic
 
 
-def load(path, device):
+def load(path, device, dtype=torch.float32):
     """path: run, checkpoint or Hugging Face folder -> model in eval mode on device, its tokenizer"""
     origin = hf if hf.is_folder(path) else checkpoint
     saved = origin.read_manifest(folder := origin.find(path))
@@ -53,7 +57,19 @@ def load(path, device):
         model.vision = Vision(config, model.config.n_embd, vision["images"],
                               load_function("vision.tower", config.tower) if config.tower else None)
     origin.load_weights(folder, model)
-    return model.to(device).eval(), load_tokenizer(folder)
+    return model.to(device, dtype).eval(), load_tokenizer(folder)
+
+
+def check_roles(path, model, tokenizer):
+    """UserError where the model has never seen the tokens for roles; a note where it may not have"""
+    origin = hf if hf.is_folder(path) else checkpoint
+    learned = origin.read_manifest(origin.find(path)).get("identity", {}).get("kind")   # by a stage of ours
+    known = tokenizer.extra and tokenizer.extra["markers"]                              # by a folder's model
+    if not learned and not known or max(encode_user(tokenizer, "")) >= model.config.vocab_size:
+        raise UserError(f"--chat=true: {path} knows no tokens for roles; train_sft.py teaches them")
+    if learned == "text" and not known:
+        print(f"note: {path} was last trained on text, not on conversations; train_sft.py teaches answers",
+              file=sys.stderr)
 
 
 def load_images(paths, model):
@@ -156,9 +172,9 @@ if __name__ == "__main__":
         raise UserError("--system and --show_tags: only with --chat=true")
     if cfg.interactive and cfg.prompt:
         raise UserError("--interactive=true: asks for prompts itself; leave --prompt out")
-    model, tokenizer = load(cfg.init_from, device)
-    if cfg.chat and max(encode_user(tokenizer, "")) >= model.config.vocab_size:
-        raise UserError(f"--chat=true: {cfg.init_from} knows no tokens for roles; train_sft.py teaches them")
+    model, tokenizer = load(cfg.init_from, device, getattr(torch, cfg.dtype))
+    if cfg.chat:
+        check_roles(cfg.init_from, model, tokenizer)
     if any(not 0 <= i < model.config.vocab_size for i in cfg.suppress):
         raise UserError(f"--suppress={cfg.suppress}: ids must be below the vocabulary's "
                         f"{model.config.vocab_size}")

@@ -227,8 +227,8 @@ if __name__ == "__main__":
     groups = optim.parameter_groups(model, cfg.optimizer, cfg.weight_decay, cfg.beta1, cfg.beta2)
     optimizer = ShardedOptimizer(groups, cfg.zero1, loss_scaling=dtype == torch.float16)
     # what the order of the data and the meaning of a step depend on, not to be changed by a resume
-    identity = dict(data=meta["data_fingerprint"], seed=cfg.seed, batch_size=cfg.batch_size,
-                    seq_len=cfg.seq_len, **train_data.view)
+    identity = dict(kind=meta["kind"], data=meta["data_fingerprint"], seed=cfg.seed,
+                    batch_size=cfg.batch_size, seq_len=cfg.seq_len, **train_data.view)
     start_step = checkpoint.resume(previous, identity, optimizer, num_steps) if previous else 0
     forward = torch.compile(model) if cfg.compile else model                  # forward() trains only
     token_flops = model.flops_per_token(train_data.mean_context, train_data.target_frac)

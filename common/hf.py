@@ -12,18 +12,19 @@ Every field of config.json is honoured, or known to change nothing (IGNORED), or
 model that computes something else than its authors' would be worse than none. Honoured are
 
     model_type, architectures, vocab_size, hidden_size, intermediate_size, num_hidden_layers,
-    num_attention_heads, num_key_value_heads, head_dim, max_position_embeddings, rms_norm_eps,
-    tie_word_embeddings, attention_dropout, and the rotary ones: rope_parameters (transformers 5), rope_theta
-    and rope_scaling (before), of rope_type default, linear, dynamic, yarn, llama3
+    num_attention_heads, num_key_value_heads, head_dim, max_position_embeddings (max_sequence_length),
+    rms_norm_eps, tie_word_embeddings, attention_dropout, and the rotary ones: rope_parameters (transformers
+    5), rope_theta and rope_scaling (before), of rope_type default, linear, dynamic, yarn, llama3
 
-and of mixtures of experts num_experts (num_local_experts), num_experts_per_tok, moe_intermediate_size,
-norm_topk_prob, router_aux_loss_coef, mlp_only_layers (the first ones), and of Qwen2-MoE qkv_bias and
-shared_expert_intermediate_size.
+those of ONLY with the value that stands there, and of mixtures of experts num_experts (num_local_experts),
+num_experts_per_tok, moe_intermediate_size, norm_topk_prob, router_aux_loss_coef, mlp_only_layers (the first
+ones), and of Qwen2-MoE qkv_bias and shared_expert_intermediate_size.
 """
 import contextlib
 import hashlib
 import importlib
 import json
+import math
 import os
 import shutil
 import sys
@@ -41,14 +42,15 @@ FAMILIES = {                                                  # model_type: clas
 # fields that must have this value, if they are there
 ONLY = dict(hidden_act="silu", attention_bias=False, mlp_bias=False, use_sliding_window=False,
             partial_rotary_factor=1.0, use_mrope=False, is_decoder=False, add_cross_attention=False,
-            decoder_sparse_step=1, router_jitter_noise=0.0, rope_interleaved=False)
+            decoder_sparse_step=1, router_jitter_noise=0.0, rope_interleaved=False, activation="swiglu")
+ONLY_QWEN3_MOE = dict(qkv_bias=False, shared_expert_intermediate_size=0, use_qk_norm=True)
 # fields that change nothing in what these models compute: bookkeeping, initialisation, text generation's
 # defaults; the tokenizer reads the end token for itself; windows are in use with use_sliding_window only
 IGNORED = {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache", "initializer_range",
            "pretraining_tp", "bos_token_id", "eos_token_id", "pad_token_id", "max_window_layers",
            "sliding_window", "output_attentions", "output_hidden_states", "return_dict", "id2label",
            "label2id", "_attn_implementation_autoset", "unsloth_fixed", "unsloth_version",
-           "output_router_logits", "is_llama_config", "max_sequence_length"}
+           "output_router_logits", "is_llama_config", "transformers.js_config"}
 ROPE_FIELDS = {                                               # rope_type: its fields, and ours
     "default": {},
     "linear": dict(factor="rope_factor"),
@@ -85,11 +87,16 @@ def load_weights(folder, model):
     """
     weights, ours = read_weights(folder), model.state_dict()
     for name in ("embed.weight", "untied_head.weight"):
-        if name in weights and len(ours[name]) > (n := len(weights[name])):
+        if name in weights and len(ours[name]) > (n := len(weights[name])) \
+                and ours[name].shape[1:] == weights[name].shape[1:]:
             mean = weights[name].float().mean(dim=0).to(ours[name])
             weights[name] = torch.cat([weights[name].to(ours[name]), mean + ours[name][n:]])
             if name == "embed.weight" and dist.world()[0] == 0:
                 print(f"{folder}: {len(ours[name]) - n} rows are added for tokens that its embedding lacks")
+    for name, weight in weights.items():
+        if weight.shape != ours[name].shape:
+            raise UserError(f"{folder}: {name} (as it is called here) has the shape {list(weight.shape)}; "
+                            f"config.json says {list(ours[name].shape)}")
     model.load_state_dict({**ours, **weights})                # ours: vision, which no folder has
 
 
@@ -117,7 +124,8 @@ def read_config(folder):
     architecture, options = FAMILIES[family]
     if family == "mixtral" and _read_json(path).get("sliding_window") is not None:     # no use_sliding_window
         raise _refusal(path, "sliding_window", _read_json(path)["sliding_window"], "null")
-    for name, value in dict(ONLY, architectures=[architecture]).items():
+    only = ONLY | (ONLY_QWEN3_MOE if family == "qwen3_moe" else {})
+    for name, value in dict(only, architectures=[architecture]).items():
         if (given := left.pop(name, value)) != value:
             raise _refusal(path, name, given, json.dumps(value))
     given = left.pop("layer_types", [])
@@ -142,12 +150,13 @@ def read_config(folder):
         norm_eps=take("rms_norm_eps", float, 1e-5 if family == "mixtral" else 1e-6),
         attn_dropout=take("attention_dropout", float, 0.0),
         tie_embeddings=take("tie_word_embeddings", bool, False),
-        **_read_rope(path, left, take("max_position_embeddings"), 1e6 if family == "mixtral" else 1e4))
+        **_read_rope(path, left, take("max_position_embeddings"), take("max_sequence_length", default=1),
+                     1e6 if family == "mixtral" else 1e4))
     if family == "mixtral" or family.endswith("_moe"):
         name = "num_local_experts" if "num_local_experts" in left else "num_experts"
         config |= dict(n_expert=take(name), n_expert_active=take("num_experts_per_tok"))
         dense = left.pop("mlp_only_layers", [])
-        if dense != list(range(len(dense))):
+        if not isinstance(dense, list) or dense != list(range(min(len(dense), config["n_layer"] - 1))):
             raise _refusal(path, "mlp_only_layers", dense, "the first layers, 0 to n - 1")
         config |= dict(n_dense_layer=len(dense), d_expert=config["d_ff"]) if family == "mixtral" else dict(
             n_dense_layer=len(dense), d_expert=take("moe_intermediate_size"),
@@ -166,10 +175,10 @@ def read_config(folder):
     return config
 
 
-def _read_rope(path, left, seq_len, theta):
+def _read_rope(path, left, seq_len, stretched_len, theta):
     """
     Take what is about rotary positions out of left, a config.json -> ModelConfig's fields, with seq_len.
-    theta: where none is given
+    stretched_len: a longer one that some name besides; theta: where none is given
     """
     rope = {}
     for field in ("rope_parameters", "rope_scaling"):
@@ -201,15 +210,17 @@ def _read_rope(path, left, seq_len, theta):
             raise UserError(f"{path}: {', '.join(sorted(missing))}: missing, with rope_type={kind}")
         factor = seq_len / original
     if kind == "linear":
-        original = max(1, int(seq_len / factor))
+        seq_len = max(seq_len, stretched_len)
+        original = max(1, round(seq_len / factor))
     if kind in ("dynamic", "yarn"):                           # the short length may stand there still
-        seq_len = max(seq_len, int(original * factor))
+        seq_len = max(seq_len, round(original * factor))
     return config | dict(rope_scaling=kind, rope_factor=factor, rope_original_len=original, seq_len=seq_len)
 
 
 def _number(path, name, value, kind):
-    """value as kind; UserError unless it is an int of at least 1, or a float that is not negative"""
-    if isinstance(value, bool) or not isinstance(value, (int, kind)) or value < (kind is int):
+    """value as kind; UserError unless it is an int of at least 1, or a finite float that is not negative"""
+    if isinstance(value, bool) or not isinstance(value, (int, kind)) \
+            or not (kind is int) <= value < math.inf:
         raise _refusal(path, name, value, f"a number ({kind.__name__}), "
                        + ("at least 1" if kind is int else "not negative"))
     return kind(value)
@@ -343,8 +354,10 @@ def read_weights(folder):
                 if name not in files:
                     raise UserError(f"{folder}: the tensor {name} is missing")
                 tensors.append(files.pop(name).get_tensor(name))
-                if len(tensors[-1]) != rows:
-                    raise UserError(f"{folder}: {name} has {len(tensors[-1])} rows; config.json says {rows}")
+                shape = list(tensors[-1].shape)
+                if shape[:1] != [rows] or shape[1:] != list(tensors[0].shape[1:]):
+                    raise UserError(f"{folder}: {name} has the shape {shape}; expected {rows} rows as "
+                                    f"config.json says, of {list(tensors[0].shape[1:])} numbers")
             weights[ours] = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
             if ours.endswith(("mlp.gate_up", "mlp.down")):    # of experts: one more axis
                 weights[ours] = weights[ours].unflatten(0, (config["n_expert"], -1))
@@ -377,11 +390,13 @@ def _open_tensors(folder):
             yield dict.fromkeys(file.keys(), file)
             return
         where = _read_json(index).get("weight_map")
-        if not isinstance(where, dict) or any(os.path.basename(name) != name for name in where.values()):
+        if not isinstance(where, dict) or any(not isinstance(name, str) or os.path.basename(name) != name
+                                              for name in where.values()):
             raise UserError(f"{index}: expected a weight_map of tensor names to files beside it")
         opened = {name: open_file(os.path.join(folder, name)) for name in sorted(set(where.values()))}
+        held = {name: set(file.keys()) for name, file in opened.items()}
         for tensor, name in where.items():
-            if tensor not in opened[name].keys():
+            if tensor not in held[name]:
                 raise UserError(f"{index}: {tensor} is not in {name}")
         yield {tensor: opened[name] for tensor, name in where.items()}
 
@@ -464,8 +479,9 @@ if __name__ == "__main__":  # the only part that knows other modules
     command, *options = sys.argv[1:] or ["--help"]
     cfg = parse_config(Config, [command, *options] if command.startswith("-") else options)
     if command == "export" and cfg.init_from and cfg.hf_dir:
-        source = checkpoint.find(cfg.init_from)
-        model = GPT(ModelConfig(**checkpoint.read_manifest(source)["model"]))
+        saved = checkpoint.read_manifest(source := checkpoint.find(cfg.init_from))
+        dtype = getattr(torch, saved["config"].get("param_dtype", "float32"))
+        model = GPT(ModelConfig(**saved["model"])).to(dtype)
         checkpoint.load_weights(source, model)
         tokenizer = load_tokenizer(source)
         write(cfg.hf_dir, asdict(model.config), model.state_dict(), tokenizer.end, tokenizer.files())

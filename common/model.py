@@ -139,9 +139,11 @@ class ModelConfig:
         if longest > self.seq_len and wanted.rope_scaling == "none":
             raise UserError(f"--seq_len={longest}: the checkpoint was trained at {self.seq_len}; "
                             "lower it, or add --model.rope_scaling=yarn (or linear) to go further")
-        factor = wanted.rope_factor if wanted.rope_factor != self.rope_factor else 0.0
-        if longest == self.seq_len and wanted.rope_original_len == self.rope_original_len:
-            factor = wanted.rope_factor
+        factor, same = wanted.rope_factor, wanted.rope_original_len == self.rope_original_len
+        if factor == self.rope_factor and same and wanted.rope_scaling == self.rope_scaling != "none":
+            factor *= longest / self.seq_len                  # a stretch of its own goes on from there
+        elif factor == self.rope_factor and (longest > self.seq_len or not same):
+            factor = 0.0
         return replace(wanted, seq_len=longest, rope_factor=factor,
                        vocab_size=max(wanted.vocab_size, vocab_size)).resolved()
 

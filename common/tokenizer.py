@@ -361,7 +361,7 @@ def _ranks(vocab, merges, others=()):
     to_byte = {c: b for b, c in _printable().items()}
     merged = [vocab["".join(pair)] for pair in merges]
     if merged != sorted(merged):
-        raise ValueError("ids do not follow the order of merges")
+        raise ValueError("ids do not follow the order of merges, which is not supported")
     tokens = {*to_byte, *map("".join, merges), *others}
     ranks = sorted((vocab[token], bytes(to_byte[c] for c in token)) for token in tokens)
     return b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in ranks)
@@ -369,7 +369,10 @@ def _ranks(vocab, merges, others=()):
 
 def _optional_json(folder, name):
     path = os.path.join(folder, name)
-    return json.loads(_read(path)) if os.path.isfile(path) else {}
+    content = json.loads(_read(path)) if os.path.isfile(path) else {}
+    if not isinstance(content, dict):
+        raise ValueError(f"{name}: expected an object")
+    return content
 
 
 def _load_hf(folder):
@@ -398,6 +401,9 @@ def _load_hf(folder):
     named = config.get("eos_token")
     named = ids.get(named["content"] if isinstance(named, dict) else named)
     end = named if named is not None and (named in ends or not ends) else ends[0] if ends else None
+    known = {*ids.values(), *(file["model"]["vocab"].values() if byte_level else ())}
+    if end is not None and end not in known:
+        raise UserError(f"--tokenizer={folder}: eos_token_id={json.dumps(end)}: not an id of this vocabulary")
     special = {name: ids[f"<{name}>"] for name in ("think", "/think") if f"<{name}>" in ids} \
         if {"<think>", "</think>"} <= ids.keys() else {}
     special |= {} if end is None else {"end": end}

@@ -253,6 +253,11 @@ def test_yarn_of_published_configs_goes_to_the_stretched_length(tmp_path):
     ("Llama", dict(rope_parameters=dict(full_attention=dict(rope_type="default"))), "full_attention={"),
     ("Llama", dict(rope_scaling=dict(type="linear", factor=2.0)), 'rope_scaling.rope_type="linear"'),
     ("Llama", dict(rope_parameters=dict(rope_type="linear", factor="2")), 'factor="2"'),
+    ("Llama", dict(rope_parameters=dict(rope_type="yarn", factor=float("inf"))), "factor=Infinity"),
+    ("Qwen3Moe", dict(mlp_only_layers=1), "mlp_only_layers=1"),
+    ("Qwen3Moe", dict(mlp_only_layers=[0, 1]), "mlp_only_layers=[0, 1]"),
+    ("Qwen3Moe", dict(qkv_bias=True), "qkv_bias=true"),
+    ("Llama", dict(activation="gelu"), 'activation="gelu"'),
     ("Llama", dict(hidden_size="32"), 'hidden_size="32"'), ("Qwen2", dict(num_key_value_heads=None),
                                                            "num_key_value_heads is missing"),
     ("Llama", dict(tie_word_embeddings="no"), 'tie_word_embeddings="no"')])
@@ -275,13 +280,18 @@ def rewrite(folder, change):
 @pytest.mark.parametrize("change, message", [
     (lambda t: t.pop("model.layers.1.mlp.up_proj.weight"), "model.layers.1.mlp.up_proj.weight is missing"),
     (lambda t: t.update({"model.layers.0.mlp.up_proj.bias": torch.ones(48)}), "mlp.up_proj.bias: unknown"),
-    (lambda t: t.update({"model.embed_tokens.weight": torch.ones(59, 32)}), "59 rows; config.json says 60"),
+    (lambda t: t.update({"model.embed_tokens.weight": torch.ones(59, 32)}), r"\[59, 32\]; expected 60 rows"),
+    (lambda t: t.update({"model.embed_tokens.weight": torch.ones(60, 31)}), r"\[60, 31\]; .* \[60, 32\]"),
+    (lambda t: t.update({"model.layers.0.self_attn.q_proj.weight": torch.ones(32, 31)}), r"\[16, 32\]; exp"),
+    (lambda t: t.update({"model.layers.0.mlp.down_proj.weight": torch.ones(32, 9)}), r"\[32, 9\]; config.js"),
+    (lambda t: t.update({"model.norm.weight": torch.ones(())}), r"\[\]; expected 32 rows"),
     (lambda t: t.pop("lm_head.weight"), "lm_head.weight is missing")])
 def test_tensors_must_be_those_that_the_config_describes(tmp_path, change, message):
     make(tmp_path)
     rewrite(tmp_path, change)
+    model = GPT(ModelConfig(**hf.read_config(str(tmp_path))))
     with pytest.raises(UserError, match=message):
-        hf.read_weights(str(tmp_path))
+        hf.load_weights(str(tmp_path), model)
 
 
 def test_tensors_of_older_files_that_say_nothing_new_are_passed_over(tmp_path):
@@ -301,9 +311,10 @@ def test_files_that_are_missing_or_damaged_are_named(tmp_path):
             hf.read_weights(str(tmp_path))
     shard.write_bytes(whole)
     index = tmp_path / "model.safetensors.index.json"
-    index.write_text(json.dumps(dict(weight_map={"model.norm.weight": "../x.safetensors"})))
-    with pytest.raises(UserError, match="files beside it"):
-        hf.read_weights(str(tmp_path))
+    for name in ("../x.safetensors", 5):
+        index.write_text(json.dumps(dict(weight_map={"model.norm.weight": name})))
+        with pytest.raises(UserError, match="files beside it"):
+            hf.read_weights(str(tmp_path))
     index.unlink()
     with pytest.raises(UserError, match="no model.safetensors"):
         hf.read_weights(str(tmp_path))
@@ -353,3 +364,81 @@ def test_a_run_is_exported_from_the_command_line(tmp_path):
                                (["import"], "expected: python -m common.hf")):
         result = command(*arguments)
         assert result.returncode == 2 and message in result.stderr and result.stderr.count("\n") == 1
+
+
+PUBLISHED = json.loads((ROOT / "tests/published_configs.json").read_text())
+EXPECTED = {                                                  # what is not the default of ModelConfig
+    "Qwen2.5-0.5B-Instruct": dict(
+        vocab_size=151936, n_layer=24, n_head=14, n_kv_head=2, n_embd=896, head_dim=64, d_ff=4864,
+        seq_len=32768, attn_bias=True, rope_theta=1e6),
+    "Qwen2.5-7B+yarn": dict(
+        vocab_size=152064, n_layer=28, n_head=28, n_kv_head=4, n_embd=3584, head_dim=128, d_ff=18944,
+        seq_len=131072, attn_bias=True, rope_theta=1e6, tie_embeddings=False, rope_scaling="yarn",
+        rope_original_len=32768, rope_factor=4.0),
+    "Qwen3-0.6B": dict(
+        vocab_size=151936, n_layer=28, n_head=16, n_kv_head=8, n_embd=1024, head_dim=128, d_ff=3072,
+        seq_len=40960, qk_norm=True, rope_theta=1e6),
+    "Qwen3-30B-A3B": dict(
+        vocab_size=151936, n_layer=48, n_head=32, n_kv_head=4, n_embd=2048, head_dim=128, d_ff=6144,
+        seq_len=40960, qk_norm=True, rope_theta=1e6, tie_embeddings=False, n_expert=128, n_expert_active=8,
+        d_expert=768, balance_coef=0.001 * 8 / 48),
+    "Qwen3-Coder-30B-A3B-Instruct": dict(
+        vocab_size=151936, n_layer=48, n_head=32, n_kv_head=4, n_embd=2048, head_dim=128, d_ff=5472,
+        seq_len=262144, qk_norm=True, rope_theta=1e7, tie_embeddings=False, n_expert=128, n_expert_active=8,
+        d_expert=768, balance_coef=0.0),
+    "Llama-3.2-1B-Instruct": dict(
+        vocab_size=128256, n_layer=16, n_head=32, n_kv_head=8, n_embd=2048, head_dim=64, d_ff=8192,
+        seq_len=131072, norm_eps=1e-5, rope_theta=5e5, rope_scaling="llama3", rope_original_len=8192,
+        rope_factor=32.0),
+    "Llama-2-7b-chat": dict(
+        vocab_size=32000, n_layer=32, n_head=32, n_kv_head=32, n_embd=4096, head_dim=128, d_ff=11008,
+        seq_len=4096, norm_eps=1e-5, tie_embeddings=False),
+    "vicuna-7b-v1.5-16k": dict(
+        vocab_size=32000, n_layer=32, n_head=32, n_kv_head=32, n_embd=4096, head_dim=128, d_ff=11008,
+        seq_len=16384, norm_eps=1e-5, tie_embeddings=False, rope_scaling="linear", rope_original_len=4096,
+        rope_factor=4.0),
+    "TinyLlama": dict(
+        vocab_size=32000, n_layer=22, n_head=32, n_kv_head=4, n_embd=2048, head_dim=64, d_ff=5632,
+        seq_len=2048, norm_eps=1e-5, tie_embeddings=False),
+    "SmolLM2-135M-Instruct": dict(
+        vocab_size=49152, n_layer=30, n_head=9, n_kv_head=3, n_embd=576, head_dim=64, d_ff=1536, seq_len=8192,
+        norm_eps=1e-5, rope_theta=1e5),
+    "Mixtral-8x7B-Instruct": dict(
+        vocab_size=32000, n_layer=32, n_head=32, n_kv_head=8, n_embd=4096, head_dim=128, d_ff=14336,
+        seq_len=32768, norm_eps=1e-5, rope_theta=1e6, tie_embeddings=False, n_expert=8, d_expert=14336,
+        balance_coef=0.02 * 2 / 32),
+    "Qwen1.5-MoE-A2.7B-Chat": dict(
+        vocab_size=151936, n_layer=24, n_head=16, n_kv_head=16, n_embd=2048, head_dim=128, d_ff=5632,
+        seq_len=8192, attn_bias=True, rope_theta=1e6, tie_embeddings=False, n_expert=60, n_expert_active=4,
+        n_shared_expert=4, shared_gate=True, d_expert=1408, norm_topk=False, balance_coef=0.001 * 4 / 24),
+    "R1-Distill-Qwen-1.5B": dict(
+        vocab_size=151936, n_layer=28, n_head=12, n_kv_head=2, n_embd=1536, head_dim=128, d_ff=8960,
+        seq_len=131072, attn_bias=True, tie_embeddings=False),
+    "Falcon3-1B-Instruct": dict(
+        vocab_size=131072, n_layer=18, n_head=8, n_kv_head=4, n_embd=2048, head_dim=256, d_ff=8192,
+        seq_len=8192, rope_theta=1000042, tie_embeddings=False)}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_configs_are_understood_whole_or_refused_by_name(tmp_path, name):
+    (tmp_path / "config.json").write_text(json.dumps(PUBLISHED[name]))
+    if name not in EXPECTED:
+        with pytest.raises(UserError, match='model_type="olmoe": not supported'):
+            hf.read_config(str(tmp_path))
+        return
+    expected = dict(rope_original_len=EXPECTED[name]["seq_len"], rope_factor=1.0) | EXPECTED[name]
+    config = asdict(ModelConfig(**hf.read_config(str(tmp_path))))
+    assert config.pop("balance_coef") == pytest.approx(expected.pop("balance_coef", 0.01), abs=1e-9)
+    default = asdict(ModelConfig())
+    default.pop("balance_coef")
+    assert config == default | expected
+
+
+def test_a_stretch_goes_on_from_the_folder_s_own(tmp_path):
+    """Llama 3.1 and Vicuna: the factor is not the ratio of the lengths that the file has"""
+    for name, longer, factor in (("Llama-3.2-1B-Instruct", 262144, 64.0), ("vicuna-7b-v1.5-16k", 16384, 4.0),
+                                 ("vicuna-7b-v1.5-16k", 32768, 8.0), ("Qwen2.5-7B+yarn", 262144, 8.0)):
+        (tmp_path / "config.json").write_text(json.dumps(PUBLISHED[name]))
+        config = ModelConfig(**hf.read_config(str(tmp_path))).resolved()
+        assert config.continued(config, longer).rope_factor == factor
+        assert config.continued(config, 1024) == config

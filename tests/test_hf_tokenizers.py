@@ -97,6 +97,20 @@ def test_the_end_is_the_model_s_and_among_several_the_tokenizer_s(tmp_path, name
     assert load_tokenizer(str(tmp_path)).end == id_of(expected)
 
 
+@pytest.mark.parametrize("name, content, message", [
+    ("generation_config.json", {"eos_token_id": -1}, "eos_token_id=-1: not an id"),
+    ("config.json", {"eos_token_id": 99999}, "eos_token_id=99999: not an id"),
+    ("generation_config.json", {"eos_token_id": [5000]}, "eos_token_id=5000: not an id"),
+    ("generation_config.json", [], "generation_config.json: expected an object"),
+    ("tokenizer_config.json", [1], "tokenizer_config.json: expected an object"),
+    ("tokenizer.json", [1], "tokenizer.json: expected an object")])
+def test_an_end_or_a_file_that_cannot_be_is_named(tmp_path, name, content, message):
+    byte_level(tmp_path, "gpt2")
+    (tmp_path / name).write_text(json.dumps(content))
+    with pytest.raises(UserError, match=message):
+        load_tokenizer(str(tmp_path))
+
+
 def test_the_files_beside_a_set_make_the_same_tokenizer(tmp_path):
     byte_level(tmp_path / "a", "qwen2", nfc=True)
     t = load_tokenizer(str(tmp_path / "a"))
@@ -344,6 +358,38 @@ def test_what_does_not_go_together_is_said_in_a_line(folder, tmp_path, token_set
         (tmp_path / "plain" / name).write_bytes((folder / name).read_bytes())
     result = run("sample.py", f"--init_from={tmp_path}/plain", "--chat=true", "--prompt=x", check=False)
     assert result.returncode == 2 and "knows no tokens for roles" in result.stderr
+
+
+def test_spare_rows_of_an_embedding_hold_our_tokens_which_its_model_has_not_learned(folder, tmp_path):
+    """Qwen's are padded so: --chat=true asks whether the model knows roles, not whether rows are there"""
+    tokenizer = byte_level(tmp_path / "model", "gpt2", eos="<|endoftext|>")
+    transformers.Qwen2ForCausalLM(transformers.Qwen2Config(
+        vocab_size=len(tokenizer) + 30, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128,
+        eos_token_id=tokenizer.eos_token_id, bos_token_id=None)).save_pretrained(tmp_path / "model")
+    subprocess.run([sys.executable, "-m", "common.hf", "import", f"--hf_dir={tmp_path}/model",
+                    f"--out_dir={tmp_path}/imported"], cwd=ROOT, check=True, timeout=100)
+    for source in ("model", "imported"):
+        options = [f"--init_from={tmp_path / source}", "--prompt=x", "--max_new_tokens=3"]
+        assert run("sample.py", *options).stdout
+        result = run("sample.py", *options, "--chat=true", check=False)
+        assert result.returncode == 2 and "knows no tokens for roles" in result.stderr
+    run("data/prepare.py", "chat", f"--input={folder.parent}/chat.jsonl", "--val_frac=0.2",
+        f"--tokenizer={tmp_path}/model", f"--out_dir={tmp_path}/set")
+    result = run("train_sft.py", f"--data_dir={tmp_path}/set", f"--init_from={tmp_path}/model",
+                 f"--out_dir={tmp_path}/sft", "--num_steps=2", "--seq_len=64", "--batch_size=2",
+                 "--eval_seqs=0")
+    assert "rows are added" not in result.stdout
+    model, _ = sample.load(str(tmp_path / "sft"), "cpu")
+    assert model.config.vocab_size == len(tokenizer) + 30
+    assert run("sample.py", f"--init_from={tmp_path}/sft", "--chat=true", "--prompt=x",
+               "--max_new_tokens=3").stderr == ""
+
+
+def test_a_chat_with_a_model_that_knows_text_only_is_noted(folder, tmp_path, teacher_run):
+    chat = ["--chat=true", "--prompt=x", "--max_new_tokens=3"]
+    assert "last trained on text" in run("sample.py", f"--init_from={teacher_run}", *chat).stderr
+    assert run("sample.py", f"--init_from={folder}", *chat).stderr == ""              # ChatML is known there
 
 
 def test_a_student_learns_from_a_folder_of_its_own_tokenizer(folder, tmp_path):
