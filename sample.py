@@ -38,6 +38,7 @@ class Config(SamplingConfig):
     interactive: bool = False          # ask for prompts in a loop; an empty line ends it
     chat: bool = False                 # the prompt is a message to an assistant; without one: a conversation
     system: str = ""                   # chat: a system message before everything
+    tower: str = ""                    # path/to/file.py:function, where the model sees with a tower of yours
     show_tags: bool = False            # chat: print thoughts and tags too; false: the answer alone
     num_samples: int = 1               # continuations of each prompt
     stream: bool = True                # print text as it is sampled; false: sample all at once, in one batch
@@ -47,15 +48,19 @@ class Config(SamplingConfig):
     dtype: Literal["float32", "bfloat16"] = "float32"  # of weights and arithmetic
 
 
-def load(path, device, dtype=torch.float32):
-    """path: run, checkpoint or Hugging Face folder -> model in eval mode on device, its tokenizer"""
+def load(path, device, dtype=torch.float32, tower=""):
+    """
+    path: run, checkpoint or Hugging Face folder; tower: path/to/file.py:function, where the model has one of
+    yours -> model in eval mode on device, its tokenizer
+    """
     origin = hf if hf.is_folder(path) else checkpoint
     saved = origin.read_manifest(folder := origin.find(path))
     model = GPT(ModelConfig(**saved["model"]))
     if vision := saved.get("vision"):
         config = VisionConfig(**vision["config"])
+        config.check_tower(tower, "tower")
         model.vision = Vision(config, model.config.n_embd, vision["images"],
-                              load_function("vision.tower", config.tower) if config.tower else None)
+                              load_function("tower", tower) if tower else None)
     origin.load_weights(folder, model)
     return model.to(device, dtype).eval(), load_tokenizer(folder)
 
@@ -73,7 +78,7 @@ def check_roles(path, model, tokenizer):
 
 
 def load_images(paths, model):
-    """-> list of the pictures as the model has seen others, (S, S, 3) uint8; UserError"""
+    """-> list of what the model sees in pictures, (k, C) each: see `Vision.place`; UserError"""
     if paths and model.vision is None:
         raise UserError(f"--image={paths[0]}: the model has no vision; train one on a set with images")
     images = []
@@ -82,7 +87,8 @@ def load_images(paths, model):
             images.append(load_image(path, model.vision.images))
         except ValueError as error:
             raise UserError(f"--image={path}: {error}") from None
-    return images
+    with torch.inference_mode():                              # once, however often they are shown
+        return list(model.vision(torch.stack(images).to(model.head.device))) if images else []
 
 
 def answer(model, tokenizer, ids, cfg, seed, images=()):
@@ -114,7 +120,7 @@ def continue_text(model, tokenizer, text, cfg, images=()):
     ids = tokenizer.begin + ids + tokenizer.encode(text)
     if not ids and tokenizer.end >= model.config.vocab_size:
         raise UserError(f"--prompt: {cfg.init_from} knows no token that a text begins with; give some text")
-    if len(ids) > model.config.seq_len:
+    if len(ids) + bool(images) > model.config.seq_len:        # the window would move on, past an image
         raise UserError(f"--prompt: {len(ids)} tokens, but the model's context is "
                         f"{model.config.seq_len}; shorten it")
     answer(model, tokenizer, ids, cfg, cfg.seed, images)
@@ -172,7 +178,7 @@ if __name__ == "__main__":
         raise UserError("--system and --show_tags: only with --chat=true")
     if cfg.interactive and cfg.prompt:
         raise UserError("--interactive=true: asks for prompts itself; leave --prompt out")
-    model, tokenizer = load(cfg.init_from, device, getattr(torch, cfg.dtype))
+    model, tokenizer = load(cfg.init_from, device, getattr(torch, cfg.dtype), cfg.tower)
     if cfg.chat:
         check_roles(cfg.init_from, model, tokenizer)
     if any(not 0 <= i < model.config.vocab_size for i in cfg.suppress):

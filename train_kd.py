@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from common import checkpoint, dist, hf, losses, optim, sampling
-from common.config import as_dict, build, check_batch, count_steps, parse_config, read_overrides
+from common.config import as_asked, as_dict, build, check_batch, count_steps, parse_config, read_overrides
 from common.data import ChatData, TokenData, continuations, read_meta
 from common.dist import UserError
 from common.estimate import estimate
@@ -270,11 +270,10 @@ if __name__ == "__main__":
 
     # -------------------------------------------------------------------------
     # run directory (identical in every stage)
-    options = {**as_dict(cfg), "model": read_overrides().get("model", {})}    # the model as it was asked for
     if cfg.dry_run:
         dist.leave(estimate(model, optimizer, train_data, cfg, num_steps, autocast, token_flops, **beside))
-    log = Logger(cfg.out_dir, options, __file__, cfg.resume, start_step, num_steps, cfg.log_every, cfg.wandb,
-                 cfg.tensorboard)
+    log = Logger(cfg.out_dir, as_asked(cfg), __file__, cfg.resume, start_step, num_steps, cfg.log_every,
+                 cfg.wandb, cfg.tensorboard)
     log.print_changes(as_dict(cfg), saved["config"] if previous else {})
     log.introduce(model.size(), optimizer.state_bytes(), train_data, source, previous)
 

@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 
 from common import checkpoint, dist, hf, losses, optim, sampling
-from common.config import as_dict, build, check_batch, count_steps, parse_config, read_overrides
+from common.config import as_asked, as_dict, build, check_batch, count_steps, parse_config, read_overrides
 from common.data import ChatData, read_meta
 from common.dist import UserError
 from common.estimate import estimate
@@ -131,7 +131,6 @@ if __name__ == "__main__":
     train_data, val_data = load("train", cfg.seed), load("val", 0) if cfg.eval_seqs else None
     eval_prompts = [encode_user(tokenizer, prompt) for prompt in cfg.eval_prompts]
     critical_ids = torch.tensor(cfg.critical_ids, dtype=torch.int64, device=device)
-    beside = {}                                                               # nothing that estimate() lacks
 
     # -------------------------------------------------------------------------
     # vision, where the set has images
@@ -143,18 +142,18 @@ if __name__ == "__main__":
             raise UserError(f"{source}: has seen images as {seen['images']}, --data_dir={cfg.data_dir} has "
                             f"them as {images}; prepare them alike")
         old = VisionConfig(**seen["config"])
-        vision_config = old.continued(build(old, read_overrides().get("vision", {}), "vision."))
+        asked = {"tower": "", **read_overrides().get("vision", {})}           # code is run if you name it
+        vision_config = old.continued(build(old, asked, "vision."))
 
     def new_model(config):
-        model = GPT(config)
+        model = GPT(config).requires_grad_(not cfg.freeze_llm)
         if images:
             tower = vision_config.tower
             model.vision = Vision(vision_config, config.n_embd, images,
                                   load_function("vision.tower", tower) if tower else None)
-            model.requires_grad_(not cfg.freeze_llm)
-            model.vision.requires_grad_(True)
             if cfg.freeze_tower and isinstance(model.vision.tower, torch.nn.Module):
                 model.vision.tower.requires_grad_(False)
+            model.vision.train().check_ranks(world_size)
         return model.train()                                                  # what is frozen stays in eval
 
     # -------------------------------------------------------------------------
@@ -189,22 +188,29 @@ if __name__ == "__main__":
     peak_flops = dist.peak_flops(device) * world_size
 
     # -------------------------------------------------------------------------
+    # what pictures cost
+    image_flops, beside = 0, {}                                               # what estimate() needs to know
+    if images:
+        image_flops = model.vision.flops_per_image()
+        tokens, _, _, docs = train_data.batch(0)
+        beside = dict(batch=(tokens, docs, train_data.images(0)), image_flops=image_flops)
+
+    # -------------------------------------------------------------------------
     # run directory (identical in every stage)
-    options = {**as_dict(cfg), "model": read_overrides().get("model", {})}    # the model as it was asked for
     if cfg.dry_run:
         dist.leave(estimate(model, optimizer, train_data, cfg, num_steps, autocast, token_flops, **beside))
-    log = Logger(cfg.out_dir, options, __file__, cfg.resume, start_step, num_steps, cfg.log_every, cfg.wandb,
-                 cfg.tensorboard)
+    log = Logger(cfg.out_dir, as_asked(cfg), __file__, cfg.resume, start_step, num_steps, cfg.log_every,
+                 cfg.wandb, cfg.tensorboard)
     log.print_changes(as_dict(cfg), saved["config"] if previous else {})
     log.introduce(model.size(), optimizer.state_bytes(), train_data, source, previous)
 
     # -------------------------------------------------------------------------
     # train
     if images:
-        token_flops += model.vision.flops_per_image() * train_data.images_per_token
         learned = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        stay = cfg.freeze_llm and not source or cfg.freeze_tower and not seen and not cfg.vision.tower
         log.print(f"vision: {sum(p.numel() for p in model.vision.parameters()):,} of the parameters"
-                  + (", random" if source and not seen else "") + f"; {learned:,} learn")
+                  + ", random" * (not seen) + f"; {learned:,} learn" + ", some random ones stay so" * stay)
     dist.watch_signals()
     skipped, val_loss = 0, None
     for step in range(start_step, num_steps + 1):
@@ -233,16 +239,18 @@ if __name__ == "__main__":
         dist.seed(cfg.seed, step)                                             # dropout follows from the step
         micro_numbers = range(step * num_micro, (step + 1) * num_micro)
         micro_batches = [train_data.batch(i) for i in micro_numbers]
+        shown = [train_data.images(i) for i in micro_numbers]                 # of each, or None
         weights = [losses.critical_weights(targets, critical_ids, cfg.critical_alpha) if cfg.critical_ids
                    else None for _, targets, _, _ in micro_batches]           # (B, T) each
         n_targets = dist.all_sum(sum((mask if w is None else mask * w).sum()  # of this whole step, all ranks
                                      for w, (_, _, mask, _) in zip(weights, micro_batches)))
         n_tokens = dist.all_sum(sum((tokens != tokenizer.pad).sum() for tokens, _, _, _ in micro_batches))
+        n_pictures = dist.all_sum(sum(len(of[0]) for of in shown if of)) if images else 0
         step_loss = torch.zeros((), device=device)
-        for i, (tokens, targets, mask, docs), weight in zip(micro_numbers, micro_batches, weights):
-            optimizer.sync = i == micro_numbers[-1]                           # travel in the last backward
+        for i, ((tokens, targets, mask, docs), weight) in enumerate(zip(micro_batches, weights)):
+            optimizer.sync = i == num_micro - 1                               # travel in the last backward
             with autocast:
-                hidden = forward(tokens, docs, images=train_data.images(i))   # (B, T, C)
+                hidden = forward(tokens, docs, images=shown[i])               # (B, T, C)
                 loss_sum = losses.linear_cross_entropy(hidden, model.head, targets, mask, weight)
             loss = loss_sum / n_targets.clamp(min=1)                          # divide once, by the full count
             if not loss.requires_grad:                                        # freeze_llm, and no image here;
@@ -255,7 +263,8 @@ if __name__ == "__main__":
                                      cfg.warmup_steps, cfg.initial_lr, cfg.restart_steps, cfg.restart_mul,
                                      cfg.wsd_decay_frac)
         grad_norm = optimizer.step(cfg.grad_clip, apply=math.isfinite(step_loss))  # clip, update, gather
-        log.train_step(step, n_tokens.item(), timer.lap(), token_flops, peak_flops,
+        log.train_step(step, n_tokens.item(), timer.lap(),
+                       token_flops + float(image_flops * n_pictures / n_tokens), peak_flops,
                        also=model.router_stats(), loss=step_loss, lr=optimizer.lr, grad_norm=grad_norm)
         skipped = log.count_skipped(step, math.isfinite(grad_norm) and math.isfinite(step_loss), skipped,
                                     cfg.max_bad_steps)

@@ -142,6 +142,13 @@ def as_dict(config):
     return json.loads(json.dumps(asdict(config)))
 
 
+def as_asked(config):
+    """as_dict, but of sections (model, ...) what was given: the rest follows from where a run starts"""
+    asked = read_overrides()
+    return {name: asked.get(name, {}) if is_dataclass(getattr(config, name)) else value
+            for name, value in as_dict(config).items()}
+
+
 def check_batch(cfg, world_size):
     """
     The options that every stage has, compared with each other and the number of ranks; UserError where one

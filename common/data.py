@@ -42,6 +42,8 @@ def read_meta(data_dir):
             meta[name]
         for counts in meta["splits"].values():
             counts["tokens"]
+        for name in ("image_size", "tokens_per_image", "token", "resize", "mean", "std"):
+            meta["images"][name] if "images" in meta else None
         return meta
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"--data_dir={data_dir}: no meta.json there; "
@@ -257,8 +259,10 @@ class ChatData:
         self.image_ids = open_array(path("image_ids"), counts["images"])
         self.image_offsets = open_array(path("image_offsets"), len(self.lengths) + 1).astype(np.int64)
         borders = self.image_offsets
+        shown = np.add.reduceat(np.asarray(self.tokens) == self.image, self.offsets[:-1], dtype=np.int64)
         if borders[0] or borders[-1] != len(self.image_ids) or np.diff(borders).min() < 0 or \
-                len(self.image_ids) and self.image_ids.max() >= len(self.pixels):
+                len(self.image_ids) and self.image_ids.max() >= len(self.pixels) or \
+                (shown != info["tokens_per_image"] * np.diff(borders)).any():
             raise UserError(f"{path('images')}: does not fit its ids and offsets; prepare the set again")
         self.images_per_token = len(self.image_ids) / self.num_tokens
 

@@ -12,10 +12,10 @@ import torch
 from common import dist
 
 
-def measure(model, tokens, autocast):
+def measure(model, forward, autocast):
     """
-    Forward and backward of tokens (B, T), without the loss -> seconds of the faster of two, bytes that are
-    kept for backward in between. Leaves the gradients at zero.
+    forward() -> hidden states of model. It and backward, without the loss -> seconds of the faster of two,
+    bytes that are kept for backward in between. Leaves the gradients at zero.
     """
     times = []
     for _ in range(2):                                        # the first one warms up
@@ -29,9 +29,10 @@ def measure(model, tokens, autocast):
             return tensor
         start = time.perf_counter()
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), autocast:
-            hidden = model(tokens)
-        hidden.float().sum().backward()
-        if tokens.is_cuda:
+            hidden = forward()
+        if hidden.requires_grad:                              # not where all is frozen and no image is shown
+            hidden.float().sum().backward()
+        if hidden.is_cuda:
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
     for p in model.parameters():
@@ -40,10 +41,12 @@ def measure(model, tokens, autocast):
     return min(times), sum(kept.values())
 
 
-def estimate(model, optimizer, data, cfg, num_steps, autocast, token_flops, models=(), tokens=0):
+def estimate(model, optimizer, data, cfg, num_steps, autocast, token_flops, models=(), tokens=0,
+             batch=None, image_flops=0):
     """
     -> text. data: as in data.py; cfg: batch_size, seq_len; token_flops: of a token with its loss; models:
-    others in memory, or None; tokens: that a sample gets besides the data's, at most
+    others in memory, or None; tokens: that a sample gets besides the data's, at most; batch: tokens (B, T),
+    docs and images of a micro-batch, to be measured instead of zeros; image_flops: of a picture
     """
     def weights(model):
         return sum(p.numel() * p.element_size() for p in model.parameters())
@@ -51,10 +54,17 @@ def estimate(model, optimizer, data, cfg, num_steps, autocast, token_flops, mode
     sample_tokens = data.num_tokens / data.num_samples + tokens
     length = max(1, min(cfg.seq_len, round(sample_tokens)))
     optimizer.sync = False                                    # nothing travels
-    shape = data.micro_batch_size, length
-    seconds, kept = measure(model, torch.zeros(shape, dtype=torch.int64, device=device), autocast)
-    speed = model.flops_per_token(length, head_frac=0.0) * shape[0] * shape[1] / seconds      # of this rank
+    shape, pictures = (data.micro_batch_size, length), 0
+    if batch:
+        shape, pictures = batch[0].shape, len(batch[2][0]) if batch[2] else 0
+        seconds, kept = measure(model, lambda: model(*batch[:2], images=batch[2]), autocast)
+    else:
+        zeros = torch.zeros(shape, dtype=torch.int64, device=device)
+        seconds, kept = measure(model, lambda: model(zeros), autocast)
+    done = model.flops_per_token(length, head_frac=0.0) * shape[0] * shape[1] + image_flops * pictures
+    speed = done / seconds                                    # of this rank
     tokens = cfg.batch_size * sample_tokens                   # of a step
+    token_flops += image_flops * pictures / (shape[0] * shape[1])
     flops, epoch = token_flops * tokens * num_steps, data.num_samples / cfg.batch_size
     memory = {"weights": weights(model), "gradients": sum(4 * p.numel() for p in model.parameters()
                                                           if p.requires_grad),

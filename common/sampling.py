@@ -132,8 +132,8 @@ def generate(model, prompts, cfg, end=None, num_samples=1, seed=0, numbers=None,
 
     numbers: of the prompts, from which the rows' random streams follow (default 0, 1, ...), so that other
     batches give a prompt the same samples; room: tokens that each row may get, at most max_new_tokens;
-    images: of each prompt, a list of uint8 tensors (S, S, 3) in the order of their tokens. An image that
-    occurs often, as one tensor, is computed once
+    images: of each prompt, a list of uint8 tensors (S, S, 3), or of features (k, C) that model.vision has
+    made of them, in the order of their tokens. An image that occurs often, as one tensor, is computed once
 
     -> iterator of (rows, tokens, logps, kept): lists of the rows still going, in any order, and of what each
     got in this step; kept: see `sample_next`
@@ -143,6 +143,10 @@ def generate(model, prompts, cfg, end=None, num_samples=1, seed=0, numbers=None,
     if min(map(len, prompts)) < 1 or max(map(len, prompts)) > limit:
         raise ValueError(f"prompts of 1 to {limit} tokens (the model's seq_len), got "
                          f"{sorted(set(map(len, prompts)))}")
+    for n, (prompt, shown) in enumerate(zip(prompts, images or [])):
+        if prompt.count(model.vision.token) != len(shown) * model.vision.tokens_per_image:
+            raise ValueError(f"prompt {n} has {prompt.count(model.vision.token)} tokens for {len(shown)} "
+                             f"images of {model.vision.tokens_per_image} each")
     model.eval()
     try:
         fast, G = for_sampling(model, cfg.packed), num_samples
@@ -186,7 +190,7 @@ def generate(model, prompts, cfg, end=None, num_samples=1, seed=0, numbers=None,
 
 
 def gather_images(images, device):
-    """images: tensors (S, S, 3) of each row -> each tensor once (U, S, S, 3), which of them (n,); or None"""
+    """images: tensors of each row, see `generate` -> each once (U, ...), which of them (n,); or None"""
     flat = [image for row in images or [] for image in row]
     if not flat:
         return None
@@ -305,6 +309,7 @@ def stream_tokens(model, tokenizer, ids, cfg=SamplingConfig(), seed=0, images=()
             k = model.vision.tokens_per_image
             while window.count(model.vision.token) % k:
                 window = window[1:]
+            window = window or [tokenizer.end]
             shown = images[len(images) - window.count(model.vision.token) // k:]
         for _, (token,), *_ in generate(model, [window], config, tokenizer.end, seed=seed + 7919 * part,
                                         images=[shown]):

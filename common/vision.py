@@ -4,6 +4,8 @@ Images for a language model: a tower turns pixels into features, a projector tur
     model.vision = Vision(VisionConfig(), model.config.n_embd, images)    # images: of the set's meta.json
     hidden = model(tokens, images=(pixels, which))
 
+A tower of somebody's own is Python, which no checkpoint names: it has to be given again.
+
 An image stands in the tokens as tokens_per_image copies of the token <image>; `Vision.place` puts its
 features there instead of their embeddings. The tower is the small ViT (2010.11929) below, or any callable of
 yours.
@@ -14,7 +16,7 @@ and blue (0 to 1), token (id of <image>).
 Shapes: N images, S pixels a side, P patches, D channels of the tower, k tokens an image, C of the model.
 """
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 
 import torch
 import torch.nn as nn
@@ -38,10 +40,16 @@ class VisionConfig:
             if f.name != "tower" and getattr(wanted, f.name) != getattr(self, f.name):
                 raise UserError(f"--vision.{f.name}={getattr(wanted, f.name)}: the checkpoint has "
                                 f"{getattr(self, f.name)}, which cannot change")
-        if bool(wanted.tower) != bool(self.tower):
-            raise UserError(f"--vision.tower={wanted.tower}: the checkpoint has "
-                            f"{self.tower or 'a tower of our own'}")
+        self.check_tower(wanted.tower)
         return wanted
+
+    def check_tower(self, tower, option="vision.tower"):
+        """tower: what the user names now, which alone is run; UserError where the weights are another's"""
+        if tower and not self.tower:
+            raise UserError(f"--{option}={tower}: the checkpoint has the usual tower; leave it out")
+        if self.tower and not tower:
+            raise UserError(f"--{option}: the checkpoint has a tower of your own, {self.tower} when it was "
+                            f"trained; give it, --{option}=path/to/file.py:name")
 
 
 class Vision(nn.Module):
@@ -54,10 +62,13 @@ class Vision(nn.Module):
     def __init__(self, config, n_embd, images, make_tower=None):
         super().__init__()
         self.config, self.images, self.token = config, images, images["token"]
+        if make_tower and replace(config, tower="") != VisionConfig():
+            raise UserError("--vision.tower: is a tower of yours; patch_size, n_layer, n_head and n_embd are "
+                            "of the usual one; leave them out")
         self.image_size, self.tokens_per_image = images["image_size"], images["tokens_per_image"]
         self.tower = self.ask(make_tower) if make_tower else Tower(config, self.image_size)
-        with torch.no_grad():
-            shape = self.ask(lambda: tuple(self.tower(torch.zeros(2, 3, *[self.image_size] * 2)).shape))
+        shape = self.ask(lambda: tuple(self.probe(
+            lambda: self.tower(torch.zeros(2, 3, *[self.image_size] * 2))).shape))
         if len(shape) != 3 or shape[0] != 2 or shape[1] < self.tokens_per_image:
             raise UserError(f"--vision: the tower gives {shape} for 2 images of {self.image_size} pixels a "
                             f"side, expected (2, N, D) with N at least {self.tokens_per_image}, the set's "
@@ -67,6 +78,28 @@ class Vision(nn.Module):
         # as large as the embeddings beside them in a new model
         nn.init.normal_(self.out.weight, std=0.02 / math.sqrt(shape[2]))
         nn.init.zeros_(self.out.bias)
+
+    @torch.no_grad()
+    def probe(self, function):
+        """-> function(), in eval mode: what a tower counts in training stays as it is"""
+        was_training = self.training
+        self.eval()
+        try:
+            return function()
+        finally:
+            self.train(was_training)
+
+    def check_ranks(self, world_size):
+        """UserError where training would move a buffer of the tower, which several ranks do not share"""
+        if world_size == 1 or not isinstance(self.tower, nn.Module) or not self.tower.training:
+            return
+        before = {name: buffer.clone() for name, buffer in self.tower.named_buffers()}
+        with torch.no_grad():
+            self.ask(lambda: self.tower(torch.ones(2, 3, *[self.image_size] * 2)))
+        moved = [name for name, buffer in self.tower.named_buffers() if not buffer.equal(before[name])]
+        if moved:
+            raise UserError(f"--vision.tower={self.config.tower}: training moves its buffer {moved[0]}, "
+                            "which ranks do not share; use another norm, --freeze_tower=true, or one rank")
 
     def ask(self, function):
         """-> function(), of what the user has written; UserError when that raises"""
@@ -94,7 +127,8 @@ class Vision(nn.Module):
         """
         x (B, T, C), the embeddings of tokens (B, T), with those of <image> replaced. images: None, or pixels
         (U, S, S, 3) uint8 and which (n,) int64: the n images of tokens, row after row, are pixels[which], so
-        that one which comes often is computed once. ValueError where the numbers do not fit
+        that one which comes often is computed once; or, for pixels, what `forward` has made of them
+        (U, k, C). ValueError where the numbers do not fit
         """
         if images is None and tokens.shape[1] == 1:
             return x                                          # a step of sampling: where no image begins
@@ -104,15 +138,17 @@ class Vision(nn.Module):
         if n == 0:
             return x
         pixels, which = images
-        features = self(pixels)[which].flatten(0, 1)                               # (n * k, C)
+        features = pixels if pixels.is_floating_point() else self(pixels)
+        features = features[which].flatten(0, 1)                                   # (n * k, C)
         return x.masked_scatter(here[..., None], features.to(x.dtype))
 
     def flops_per_image(self):
         """FLOPs of an image in training: forward, and twice that backward where the tower learns"""
         learns = any(p.requires_grad for name, p in self.named_parameters() if name.startswith("tower."))
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            self(torch.zeros(1, self.image_size, self.image_size, 3, dtype=torch.uint8,
-                             device=self.out.weight.device))
+        grey = torch.zeros(1, self.image_size, self.image_size, 3, dtype=torch.uint8,
+                           device=self.out.weight.device)
+        with FlopCounterMode(display=False) as counter:
+            self.probe(lambda: self(grey))
         return counter.get_total_flops() * (3 if learns else 1)
 
     def info(self):
@@ -206,6 +242,8 @@ def load_image(source, images):
     try:
         with Image.open(source) as file:
             image = ImageOps.exif_transpose(file)             # as the camera was held
+            if image.mode[0] in "IF":                         # Pillow would clip them to white
+                raise ValueError(f"pixels of mode {image.mode}; convert it to 8 bits a channel first")
             if image.mode != "RGB":                           # what is transparent lies on white
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")

@@ -3,7 +3,8 @@ Conversations with images, for `python data/prepare.py images`, which stores eve
 
     .jsonl  a conversation a line, as for `chat`, where a content is a list of {"type": "text", "text": "..."}
             and {"type": "image", "path": "a.png"}, or a text in which each "<image>" stands for one of the
-            paths in "images": [...] of the message or of the row; paths are relative to the file's folder
+            paths in "images": [...] of the message or of the row, as may {"type": "image"}; paths are
+            relative to the file's folder
 
 In a conversation without "images" the text "<image>" is text. Assistants show no images.
 """
@@ -65,17 +66,12 @@ def with_paths(row, folder):
     left = None if of_row is None else list(of_row)
     for message in messages:
         own = paths_in(message)
-        if own is not None:
-            message = {key: value for key, value in message.items() if key != "images"}
         given, paths = (of_row, left) if own is None else (own, list(own))
-        if isinstance(message, dict) and isinstance(message.get("content"), str) and paths is not None:
-            first, *texts = message["content"].split(MARK)
-            if len(texts) > len(paths):
+        if isinstance(message, dict):
+            message = {key: value for key, value in message.items() if key != "images"}
+            if paths is not None and number_of_images(message.get("content")) > len(paths):
                 raise ValueError(f'more "{MARK}" than the {len(given)} in "images"')
-            parts = [dict(type="text", text=first)]
-            for text in texts:
-                parts += [dict(type="image", path=paths.pop(0)), dict(type="text", text=text)]
-            message = {**message, "content": parts} if texts else message
+            message["content"] = parts_of(message.get("content"), paths)
         if own is not None and paths:
             raise ValueError(f'fewer "{MARK}" than the {len(own)} in "images"')
         result.append(message)
@@ -84,6 +80,35 @@ def with_paths(row, folder):
     check_conversation(result, with_images=True)
     return [{**message, "content": [at(part, folder) for part in message["content"]]}
             if isinstance(message["content"], list) else message for message in result]
+
+
+def needs_path(part):
+    return isinstance(part, dict) and part.get("type") == "image" and "path" not in part
+
+
+def number_of_images(content):
+    """-> how many paths of "images" a content takes"""
+    return content.count(MARK) if isinstance(content, str) else \
+        sum(map(needs_path, content)) if isinstance(content, list) else 0
+
+
+def parts_of(content, paths):
+    """
+    A content as the row has it -> text, or list of parts. paths: those of "images" that are left, from which
+    its images are taken; None: the text "<image>" is text
+    """
+    if isinstance(content, str) and paths is not None and MARK in content:
+        first, *texts = content.split(MARK)
+        content = [dict(type="text", text=first)]
+        for text in texts:
+            content += [dict(type="image"), dict(type="text", text=text)]
+    if not isinstance(content, list):
+        return content
+    if all(isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
+           for part in content):
+        return "".join(part["text"] for part in content)
+    return [{**part, "path": paths.pop(0)} if paths is not None and needs_path(part) else part
+            for part in content]
 
 
 def at(part, folder):
@@ -121,8 +146,8 @@ class Pictures:
         try:
             with open(path, "rb") as file:
                 content = file.read()
-        except OSError as error:
-            raise BadImage(f"{path}: cannot be read ({error.strerror})") from None
+        except (OSError, ValueError) as error:                # ValueError: no file is called so
+            raise BadImage(f"{path}: cannot be read ({getattr(error, 'strerror', error)})") from None
         key = hashlib.sha256(content).digest()[:16]
         if key not in self.known:
             try:

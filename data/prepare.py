@@ -752,7 +752,7 @@ def read_chats(path, fields, report, with_images=False):
 
 
 def check_no_images(row):
-    if isinstance(row, dict) and "images" in row:
+    if isinstance(row, dict) and row.get("images"):
         raise ValueError("images are for `data/prepare.py images` and train_sft.py only")
 
 

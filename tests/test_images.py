@@ -100,6 +100,18 @@ def test_pictures_come_in_the_order_of_their_marks_and_are_stored_once(folder):
     assert texts[0].startswith("<user><image><image>a<image><image><end>") and "image" not in texts[1]
 
 
+def test_rows_as_other_tools_write_them(folder):
+    """Images without a path take the next of the row's; text parts are text; empty columns are none"""
+    both = [user([dict(type="image"), text("a"), image("blue.png")]),
+            dict(role="assistant", content=[text("x"), text("y")])]
+    prepare([dict(messages=both, images=["red.png"]),
+             dict(messages=[user([text("b")], images=None), A], images=[])])
+    texts, colours, _ = stored()
+    assert colours == [["red", "blue"], []]
+    assert texts == ["<user><image><image>a<image><image><end><assistant><answer>xy</answer><end>",
+                     "<user>b<end><assistant><answer>x</answer><end>"]
+
+
 def test_without_images_a_mark_is_text(folder):
     prepare([[user("a <image> b"), A], dict(messages=[user([text("<image>"), image("red.png")]), A])])
     texts, colours, _ = stored()
@@ -127,12 +139,13 @@ BAD = {
                                  images=["red.png"]), "an assistant's content is text"),
     "no list": (dict(prompt="a"), "expected [messages]"),
     "a number": ([7, A], "a message is")}
+NUL = [user([image("a\0.png")]), A], "cannot be read (embedded null byte)"
 MISSING = [user([image("nowhere.png")]), A], "in/nowhere.png: cannot be read (No such file or directory)"
 NO_PICTURE = [user([image("broken.png")]), A], "in/broken.png: not a picture that can be read"
 
 
-@pytest.mark.parametrize("row, message", [*BAD.values(), MISSING, NO_PICTURE],
-                         ids=[*BAD, "missing file", "no picture"])
+@pytest.mark.parametrize("row, message", [*BAD.values(), NUL, MISSING, NO_PICTURE],
+                         ids=[*BAD, "no name", "missing file", "no picture"])
 def test_a_bad_row_is_one_line_with_file_and_line(folder, row, message):
     result = prepare([ROWS["parts"], row], check=False)
     assert result.returncode == 2 and result.stderr.startswith("error: in/rows.jsonl:2: ")

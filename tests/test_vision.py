@@ -5,6 +5,7 @@ kill and resume, generation, sample.py, mistakes.
 import json
 import os
 import random
+import re
 import signal
 from dataclasses import replace
 from types import SimpleNamespace
@@ -48,7 +49,7 @@ def new_model(info=INFO, tower=None, **options):
     torch.manual_seed(1)
     model = GPT(ModelConfig(vocab_size=BYTES.vocab_size, seq_len=64, n_layer=2, n_head=2, n_embd=16,
                             **options))
-    model.vision = Vision(TOWER, 16, info, tower)
+    model.vision = Vision(VisionConfig(tower="mine") if tower else TOWER, 16, info, tower)
     with torch.no_grad():                                     # far from the small start, so that all counts
         for p in model.parameters():
             p.mul_(3)
@@ -249,6 +250,16 @@ class BatchNorm(torch.nn.Module):
         return self.norm(self.conv(x)).flatten(2).transpose(1, 2)     # (N, 4, 6)
 
 
+class PartlyFrozen(BatchNorm):
+    """Holds a parameter that it does not want to learn"""
+    def __init__(self):
+        super().__init__()
+        self.place = torch.nn.Parameter(torch.ones(4, 6), requires_grad=False)
+
+    def forward(self, x):
+        return super().forward(x) + self.place
+
+
 def test_any_callable_is_a_tower():
     model = new_model(tower=strange_tower)
     assert model.vision(pictures(2)).shape == (2, 4, 16)
@@ -263,7 +274,7 @@ def test_any_callable_is_a_tower():
     (lambda: [][1], "raised IndexError"), (lambda: None, "raised TypeError")])
 def test_a_tower_that_gives_something_else_is_refused(tower, message):
     with pytest.raises(UserError, match=message):
-        Vision(TOWER, 16, INFO, tower)
+        Vision(VisionConfig(tower="mine"), 16, INFO, tower)
 
 
 @pytest.mark.parametrize("change, message", [
@@ -344,6 +355,7 @@ def test_with_mask_prompt_off_everything_but_images_is_learned(image_set):
     ("train_image_ids", None, "does not fit its ids and offsets"),
     ("train_image_ids", "cut", "meta.json says"),
     ("train_image_offsets", None, "does not fit its ids and offsets"),
+    ("train_image_offsets", "moved", "does not fit its ids and offsets"),
     ("train_images", "missing", "no such file"), ("train_images", "cut", "damaged or truncated")])
 def test_damaged_images_are_refused(image_set, tmp_path, name, array, message):
     import shutil
@@ -353,6 +365,10 @@ def test_damaged_images_are_refused(image_set, tmp_path, name, array, message):
         np.save(path, array)
     elif array == "missing":
         path.unlink()
+    elif array == "moved":                                    # as many in all, at other conversations
+        offsets = np.load(path)
+        shown = np.diff(offsets).astype(np.uint64)
+        np.save(path, np.concatenate([[0], shown[::-1].cumsum()]).astype(np.uint64))
     elif array == "cut" and name == "train_images":
         path.write_bytes(path.read_bytes()[:-10])
     elif array == "cut":
@@ -424,6 +440,24 @@ def test_streaming_gives_the_same_and_goes_on_past_the_context():
             assert tokens.count(IMAGE) == 4 * n and (n == 0 or torch.equal(shown[-1], b))
 
 
+def test_features_stand_for_their_pictures():
+    """As sample.py has them: what the tower has made once"""
+    model, (a, b, _) = new_model(), pictures(3)
+    ids = prompt_with(a, b)
+    with torch.no_grad():
+        features = list(model.vision(torch.stack([a, b])))
+    asked = []
+    model.vision.tower.register_forward_hook(lambda *_: asked.append(1))
+    ours = complete(model, [ids], PLAIN, images=[features])[0]
+    assert not asked and ours == complete(model, [ids], PLAIN, images=[[a, b]])[0]
+
+
+def test_a_prompt_has_its_own_pictures():
+    model, (a, _, _) = new_model(), pictures(3)
+    with pytest.raises(ValueError, match="prompt 0 has 4 tokens for 0 images of 4 each"):
+        complete(model, [prompt_with(a), prompt_with()], PLAIN, images=[[], [a]])
+
+
 def test_what_stands_for_an_image_is_never_sampled():
     model = new_model(tie_embeddings=False)
     model.untied_head.weight.data[:] = 0
@@ -442,6 +476,7 @@ def sees(request, tmp_path, image_set):
     start = make_stage("train_sft.py", request, tmp_path)
     start.data, start.options = image_set, [*TINY, "--seq_len=150", *SEES[1:]]
     return SimpleNamespace(start=lambda out, *options, **more: start(out, *SEES, *options, **more),
+                           plain=lambda out, *options, **more: start(out, SEES[0], *options, **more),
                            stage=start, folder=tmp_path)
 
 
@@ -495,15 +530,87 @@ def test_what_is_frozen_stays_bit_for_bit_and_has_no_state(sees, option, still):
 
 def test_a_tower_of_ones_own_trains_or_stays_with_its_buffers(sees):
     tower = [f"--vision.tower={ROOT}/tests/test_vision.py:BatchNorm"]
-    sees.start("start", "--num_steps=3", *tower)
-    sees.start("frozen", "--num_steps=3", *tower, "--freeze_tower=true",
+    sees.plain("start", "--num_steps=3", *tower)
+    sees.plain("frozen", "--num_steps=3", *tower, "--freeze_tower=true",
                f"--init_from={sees.folder / 'start'}")
     start, frozen = final_weights(sees.folder / "start"), final_weights(sees.folder / "frozen")
     names = [name for name in start if name.startswith("vision.tower.")]
     assert start["vision.tower.norm.running_mean"].abs().max() > 0
     assert all(torch.equal(start[name], frozen[name]) for name in names)
-    run("sample.py", f"--init_from={sees.folder / 'frozen'}", "--chat=true", "--prompt=what", "--device=cpu",
-        "--max_new_tokens=5", f"--image={sees.stage.data.parent}/0.png")
+    ask = [f"--init_from={sees.folder / 'frozen'}", "--chat=true", "--prompt=what", "--device=cpu",
+           "--max_new_tokens=5", f"--image={sees.stage.data.parent}/0.png"]
+    run("sample.py", *ask, tower[0].replace("--vision.", "--"))
+    # what a checkpoint names is never run: it has to be given again
+    assert_one_line(run("sample.py", *ask, check=False), "give it, --tower=path/to/file.py:name")
+    again = f"--init_from={sees.folder / 'start'}"
+    assert_one_line(sees.plain("b", "--num_steps=3", again, check=False), "give it, --vision.tower=path")
+    assert_one_line(sees.start("b", *tower, "--num_steps=3", check=False), "of the usual one")
+    result = sees.plain("b", *tower, "--num_steps=3", ranks=2, check=False)
+    assert result.returncode == 2 and "moves its buffer norm.running_mean, which ranks do" in result.stderr
+
+
+def test_a_tower_of_ones_own_goes_on_bit_for_bit_and_keeps_what_it_has_frozen(sees):
+    options = [f"--vision.tower={ROOT}/tests/test_vision.py:PartlyFrozen", "--eval_every=3"]
+    options += ["--schedule=constant"]
+    sees.plain("straight", *options, "--num_steps=6")
+    sees.plain("halves", *options, "--num_steps=3")
+    sees.plain("halves", *options, "--num_steps=6", "--resume=true")
+    assert same_weights(sees.folder / "halves", sees.folder / "straight")
+    weights = final_weights(sees.folder / "straight")
+    assert weights["vision.tower.norm.num_batches_tracked"] == 6                  # training steps only
+    assert torch.equal(weights["vision.tower.place"], torch.ones(4, 6))
+
+
+def test_a_function_is_a_tower_on_several_ranks_too(sees):
+    options = [f"--vision.tower={ROOT}/tests/test_vision.py:strange_tower", "--num_steps=4"]
+    sees.plain("one", *options)
+    sees.plain("two", *options, "--micro_batch_size=2", ranks=2)
+    assert_same_curve(sees.folder / "one", sees.folder / "two")
+
+
+@pytest.mark.parametrize("start", [[], ["--freeze_llm=true"]], ids=["all", "frozen"])
+def test_a_dry_run_counts_the_pictures(sees, start):
+    said = sees.start("run", "--num_steps=2", "--dry_run=true", *start).stdout
+    assert "Nothing was written" in said and not (sees.folder / "run").exists()
+    flops = [float(re.search(r"([\d.e+]+) FLOPs", text)[1]) for text in (said, sees.start(
+        "run", "--num_steps=2", "--dry_run=true", "--vision.n_embd=64", *start).stdout)]
+    assert flops[1] > 1.2 * flops[0]
+
+
+def test_config_json_of_a_run_starts_it_again(sees, request):
+    """What was not asked for follows from where a run starts, in a set with images and in one without"""
+    for name, stage, options in (("text", make_stage("train_sft.py", request, sees.folder), []),
+                                 ("sees", sees.start, [])):
+        stage(name, "--num_steps=2", *options)
+        config = sees.folder / name / "config.json"
+        run("train_sft.py", config, f"--out_dir={sees.folder / name}_again")
+        assert same_weights(sees.folder / name, sees.folder / f"{name}_again")
+    sees.start("more", "--num_steps=2", f"--init_from={sees.folder / 'sees'}")
+    asked = json.loads((sees.folder / "more/config.json").read_text())
+    assert asked["vision"].keys() == {"n_layer", "n_head", "n_embd"}              # no defaults, which differ
+    run("train_sft.py", sees.folder / "more/config.json", f"--out_dir={sees.folder}/more_again")
+    assert same_weights(sees.folder / "more", sees.folder / "more_again")
+
+
+def test_it_overfits_one_batch_of_pictures(sees, image_set, tmp_path):
+    rows = (image_set.parent / "rows.jsonl").read_text().splitlines(keepends=True)[:6]
+    (image_set.parent / "six.jsonl").write_text("".join(rows))
+    run("data/prepare.py", "images", f"--input={image_set.parent}/six.jsonl", "--tokens_per_image=4",
+        "--image_size=16", f"--out_dir={tmp_path}/six")
+    sees.start("run", "--num_steps=150", f"--data_dir={tmp_path}/six", "--eval_seqs=0", "--eval_every=0",
+               "--schedule=constant", "--batch_size=2", "--lr=1e-2", "--seq_len=300")
+    curve = losses(sees.folder / "run")
+    assert curve[0] > 3 and max(curve[-4:]) < 0.1
+
+
+def test_what_is_frozen_stays_on_two_ranks_with_shards_and_muon(sees):
+    options = ["--zero1=true", "--optimizer=muon", "--micro_batch_size=1"]
+    sees.start("start", "--num_steps=2", *options, ranks=2)
+    sees.start("run", "--num_steps=4", f"--init_from={sees.folder / 'start'}", "--freeze_tower=true",
+               *options, ranks=2)
+    before, after = final_weights(sees.folder / "start"), final_weights(sees.folder / "run")
+    for name in before:
+        assert torch.equal(before[name], after[name]) == name.startswith("vision.tower."), name
 
 
 def test_a_text_model_learns_to_see(sees, request, chat_set):
@@ -529,7 +636,7 @@ def test_a_text_model_learns_to_see(sees, request, chat_set):
     (["--vision.tower=nowhere.py:x"], "--vision.tower=nowhere.py:x: no file nowhere.py"),
     (["--vision.tower=tests/some_rewards.py:twice"], "--vision.tower=tests/some_rewards.py:twice: raised")])
 def test_mistakes_are_answered_by_one_line(sees, options, message):
-    assert_one_line(sees.start("run", "--num_steps=2", *options, check=False), message)
+    assert_one_line(sees.plain("run", "--num_steps=2", *options, check=False), message)
     assert not (sees.folder / "run").exists()
 
 
@@ -582,6 +689,25 @@ def test_a_picture_is_asked_about(seeing_run, image_set):
     plain = run("sample.py", f"--init_from={seeing_run}", "--device=cpu", "--max_new_tokens=5",
                 "--prompt=abc", f"--image={image_set.parent}/0.png").stdout
     assert plain.startswith("abc")
+
+
+def test_the_tower_looks_once_at_a_picture(seeing_run, image_set, monkeypatch, capsys):
+    import sample as script
+    model, tokenizer = script.load(str(seeing_run), "cpu")
+    looks = []
+    model.vision.tower.register_forward_hook(lambda tower, args, out: looks.append(len(out)))
+    images = script.load_images([str(image_set.parent / name) for name in ("0.png", "1.png")], model)
+    turns, cfg = [], script.Config(chat=True, max_new_tokens=8, num_samples=3, temperature=0.0)
+    for text in ("what", "what", "what"):
+        script.reply(model, tokenizer, turns, text, cfg, images)
+    assert looks == [2] and capsys.readouterr().out.startswith("--- sample 1 of 3\nred,blu")
+
+
+def test_a_prompt_with_a_picture_leaves_room_for_what_follows(seeing_run, image_set):
+    for n, code in ((150 - 4, 2), (150 - 5, 0)):
+        result = run("sample.py", f"--init_from={seeing_run}", "--device=cpu", f"--prompt={'a' * n}",
+                     "--max_new_tokens=2", f"--image={image_set.parent}/0.png", check=False)
+        assert result.returncode == code, result.stderr
 
 
 def test_a_conversation_keeps_its_picture_until_it_is_forgotten(seeing_run, image_set, monkeypatch):
@@ -640,6 +766,9 @@ def test_transparent_grey_and_turned_pictures_are_read(tmp_path):
     assert load_image(tmp_path / "clear.png", small)[0, 0].tolist() == [255, 255, 255]
     assert load_image(tmp_path / "grey.png", small)[0, 0].tolist() == [77, 77, 77]
     assert load_image(tmp_path / "turned.png", small)[0, 0].tolist() == [0, 0, 255]
+    Image.new("I;16", (4, 4), 300).save(tmp_path / "deep.png")
+    with pytest.raises(ValueError, match="pixels of mode I;16; convert it to 8 bits"):
+        load_image(tmp_path / "deep.png", small)
 
 
 def test_without_pillow_it_says_what_to_install(image_set, tmp_path):
