@@ -131,12 +131,15 @@ def child_ranks(repeats):
 
 
 def word_tokenizer():
-    """-> transformers' tokenizer of the words w0, w1, ..., an id each"""
+    """-> transformers' tokenizer of the words w2, w3, ..., an id each"""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
-    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(6400)}, unk_token="w0"))
+    names = ["<pad>", "<eos>", *(f"w{i}" for i in range(2, 6400))]
+    words = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="<pad>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", eos_token="w1")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>")
+    assert tokenizer(sentence(range(2, 6400))).input_ids == list(range(2, 6400))
+    return tokenizer
 
 
 def sentence(ids):
