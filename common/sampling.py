@@ -143,7 +143,7 @@ def generate(model, prompts, cfg, end=None, num_samples=1, seed=0, numbers=None,
     if min(map(len, prompts)) < 1 or max(map(len, prompts)) > limit:
         raise ValueError(f"prompts of 1 to {limit} tokens (the model's seq_len), got "
                          f"{sorted(set(map(len, prompts)))}")
-    for n, (prompt, shown) in enumerate(zip(prompts, images or [])):
+    for n, (prompt, shown) in enumerate(zip(prompts, images if model.vision and images else ())):
         if prompt.count(model.vision.token) != len(shown) * model.vision.tokens_per_image:
             raise ValueError(f"prompt {n} has {prompt.count(model.vision.token)} tokens for {len(shown)} "
                              f"images of {model.vision.tokens_per_image} each")
