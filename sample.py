@@ -22,6 +22,7 @@ import torch
 from common import checkpoint, dist, hf
 from common.config import parse_config
 from common.dist import UserError
+from common.logger import printable
 from common.model import GPT, ModelConfig
 from common.rewards import load_function
 from common.sampling import SamplingConfig, complete, for_vocabulary, stream, stream_tokens  # noqa: F401
@@ -103,14 +104,14 @@ def answer(model, tokenizer, ids, cfg, seed, images=()):
     for i in range(cfg.num_samples):
         if cfg.num_samples > 1:
             print(f"{'' if i == 0 else chr(10)}--- sample {i + 1} of {cfg.num_samples}")
-        print("" if cfg.chat else tokenizer.decode(ids), end="", flush=True)
+        print("" if cfg.chat else printable(tokenizer.decode(ids)), end="", flush=True)
         decoder, tokens = tokenizer.stream(**how), []
         for token in completions[i] if completions else stream_tokens(model, tokenizer, ids, cfg, seed + i,
                                                                       images):
             if token == tokenizer.end:
                 break
             tokens.append(token)
-            print(decoder.put(token), end="", flush=True)
+            print(printable(decoder.put(token)), end="", flush=True)
         print(decoder.end(), flush=True)
     return tokens
 

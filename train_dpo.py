@@ -53,8 +53,8 @@ class Config:
     nll_coef: float = 0.0              # adds this much of the chosen answers' cross-entropy
     ref_online: bool = False           # keep a second model and ask it each time, instead of once before
     # optimization
-    num_steps: int = 1000              # updates; 0 = as many as num_epochs takes
-    num_epochs: float = 0.0            # passes over the data; set num_steps=0 with it
+    num_steps: int = 1000              # updates, unless num_epochs is set
+    num_epochs: float = 0.0            # passes over the data; 0 = num_steps counts
     optimizer: Literal["adamw", "lion", "muon"] = "adamw"  # muon: for blocks' matrices, adamw for the rest
     lr: float = 1e-5                   # learning rate after the warm-up
     schedule: Literal["cosine", "restarts", "constant", "wsd"] = "cosine"    # how lr falls after the warm-up
@@ -171,7 +171,8 @@ if __name__ == "__main__":
     source = previous or (origin.find(cfg.init_from) if cfg.init_from else None)
     saved = origin.read_manifest(source) if source else None
     if source and load_tokenizer(source).fingerprint != tokenizer.fingerprint:
-        raise UserError(f"{source}: was trained with another tokenizer than --data_dir={cfg.data_dir}")
+        raise UserError(f"{source}: was trained with another tokenizer than --data_dir={cfg.data_dir}; "
+                        f"prepare the data with --tokenizer={source}")
 
     # -------------------------------------------------------------------------
     # data
@@ -184,7 +185,7 @@ if __name__ == "__main__":
         return PairData(cfg.data_dir, split, cfg.seq_len, micro_batch_size, rank, world_size, device, seed)
     train_data, val_data = load("train", cfg.seed), load("val", 0) if cfg.eval_seqs else None
     eval_prompts = [encode_user(tokenizer, prompt) for prompt in cfg.eval_prompts]
-    critical_ids = torch.tensor(cfg.critical_ids, dtype=torch.int64, device=device)
+    critical_ids = losses.critical_ids(cfg.critical_ids, meta["vocab_size"], device)
     new_model = GPT                                                           # ModelConfig -> the model
 
     # -------------------------------------------------------------------------

@@ -70,8 +70,8 @@ class Config:
     ref_mix: float = 0.0               # share of the policy mixed into the reference every ref_every steps
     ref_every: int = 0                 # 0 = the reference stays
     # optimization
-    num_steps: int = 1000              # updates; 0 = as many as num_epochs takes
-    num_epochs: float = 0.0            # passes over the data; set num_steps=0 with it
+    num_steps: int = 1000              # updates, unless num_epochs is set
+    num_epochs: float = 0.0            # passes over the data; 0 = num_steps counts
     optimizer: Literal["adamw", "lion", "muon"] = "adamw"  # muon: for blocks' matrices, adamw for the rest
     lr: float = 1e-5                   # learning rate after the warm-up
     schedule: Literal["cosine", "restarts", "constant", "wsd"] = "cosine"    # how lr falls after the warm-up
@@ -128,8 +128,7 @@ def sample_answers(model, tokenizer, data, i, G, sampling_cfg, rewards, env_step
     penalty = cfg.missing_end_penalty * ~ended                                # (B,)
     return dict(prompts=prompts, answers=answers, lengths=torch.tensor([len(a.logps) for a in answers]),
                 ended=ended, counts=torch.from_numpy(counts), rewards=(values - penalty).view(-1, G),
-                to_go=(to_go - penalty[:, None]).view(-1, G, cfg.max_new_tokens),
-                reward_s=timer.lap())
+                to_go=(to_go - penalty[:, None]).view(-1, G, cfg.max_new_tokens), reward_s=timer.lap())
 
 
 def as_branches(episodes, cfg, device):
@@ -178,7 +177,8 @@ if __name__ == "__main__":
     source = previous or (origin.find(cfg.init_from) if cfg.init_from else None)
     saved = origin.read_manifest(source) if source else None
     if source and load_tokenizer(source).fingerprint != tokenizer.fingerprint:
-        raise UserError(f"{source}: was trained with another tokenizer than --data_dir={cfg.data_dir}")
+        raise UserError(f"{source}: was trained with another tokenizer than --data_dir={cfg.data_dir}; "
+                        f"prepare the data with --tokenizer={source}")
 
     # -------------------------------------------------------------------------
     # data, rewards
@@ -237,15 +237,18 @@ if __name__ == "__main__":
     # sampler, reference
     if model_config.attn_dropout:
         raise UserError("--model.attn_dropout: must be 0, or sampler and update were two policies")
-    reference = None
-    if cfg.beta:
-        reference = copy.deepcopy(model).requires_grad_(False)
-        if previous:
-            checkpoint.load_weights(previous, reference, "reference.pt")
-    sampling_cfg = SamplingConfig(cfg.max_new_tokens, cfg.suppress, temperature=cfg.temperature,
-                                  top_k=cfg.top_k, top_p=cfg.top_p, packed=cfg.packed)
-    sampling_cfg = for_vocabulary(sampling_cfg, model, tokenizer)             # in the log-probs too
-    beside = dict(models=[reference], tokens=cfg.num_samples * cfg.max_new_tokens)
+    reference = copy.deepcopy(model).requires_grad_(False) if cfg.beta else None
+    if reference and previous:
+        checkpoint.load_weights(previous, reference, "reference.pt")
+    sampling_cfg = for_vocabulary(SamplingConfig(                             # in the log-probs too
+        cfg.max_new_tokens, cfg.suppress, temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p,
+        packed=cfg.packed), model, tokenizer)
+
+    def answers_to(data, i, G):
+        with torch.no_grad(), autocast:
+            return sample_answers(model, tokenizer, data, i, G, sampling_cfg, rewards, env_step, cfg)
+    beside = dict(models=[reference], tokens=cfg.num_samples * cfg.max_new_tokens,
+                  rollouts=num_micro / updates, rollout=lambda: answers_to(train_data, 0, cfg.num_samples))
 
     # -------------------------------------------------------------------------
     # run directory (identical in every stage)
@@ -267,13 +270,14 @@ if __name__ == "__main__":
         eval_now = save_now or (cfg.eval_every and step % cfg.eval_every == 0)  # each save has a val_loss
 
         if eval_now and val_data:
-            with torch.no_grad(), autocast:
-                metrics = summarize([
-                    sample_answers(model, tokenizer, val_data, i, 1, sampling_cfg, rewards, env_step, cfg)
-                    for i in range(-(-val_data.total // (micro_batch_size * world_size)))])
+            batches = range(-(-val_data.total // (micro_batch_size * world_size)))
+            metrics = summarize(answered := [answers_to(val_data, i, 1) for i in batches])
             val_loss = -metrics["reward"]
             log.metrics(step, **{f"val_{name}": value for name, value in metrics.items()})
             log.print(f"step {step}/{num_steps} | val reward {-val_loss:.4f} | pass@1 {metrics['pass']:.3f}")
+            if env_step:                                                      # one with all its turns
+                whole = answered[0]["prompts"][0] + answered[0]["answers"][0].tokens
+                log.sample(step, "", tokenizer.decode(whole, show_special=True))
         if eval_now:
             for i, (prompt, ids) in enumerate(zip(cfg.eval_prompts, eval_prompts)):
                 reply = list(sampling.stream_tokens(model, tokenizer, ids, seed=step * 1000 + i))
@@ -291,13 +295,11 @@ if __name__ == "__main__":
         dist.seed(cfg.seed, step)                                             # dropout follows from the step
         rollout_s, first = 0.0, step // updates * num_micro
         if step % updates == 0:
+            episodes = [answers_to(train_data, first + i, cfg.num_samples) for i in range(num_micro)]
             with torch.no_grad(), autocast:
-                episodes = [sample_answers(model, tokenizer, train_data, first + i, cfg.num_samples,
-                                           sampling_cfg, rewards, env_step, cfg) for i in range(num_micro)]
                 rows, sampled, kept, index = zip(*(as_branches(e, cfg, device) for e in episodes))
                 old_logps = [None] * num_micro                                # the first update's own
-                ref_logps = [answer_logps(reference, r, k, sampling_cfg) if reference else None
-                             for r, k in zip(rows, kept)]
+                ref_logps = [reference and answer_logps(reference, *x, sampling_cfg) for x in zip(rows, kept)]
             ours = torch.cat([e["to_go"][e["counts"]] for e in episodes])     # (P, G, T)
             everyone = torch.cat(dist.gather_objects(ours)) if cfg.scale_rewards == "batch" else None
             advantages = [losses.group_advantages(e["to_go"], cfg.scale_rewards, everyone) for e in episodes]
@@ -316,9 +318,8 @@ if __name__ == "__main__":
             now, old, ref, A = (None if x is None else r.padded(x)            # (B, T) each
                                 for x in (logps, old_logps[i], ref_logps[i], advantages[i]))
             mask = r.padded(torch.ones_like(logps)) > 0                       # (B, T)
-            token_loss = losses.grpo_token_loss(                              # (B, T)
-                now, old, ref, A, mask, cfg.clip_low, cfg.clip_high, cfg.delta or None, cfg.beta,
-                cfg.level, cfg.loss)
+            token_loss = losses.grpo_token_loss(now, old, ref, A, mask, cfg.clip_low, cfg.clip_high,
+                                                cfg.delta or None, cfg.beta, cfg.level, cfg.loss)  # (B, T)
             per_answer = token_loss.sum(dim=1)                                # (B,)
             if cfg.aggregate == "grpo":
                 per_answer = per_answer / mask.sum(dim=1).clamp(min=1)

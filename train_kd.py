@@ -61,8 +61,8 @@ class Config:
     doc_mask: bool = False             # text: attend and count positions within each document only
     mask_prompt: bool = True           # chat: learn the assistant's words only; false: every token
     # optimization
-    num_steps: int = 1000              # updates; 0 = as many as num_epochs takes
-    num_epochs: float = 0.0            # passes over the data; set num_steps=0 with it
+    num_steps: int = 1000              # updates, unless num_epochs is set
+    num_epochs: float = 0.0            # passes over the data; 0 = num_steps counts
     optimizer: Literal["adamw", "lion", "muon"] = "adamw"  # muon: for blocks' matrices, adamw for the rest
     lr: float = 1e-3                   # learning rate after the warm-up
     schedule: Literal["cosine", "restarts", "constant", "wsd"] = "cosine"    # how lr falls after the warm-up
@@ -168,7 +168,8 @@ if __name__ == "__main__":
     source = previous or (origin.find(cfg.init_from) if cfg.init_from else None)
     saved = origin.read_manifest(source) if source else None
     if source and load_tokenizer(source).fingerprint != tokenizer.fingerprint:
-        raise UserError(f"{source}: was trained with another tokenizer than --data_dir={cfg.data_dir}")
+        raise UserError(f"{source}: was trained with another tokenizer than --data_dir={cfg.data_dir}; "
+                        f"prepare the data with --tokenizer={source}")
 
     # -------------------------------------------------------------------------
     # data, which teacher
@@ -195,7 +196,7 @@ if __name__ == "__main__":
     train_data, val_data = load("train", cfg.seed), load("val", 0) if cfg.eval_seqs else None
     eval_prompts = [encode_user(tokenizer, prompt) if chat else tokenizer.begin + tokenizer.encode(prompt)
                     for prompt in cfg.eval_prompts]
-    critical_ids = torch.tensor(cfg.critical_ids, dtype=torch.int64, device=device)
+    critical_ids = losses.critical_ids(cfg.critical_ids, meta["vocab_size"], device)
     new_model = GPT                                                           # ModelConfig -> the model
 
     teacher_config, teacher_id, fill = find_teacher(cfg.teacher, tokenizer)

@@ -45,8 +45,8 @@ class Config:
     seq_len: int = 512                 # tokens per row; no conversation may be longer
     mask_prompt: bool = True           # learn the assistant's words only; false: every token
     # optimization
-    num_steps: int = 1000              # updates; 0 = as many as num_epochs takes
-    num_epochs: float = 0.0            # passes over the data; set num_steps=0 with it
+    num_steps: int = 1000              # updates, unless num_epochs is set
+    num_epochs: float = 0.0            # passes over the data; 0 = num_steps counts
     optimizer: Literal["adamw", "lion", "muon"] = "adamw"  # muon: for blocks' matrices, adamw for the rest
     lr: float = 3e-4                   # learning rate after the warm-up
     schedule: Literal["cosine", "restarts", "constant", "wsd"] = "cosine"    # how lr falls after the warm-up
@@ -121,7 +121,8 @@ if __name__ == "__main__":
     source = previous or (origin.find(cfg.init_from) if cfg.init_from else None)
     saved = origin.read_manifest(source) if source else None
     if source and load_tokenizer(source).fingerprint != tokenizer.fingerprint:
-        raise UserError(f"{source}: was trained with another tokenizer than --data_dir={cfg.data_dir}")
+        raise UserError(f"{source}: was trained with another tokenizer than --data_dir={cfg.data_dir}; "
+                        f"prepare the data with --tokenizer={source}")
 
     # -------------------------------------------------------------------------
     # data
@@ -130,13 +131,14 @@ if __name__ == "__main__":
                         cfg.mask_prompt, with_images=True)
     train_data, val_data = load("train", cfg.seed), load("val", 0) if cfg.eval_seqs else None
     eval_prompts = [encode_user(tokenizer, prompt) for prompt in cfg.eval_prompts]
-    critical_ids = torch.tensor(cfg.critical_ids, dtype=torch.int64, device=device)
+    critical_ids = losses.critical_ids(cfg.critical_ids, meta["vocab_size"], device)
 
     # -------------------------------------------------------------------------
     # vision, where the set has images
     images, seen, vision_config = meta.get("images"), saved and saved.get("vision"), cfg.vision
     if not images and (cfg.freeze_llm or cfg.freeze_tower or read_overrides().get("vision")):
-        raise UserError(f"--freeze_llm --freeze_tower --vision: --data_dir={cfg.data_dir} has no images")
+        raise UserError(f"--data_dir={cfg.data_dir}: has no images, so --freeze_llm, --freeze_tower and "
+                        "--vision say nothing; leave them out")
     if images and seen:
         if seen["images"] != images:
             raise UserError(f"{source}: has seen images as {seen['images']}, --data_dir={cfg.data_dir} has "
@@ -210,7 +212,8 @@ if __name__ == "__main__":
         learned = sum(p.numel() for p in model.parameters() if p.requires_grad)
         stay = cfg.freeze_llm and not source or cfg.freeze_tower and not seen and not cfg.vision.tower
         log.print(f"vision: {sum(p.numel() for p in model.vision.parameters()):,} of the parameters"
-                  + ", random" * (not seen) + f"; {learned:,} learn" + ", some random ones stay so" * stay)
+                  + ", random" * (not seen) + f"; {learned:,} learn" + ", some random ones stay so" * stay
+                  + "; {} features of {} channels a picture".format(*model.vision.shape))
     dist.watch_signals()
     skipped, val_loss = 0, None
     for step in range(start_step, num_steps + 1):

@@ -22,6 +22,7 @@ import textwrap
 from dataclasses import asdict, fields, is_dataclass, replace
 from typing import Literal, get_args, get_origin, get_type_hints
 
+from common import dist
 from common.dist import UserError
 
 
@@ -36,12 +37,13 @@ def parse_config(cls, argv=None):
 
 def read_overrides(argv=None):
     """What was given explicitly, by config files and --name=value: nested dict of names to raw values."""
-    overrides = {}
-    for arg in sys.argv[1:] if argv is None else argv:
+    argv, overrides = sys.argv[1:] if argv is None else argv, {}
+    for arg, following in zip(argv, [*argv[1:], "--"]):
         if arg.startswith("--"):
             name, equals, value = arg[2:].partition("=")
             if not equals:
-                raise UserError(f"--{name}: expected --{name}=value (--{name}=true to switch it on)")
+                given = "true to switch it on" if following.startswith("--") else following
+                raise UserError(f"--{name}: expected --{name}=value, so --{name}={given}")
             *sections, leaf = name.split(".")
             for section in reversed(sections):
                 leaf, value = section, {leaf: value}
@@ -87,7 +89,8 @@ def build(base, overrides, path=""):
     changes = {}
     for name, value in overrides.items():
         if name not in types:
-            near = difflib.get_close_matches(name, types, 1)
+            near = difflib.get_close_matches(name, types, 1) or [
+                field for _, field, _, _, comment in options(base, "") if name.replace("_", " ") in comment]
             raise UserError(f"unknown option --{path}{name}" + (
                 f"; did you mean --{path}{near[0]}?" if near else "; --help lists them all"))
         if is_dataclass(types[name]):
@@ -162,20 +165,23 @@ def check_batch(cfg, world_size):
     if cfg.batch_size % (micro_batch_size * world_size):
         raise UserError(f"--batch_size={cfg.batch_size}: must be a multiple of ranks x micro_batch_size = "
                         f"{world_size} x {cfg.micro_batch_size or 1}")
-    if (cfg.num_steps > 0) == (cfg.num_epochs > 0):
-        raise UserError(f"--num_steps={cfg.num_steps} --num_epochs={cfg.num_epochs}: set one of them, "
-                        "the other to 0")
+    if min(cfg.num_steps, cfg.num_epochs) < 0 or not (cfg.num_steps or cfg.num_epochs):
+        raise UserError(f"--num_steps={cfg.num_steps} --num_epochs={cfg.num_epochs}: set one of them")
     return micro_batch_size, cfg.batch_size // (micro_batch_size * world_size)
 
 
 def count_steps(cfg, num_samples):
     """-> number of updates, of samples that the run may use (inf = no end); num_samples: of an epoch"""
-    if cfg.num_steps:
-        return cfg.num_steps, math.inf
-    total = round(cfg.num_epochs * num_samples)
+    num_steps, total = cfg.num_steps, math.inf
+    if cfg.num_epochs:
+        total = round(cfg.num_epochs * num_samples)
+        num_steps = -(-total // cfg.batch_size)
     if total < 1:
         raise UserError(f"--num_epochs={cfg.num_epochs}: not one of {num_samples} sequences")
-    return -(-total // cfg.batch_size), total
+    if cfg.warmup_steps >= num_steps and dist.world()[0] == 0:
+        print(f"note: --warmup_steps={cfg.warmup_steps} in a run of {num_steps} steps: lr never gets to "
+              f"{cfg.lr:g}; try --warmup_steps={num_steps // 10}", flush=True)
+    return num_steps, total
 
 
 # -----------------------------------------------------------------------------

@@ -74,7 +74,8 @@ def read_split(data_dir, split, kind):
     """-> meta.json of a set of that kind (text, chat, pairs, prompts) which has the split, or a UserError"""
     meta = read_meta(data_dir)
     if meta["kind"] != kind:
-        raise UserError(f"--data_dir={data_dir}: a set of kind {meta['kind']}, expected {kind}; "
+        images = " with images, which only train_sft.py takes" * ("images" in meta)
+        raise UserError(f"--data_dir={data_dir}: a set of kind {meta['kind']}{images}, expected {kind}; "
                         f"make one with data/prepare.py {kind}")
     unit = {"text": "tokens", "chat": "conversations"}.get(kind, kind)
     if "pad" not in meta and kind != "text" or any(unit not in counts for counts in meta["splits"].values()):

@@ -42,11 +42,12 @@ def measure(model, forward, autocast):
 
 
 def estimate(model, optimizer, data, cfg, num_steps, autocast, token_flops, models=(), tokens=0,
-             batch=None, image_flops=0):
+             batch=None, image_flops=0, rollout=None, rollouts=0.0):
     """
     -> text. data: as in data.py; cfg: batch_size, seq_len; token_flops: of a token with its loss; models:
     others in memory, or None; tokens: that a sample gets besides the data's, at most; batch: tokens (B, T),
-    docs and images of a micro-batch, to be measured instead of zeros; image_flops: of a picture
+    docs and images of a micro-batch, to be measured instead of zeros; image_flops: of a picture; rollout():
+    answers a micro-batch, of which a step takes `rollouts`
     """
     def weights(model):
         return sum(p.numel() * p.element_size() for p in model.parameters())
@@ -61,6 +62,12 @@ def estimate(model, optimizer, data, cfg, num_steps, autocast, token_flops, mode
     else:
         zeros = torch.zeros(shape, dtype=torch.int64, device=device)
         seconds, kept = measure(model, lambda: model(zeros), autocast)
+    rollout_s = 0.0
+    if rollout:
+        start = time.perf_counter()
+        with torch.no_grad(), autocast:
+            rollout()
+        rollout_s = (time.perf_counter() - start) * rollouts * num_steps
     done = model.flops_per_token(length, head_frac=0.0) * shape[0] * shape[1] + image_flops * pictures
     speed = done / seconds                                    # of this rank
     tokens = cfg.batch_size * sample_tokens                   # of a step
@@ -80,7 +87,9 @@ def estimate(model, optimizer, data, cfg, num_steps, autocast, token_flops, mode
             f"{flops:.2e} FLOPs",
         memory=f"{sum(memory.values()) / 2**20:,.0f} MiB a rank: {share}; torch and some logits come on top",
         speed=f"{speed / 1e9:,.1f} GFLOP/s a rank, measured on {shape[0]} x {shape[1]} tokens",
-        time=f"{_time(flops / speed / ranks)} of updates; evaluation, sampling and saving come on top")
+        time=f"{_time(flops / speed / ranks)} of updates"
+             + f", {_time(rollout_s)} of rollouts" * bool(rollout)
+             + "; evaluation, samples and saving come on top")
     return "\n".join([*(f"{name:<10}{text}" for name, text in rows.items()),
                       "Nothing was written. Leave out --dry_run to train."])
 

@@ -15,6 +15,7 @@ import importlib
 import json
 import math
 import os
+import re
 import shutil
 import time
 from pathlib import Path
@@ -24,8 +25,14 @@ from common.dist import UserError
 
 
 def check_run_directory(out_dir, resume):
-    """UserError when a run that is not resumed would write into a folder that holds something."""
-    if not resume and os.path.isdir(out_dir) and os.listdir(out_dir):
+    """
+    UserError when a run that is not resumed would write into a folder that holds something: other than what a
+    run of ours leaves that has failed before its first step
+    """
+    names = set(os.listdir(out_dir)) if os.path.isdir(out_dir) else set()
+    ours = os.path.isfile(os.path.join(out_dir, "code/common/logger.py"))
+    failed = ours and names == {"config.json", "code"}
+    if names and not resume and not failed:
         raise UserError(f"--out_dir={out_dir}: not empty; "
                         "choose another, or continue that run with --resume=true")
 
@@ -35,8 +42,13 @@ def open_mirrors(out_dir, config, wandb_project, tensorboard, start_step):
     mirrors = []
     if tensorboard:
         writer = _extra("torch.utils.tensorboard", "tensorboard").SummaryWriter(
-            os.path.join(out_dir, "tensorboard"), purge_step=start_step or None, flush_secs=10)
-        mirrors.append(lambda step, numbers: [writer.add_scalar(k, v, step) for k, v in numbers.items()])
+            os.path.join(out_dir, "tensorboard"), purge_step=start_step or None)
+
+        def to_tensorboard(step, numbers):
+            for name, value in numbers.items():
+                writer.add_scalar(name, value, step)
+            writer.flush()                                    # nothing is buffered when a kill comes
+        mirrors.append(to_tensorboard)
     if wandb_project:
         name = os.path.abspath(out_dir)
         run = _extra("wandb", "wandb").init(
@@ -63,7 +75,7 @@ class Logger:
     def __init__(self, out_dir, config, script, resume=False, start_step=0, num_steps=0, log_every=10,
                  wandb="", tensorboard=False):
         self.out_dir, self.num_steps, self.log_every = out_dir, num_steps, log_every
-        self.start_step = start_step
+        self.start_step, self.resume = start_step, resume
         self.is_main = dist.world()[0] == 0
         self.interval_tokens = self.interval_seconds = 0.0
         for package, wanted in (("wandb", wandb), ("tensorboard", tensorboard)):
@@ -112,6 +124,10 @@ class Logger:
 
     def introduce(self, size, state_bytes, data, source, previous):
         """First line of a run: how large model, optimizer and data are, and where the weights come from"""
+        if self.resume and not previous:
+            self.print(f"note: {self.out_dir} has no checkpoint to go on from; this run starts anew")
+        elif previous and self.start_step >= self.num_steps:
+            self.print(f"note: {self.out_dir} has made its {self.num_steps} steps; --num_steps makes more")
         ranks = dist.world()[1]
         start = f" from step {self.start_step} of {previous}" if previous else \
             f", weights of {source}" if source else ", random weights"
@@ -135,7 +151,7 @@ class Logger:
     def sample(self, step, prompt, text, between=""):
         """Record and print text that a prompt has given. between: what to print between the two"""
         self._append("samples.jsonl", dict(step=step, prompt=prompt, text=text))
-        self.print(f"sample at step {step}: {prompt}{between}{text}")
+        self.print(printable(f"sample at step {step}: {prompt}{between}{text}"))
 
     def _append(self, name, record):
         if self.is_main:
@@ -179,6 +195,11 @@ class Logger:
             raise UserError(f"loss or gradient was not finite in {most} steps in a row; lower --lr, or look "
                             f"at the data around step {step}; checkpoints in {self.out_dir} are from before")
         return skipped + 1
+
+
+def printable(text):
+    """Text for a terminal, which control characters that a young model writes would move or colour"""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text)
 
 
 def short_time(seconds):

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from common.dist import UserError
+
 
 def chunk_rows(device, n, chunk_size, part=1):
     """
@@ -168,6 +170,14 @@ class _TokenLogps(torch.autograd.Function):
                 d_weight += d_logits.T @ h
         return (d_hidden.to(hidden.dtype) if need_hidden else None,
                 d_weight.to(weight.dtype) if need_weight else None, *[None] * 7)
+
+
+def critical_ids(ids, vocab_size, device):
+    """ids: those of the option --critical_ids -> (N,) int64; UserError where one is no token's"""
+    for i in ids:
+        if not 0 <= i < vocab_size:
+            raise UserError(f"--critical_ids={i}: no such token, expected 0 to {vocab_size - 1}")
+    return torch.tensor(ids, dtype=torch.int64, device=device)
 
 
 def critical_weights(targets, critical_ids, alpha):

@@ -48,6 +48,8 @@ def answer_format(prompts, completions, answers):
 def load_function(option, name):
     """name: path/to/file.py:function, as in --option=name -> the function; UserError where there is none"""
     path, _, function = name.rpartition(":")
+    if os.path.isfile(name):
+        raise UserError(f"--{option}={name}: which function of it? {name}:FUNCTION")
     if not os.path.isfile(path):
         raise UserError(f"--{option}={name}: no file {path or name}; expected path/to/file.py:function")
     spec = importlib.util.spec_from_file_location(os.path.basename(path).removesuffix(".py"), path)

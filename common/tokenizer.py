@@ -473,7 +473,7 @@ def _read_byte_level(file, added, folder):
 
 def _load_known(name):
     if name not in tiktoken.list_encoding_names():
-        raise UserError(f"--tokenizer={name}: no such file, and not bytes or one of "
+        raise UserError(f"--tokenizer={name}: no such file or run, and not bytes or one of "
                         f"{', '.join(tiktoken.list_encoding_names())}")
     pattern = {"gpt2": "gpt2", "r50k_base": "gpt2", "p50k_base": "gpt2", "cl100k_base": "cl100k",
                "o200k_base": "o200k"}.get(name)

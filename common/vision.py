@@ -16,6 +16,7 @@ and blue (0 to 1), token (id of <image>).
 Shapes: N images, S pixels a side, P patches, D channels of the tower, k tokens an image, C of the model.
 """
 import math
+import re
 from dataclasses import asdict, dataclass, fields, replace
 
 import torch
@@ -73,6 +74,7 @@ class Vision(nn.Module):
             raise UserError(f"--vision: the tower gives {shape} for 2 images of {self.image_size} pixels a "
                             f"side, expected (2, N, D) with N at least {self.tokens_per_image}, the set's "
                             "tokens_per_image")
+        self.shape = shape[1:]                                # features, channels
         self.norm = nn.RMSNorm(shape[2], eps=1e-6)
         self.out = nn.Linear(shape[2], n_embd)
         # as large as the embeddings beside them in a new model
@@ -257,4 +259,5 @@ def load_image(source, images):
     except FileNotFoundError:
         raise ValueError("no such file") from None
     except Exception as error:  # Pillow raises many kinds at what is damaged, huge or no picture
-        raise ValueError(f"not a picture that can be read ({' '.join(str(error).split())[:80]})") from None
+        why = re.sub(r" <_io\..*>", "", " ".join(str(error).split()))[:80]       # the address of a buffer
+        raise ValueError(f"not a picture that can be read ({why})") from None

@@ -166,8 +166,10 @@ def inputs_of(cfg, kinds):
     for home, path in inputs:
         if kind_of(path) not in kinds or path.endswith((".npy.gz", ".pkl.gz")):
             expected = " or ".join(filter(None, [", ".join(kinds[:-1]), kinds[-1]]))
-            raise UserError(f"--{'val_' * (home == 'val')}input={path}: expected {expected} (.txt and .jsonl "
-                            "also gzipped, as .gz)")
+            other = "; README.md, \"Data formats\", makes .jsonl of .json and .csv" \
+                if kind_of(path) in (".json", ".csv", ".tsv") else ""
+            raise UserError(f"--{'val_' * (home == 'val')}input={path}: expected {expected} ("
+                            + ".txt and " * (".txt" in kinds) + f".jsonl also gzipped, as .gz){other}")
         if home == "val" and ("train", path) in inputs:
             raise UserError(f"--val_input: {path} is in --input too; give it to one of them")
     return inputs
@@ -196,10 +198,14 @@ def read_json_rows(path, report):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line.decode())
+                row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
                 json.dumps(row, ensure_ascii=False).encode()  # a lone surrogate is not text
+            except UnicodeDecodeError as error:
+                report.bad("malformed", f"{path}:{number}", f"not UTF-8 ({error.reason}); convert the whole "
+                           "file, e.g. with iconv")
+                continue
             except (ValueError, RecursionError) as error:
-                report.bad("malformed", f"{path}:{number}", f"not JSON ({error})")
+                report.bad("malformed", f"{path}:{number}", f"not JSON ({error}), one row a line")
                 continue
             yield number, row
 
@@ -210,7 +216,8 @@ def read_jsonl(path, report):
         if isinstance(row, dict) and isinstance(row.get("text"), str):
             yield number, row["text"]
         else:
-            report.bad("malformed", f"{path}:{number}", f'expected {{"text": "..."}}, got {shown(row)}')
+            what = f'expected {{"text": "..."}}, got {shown(row, "text")}'
+            report.bad("malformed", f"{path}:{number}", what)
 
 
 def read_all_texts(path, fields):
@@ -230,12 +237,21 @@ def read_all_texts(path, fields):
         yield from ((number, text) for text in texts)
 
 
-def shown(row):
-    """The start of a row, for a message: its keys, which say most, when it is long."""
-    if isinstance(row, dict) and len(json.dumps(row)) > 60:
-        return f"a row with {', '.join(row)[:60]}"
+def shown(row, kind=""):
+    """
+    The start of a row, for a message: its keys, which say most, when it is long; and the command that takes
+    such rows, if it is not this one (kind)
+    """
+    keys = set(row) if isinstance(row, dict) else set()
+    home = next((name for name, its in (("pairs", {"chosen", "rejected"}), ("prompts", {"prompt", "answer"}),
+                                        ("chat", {"messages"}), ("text", {"text"})) if its <= keys), kind)
+    hint = f", which is for `data/prepare.py {home}`" if kind and home != kind else \
+        ', ShareGPT\'s form; call "conversations" "messages", "from" "role" and "value" "content"' \
+        if "conversations" in keys else ""
     text = json.dumps(row, ensure_ascii=False)
-    return text if len(text) <= 60 else text[:57] + "..."
+    if keys and len(text) > 60:
+        return f"a row with {', '.join(row)[:60]}{hint}"
+    return (text if len(text) <= 60 else text[:57] + "...") + hint
 
 
 class OnlyLists(pickle.Unpickler):
@@ -734,8 +750,8 @@ def read_chats(path, fields, report, with_images=False):
             else:
                 check_no_images(row)
             if isinstance(messages, dict) and not fields:
-                raise ValueError(f'expected [messages] or {{"messages": [...]}}, or --fields for rows of two '
-                                 f"texts; the row has {', '.join(row)[:60]}")
+                raise ValueError('expected [messages] or {"messages": [...]}, or --fields for rows of '
+                                 "two texts")
             if fields:
                 if not isinstance(row, dict) or not all(isinstance(row.get(f), str) for f in fields):
                     raise ValueError(f"expected texts {' and '.join(fields)} as --fields says")
@@ -743,7 +759,7 @@ def read_chats(path, fields, report, with_images=False):
                             {"role": "assistant", "content": row[fields[1]]}]
             check_conversation(messages, with_images)
         except ValueError as error:
-            report.bad("malformed", where, f"{error}, got {shown(row)}")
+            report.bad("malformed", where, f"{error}, got {shown(row, 'images' if with_images else 'chat')}")
             continue
         if all(message["role"] != "assistant" for message in messages):
             report.bad("without an assistant turn", where, f"no assistant turn in {shown(row)}")
@@ -768,7 +784,7 @@ def read_prompts(path, fields, report):
             prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
             check_conversation(prompt)
         except ValueError as error:
-            report.bad("malformed", where, f"{error}, got {shown(row)}")
+            report.bad("malformed", where, f"{error}, got {shown(row, 'prompts')}")
             continue
         yield where, {"prompt": prompt, "answer": row[fields[1]]}
 
@@ -792,7 +808,7 @@ def read_pairs(path, report):
             elif prompt and prompt[-1]["role"] == chosen[0]["role"] == "user" and len(chosen) > 1:
                 raise ValueError("chosen begins with a user's message, but not with the prompt")
         except ValueError as error:
-            report.bad("malformed", where, f"{error}, got {shown(row)}")
+            report.bad("malformed", where, f"{error}, got {shown(row, 'pairs')}")
             continue
         while chosen and rejected and chosen[0] == rejected[0]:   # what both begin with belongs to the prompt
             prompt, chosen, rejected = [*prompt, chosen[0]], chosen[1:], rejected[1:]

@@ -142,7 +142,7 @@ def test_a_section_cannot_be_assigned_a_value_by_a_config_file(tmp_path):
 
 
 @pytest.mark.parametrize("argument, message", [
-    ("--steps", "--steps: expected --steps=value (--steps=true to switch it on)"),
+    ("--steps", "--steps: expected --steps=value, so --steps=true to switch it on"),
     ("steps=3", "steps=3: expected --name=value or a config file (.py or .json)"),
     ("-steps=3", "-steps=3: expected --name=value or a config file (.py or .json)"),
 ])

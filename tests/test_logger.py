@@ -60,6 +60,13 @@ def test_times_are_short(seconds, text):
     assert short_time(seconds) == text
 
 
+def test_control_characters_are_kept_in_the_file_and_off_the_terminal(tmp_path, capsys):
+    log = new(tmp_path)
+    log.sample(3, "a\tb", "\x1b[31mred\x07\n\r\x00end")
+    assert capsys.readouterr().out == "sample at step 3: a\tb\ufffd[31mred\ufffd\n\ufffd\ufffdend\n"
+    assert json.loads((tmp_path / "run/samples.jsonl").read_text())["text"] == "\x1b[31mred\x07\n\r\x00end"
+
+
 # -----------------------------------------------------------------------------
 # elsewhere too
 

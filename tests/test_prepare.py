@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, run
+from conftest import ROOT, launch, run
 
 from common.data import ChatData, PairData, PromptData, TokenData
 from common.dist import UserError
@@ -1514,3 +1514,37 @@ def test_a_prompt_that_the_conversations_do_not_begin_with_is_refused(prompt):
                                 rejected=[user("q"), assistant("b")])])
     assert "a.jsonl:1: chosen begins with a user's message, but not with the prompt" in refusal(
         "a.jsonl", make=make_pairs)
+
+
+# -----------------------------------------------------------------------------
+# what students bring
+
+def prepared_from(kind, name, content):
+    Path(name).write_bytes(content)
+    return launch([ROOT / "data/prepare.py", kind, f"--input={name}", "--out_dir=set"], cwd=os.getcwd())
+
+
+@pytest.mark.parametrize("kind, row, hint", [
+    ("chat", '{"prompt": "a", "chosen": "b", "rejected": "c"}', "which is for `data/prepare.py pairs`"),
+    ("chat", '{"prompt": "a", "answer": "b"}', "which is for `data/prepare.py prompts`"),
+    ("pairs", '{"messages": [{"role": "user", "content": "a"}]}', "which is for `data/prepare.py chat`"),
+    ("text", '{"prompt": "a", "answer": "b"}', "which is for `data/prepare.py prompts`"),
+    ("chat", '{"conversations": [{"from": "human", "value": "a"}]}', "ShareGPT's form"),
+    ("chat", '{"messages": 3}', 'got {"messages": 3}; mend it')])
+def test_rows_for_another_command_name_it(kind, row, hint):
+    result = prepared_from(kind, "a.jsonl", row.encode())
+    assert result.returncode == 2 and hint in result.stderr and result.stderr.count("\n") == 1, result.stderr
+
+
+def test_a_byte_order_mark_before_the_first_row_is_none_of_it():
+    assert prepared_from("text", "a.jsonl", b'\xef\xbb\xbf{"text": "a"}\r\n{"text": "b"}\r\n').returncode == 0
+    assert np.load("set/train.npy").tolist() == [97, 256, 98, 256]
+
+
+@pytest.mark.parametrize("name, content, message", [
+    ("a.jsonl", '{"text": "caf\xe9"}'.encode("latin-1"), "a.jsonl:1: not UTF-8"),
+    ("a.jsonl", b'{\n "text": "a"\n}\n', "one row a line"),
+    ("a.json", b"[]", "makes .jsonl of .json and .csv"), ("a.csv", b"a;b", "makes .jsonl of .json and .csv")])
+def test_files_of_another_form_are_told_how_to_become_this_one(name, content, message):
+    result = prepared_from("text", name, content)
+    assert result.returncode == 2 and message in result.stderr and result.stderr.count("\n") == 1

@@ -73,7 +73,7 @@ def test_a_reward_is_read_from_a_file(tmp_path):
     ("no/such.py:good", "no file no/such.py; expected path/to/file.py:function"),
     ("common:good", "no file common; expected path/to/file.py:function"),
     ("exact_match", "no file exact_match; expected path/to/file.py:function"),
-    ("common/rewards.py", "no file common/rewards.py; expected path/to/file.py:function"),
+    ("common/rewards.py", "which function of it? common/rewards.py:FUNCTION"),
     ("", "no file ; expected path/to/file.py:function"),
     ("common/rewards.py:none", "common/rewards.py has no function none"),
     ("common/rewards.py:", "common/rewards.py has no function "),

@@ -796,7 +796,7 @@ def test_epochs_end_with_a_partial_step(one_stage):
     """31 windows and a batch of 8: two epochs are 7 whole steps and one of 6 sequences."""
     from common.data import TokenData
     n = TokenData(str(one_stage.data), "train", 32, 8).num_samples
-    one_stage("run", "--num_steps=0", "--num_epochs=2", "--lr=0", "--weight_decay=0", "--eval_every=0",
+    one_stage("run", "--num_epochs=2", "--lr=0", "--weight_decay=0", "--eval_every=0",
           "--batch_size=24")
     curve = losses(one_stage.folder / "run")
     assert 2 * n % 24 and len(curve) == -(-2 * n // 24)
@@ -844,18 +844,59 @@ def assert_one_line(result, text):
     (["--batch_size=9", "--micro_batch_size=2"],
      "--batch_size=9: must be a multiple of ranks x micro_batch_size = 1 x 2"),
     (["--seq_len=100000"], "fewer than --seq_len=100000"),
-    (["--num_epochs=1"], "set one of them"),
+    (["--num_steps=0"], "set one of them"), (["--num_epochs=-1"], "set one of them"),
     (["--init_from=nowhere"], "nowhere: no such run or checkpoint"),
     (["--model.n_head=3"], "--model.n_head=3: must divide n_embd=16"),
     (["--model.vocab_size=100"], "--model.vocab_size=100"),
     (["--log_every=0"], "--log_every=0: must be at least 1"),
     (["--device=tpu"], "--device=tpu: expected auto, cpu, cuda or mps"),
-    (["--learning_rate=1"], "unknown option --learning_rate"),
+    (["--learning_rate=1"], "unknown option --learning_rate; did you mean --lr?"),
+    (["--lr", "0.1"], "--lr: expected --lr=value, so --lr=0.1"),
+    (["--resume"], "--resume: expected --resume=value, so --resume=true to switch it on"),
     (["--lr=fast"], "--lr=fast: expected float"),
     (["--out_dir=/proc/nothing/here"], "--out_dir=/proc/nothing/here: cannot write there")])
 def test_mistakes_are_answered_by_one_line(one_stage, options, message):
     assert_one_line(one_stage("run", "--num_steps=2", *options, check=False), message)
     assert not (one_stage.folder / "run").exists()
+
+
+def test_a_run_that_failed_before_its_first_step_may_be_started_again(request, tmp_path):
+    stage = make_stage("train_grpo.py", request, tmp_path)
+    assert stage("run", "--num_steps=2", "--reward=tests/some_rewards.py:nan", check=False).returncode == 2
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["code", "config.json"]
+    stage("run", "--num_steps=2")
+    (tmp_path / "mine/code").mkdir(parents=True)              # somebody's own folder of that name
+    (tmp_path / "mine/config.json").write_text("{}")
+    assert_one_line(stage("mine", "--num_steps=2", check=False), "not empty")
+
+
+def test_what_is_likely_a_slip_is_noted(one_stage):
+    result = one_stage("run", "--num_steps=3", "--warmup_steps=100", "--resume=true")
+    assert "note: --warmup_steps=100 in a run of 3 steps: lr never gets to" in result.stdout
+    assert "has no checkpoint to go on from; this run starts anew" in result.stdout
+    result = one_stage("run", "--num_steps=3", "--warmup_steps=1", "--resume=true")
+    assert "note: --warmup" not in result.stdout and "has made its 3 steps" in result.stdout
+
+
+@pytest.mark.parametrize("ids", ["5,99999", "-1"])
+def test_critical_ids_are_ids(one_stage, ids):
+    result = one_stage("run", "--num_steps=2", f"--critical_ids={ids}", check=False)
+    assert_one_line(result, f"--critical_ids={ids.split(',')[-1]}: no such token, expected 0 to 265")
+
+
+def test_a_conversation_of_validation_is_shown_with_all_its_turns(request, tmp_path):
+    stage = make_stage("train_grpo.py", request, tmp_path)
+    result = stage("run", "--num_steps=2", "--env=tests/some_rewards.py:twice", "--max_new_tokens=20")
+    shown = [json.loads(line)["text"] for line in open(tmp_path / "run/samples.jsonl", encoding="utf-8")]
+    assert shown and all(text.startswith("<user>") and "<assistant>" in text for text in shown)
+    assert f"sample at step 0: {shown[0][:6]}" in result.stdout
+
+
+def test_a_dry_run_of_grpo_tries_a_rollout_and_its_reward(request, tmp_path):
+    stage = make_stage("train_grpo.py", request, tmp_path)
+    assert re.search(r"time .* of updates, \dm\d\ds of rollouts;", stage("run", "--dry_run=true").stdout)
+    assert_one_line(stage("run", "--dry_run=true", "--reward=tests/some_rewards.py:nan", check=False),
+                    "returned nan for the prompt")
 
 
 def test_a_run_directory_in_use_is_left_alone(one_stage):
