@@ -90,6 +90,17 @@ def test_the_example_rewards_and_environment_are_what_the_stage_takes():
     assert ask(names["again"], "<user>?<end><assistant>4<end>") == (False, "Are you sure?")
 
 
+def test_the_example_tower_is_one():
+    import torch
+
+    from common.vision import Vision, VisionConfig
+    names = {"torch": torch}
+    exec(re.search(r"```python\n(class Tower.*?)```", TEXT, re.S)[1], names)
+    images = dict(image_size=32, tokens_per_image=4, mean=[0.5] * 3, std=[0.5] * 3, token=9)
+    vision = Vision(VisionConfig(tower="my/tower.py:Tower"), 12, images, names["Tower"])
+    assert vision(torch.zeros(2, 32, 32, 3, dtype=torch.uint8)).shape == (2, 4, 12)
+
+
 def test_files_that_the_readme_names_exist():
     names = set(re.findall(r"\b(?:common|data|configs|tests)/[\w/]+\.(?:py|md)\b|(?<![\w/])\w+\.py\b", TEXT))
     assert not [name for name in names if not (ROOT / name).exists()]
