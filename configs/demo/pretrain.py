@@ -1,7 +1,7 @@
-# Shakespeare from scratch in about three minutes on two CPU cores
+# Shakespeare from scratch, about four minutes on two CPU cores
 data_dir = "out/demo/data"
 out_dir = "out/demo/pretrain"
-num_steps = 750
+num_steps = 500
 batch_size = 16                        # sequences per step
 seq_len = 128
 lr = 3e-3

@@ -33,7 +33,7 @@ from sample import load  # noqa: E402
 
 OUT = Path("out/demo")
 CORPUS = "data/shakespeare"
-SECONDS = dict(prepare=10, pretrain=260, sft=90, dpo=65, grpo=110, kd=75)    # on two CPU cores, about
+SECONDS = dict(prepare=12, pretrain=260, sft=100, dpo=70, grpo=110, kd=80)   # on two CPU cores, about
 
 
 class Progress:

@@ -1,6 +1,6 @@
 # a model of a third of the size of the demo's pretrained one; alone by train_pretrain.py, taught with kd.py
 data_dir = "out/demo/data"
-num_steps = 200
+num_steps = 150
 batch_size = 16                        # rows per step
 seq_len = 128
 lr = 4e-3
