@@ -13,7 +13,7 @@ body { font: 15px/1.5 system-ui, sans-serif; max-width: 1080px; margin: 2em auto
 h1 { font-size: 1.5em } h2 { font-size: 1.2em; margin-top: 2em }
 table { border-collapse: collapse; width: 100% } th { text-align: left; font-weight: 600 }
 th, td { padding: .3em .7em; border-bottom: 1px solid #ddd; vertical-align: top }
-.number { text-align: right; font-variant-numeric: tabular-nums }
+table:not(.samples) :nth-child(n + 3):is(td, th) { text-align: right; font-variant-numeric: tabular-nums }
 .samples { table-layout: fixed }
 .samples td { white-space: pre-wrap; overflow-wrap: anywhere; font-family: serif }
 .prompt { background: #f4f4f4; font-family: monospace } img { max-width: 100% } .note { color: #666 }
@@ -40,8 +40,8 @@ def curves(folder, names):
 def cells(values, kind="td"):
     """Texts and numbers -> HTML of a row"""
     return "<tr>" + "".join(
-        f'<{kind} class="number">{value:,.3f}</{kind}>' if isinstance(value, float) else
-        f"<{kind}>{html.escape(str(value))}</{kind}>" for value in values) + "</tr>"
+        f"<{kind}>{html.escape(f'{value:,.3f}' if isinstance(value, float) else str(value))}</{kind}>"
+        for value in values) + "</tr>"
 
 
 def write(folder, summary, samples, runs):
