@@ -507,6 +507,10 @@ def train_sentencepiece(lines, vocab_size):
             shuffle_input_sentence=True, num_threads=os.cpu_count(), minloglevel=2)
     except RuntimeError as error:
         most = re.search(r"value <= (\d+)", str(error))
+        if few := re.search(r"smaller than required_chars\. \d+ vs (\d+)", str(error)):
+            least = int(few[1]) + len(SPECIAL_TOKENS)
+            raise UserError(f"--vocab_size={vocab_size}: bytes and this text's characters alone take {least} "
+                            f"tokens; give more, such as {-(-2 * least // 1024) * 1024}") from None
         raise UserError(f"--vocab_size={vocab_size}: " + (
             f"this text has words for {int(most[1]) + len(SPECIAL_TOKENS)} tokens at most; "
             "lower it or give more text"

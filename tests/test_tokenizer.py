@@ -3,6 +3,7 @@ import base64
 import io
 import json
 import random
+import re
 
 import numpy as np
 import pytest
@@ -483,11 +484,11 @@ def test_a_known_name_loads_what_tiktoken_has(monkeypatch, tokenizers):
 
 
 @pytest.mark.parametrize("vocab_size, reason", [
-    (5, "SentencePiece refuses"), (10, "SentencePiece refuses"), (100, "SentencePiece refuses"),
+    (5, "SentencePiece refuses"), (10, "SentencePiece refuses"), (100, "bytes and this text"),
     (100_000, "this text has words for"),
 ])
 def test_a_vocabulary_size_that_cannot_be_is_refused(vocab_size, reason):
-    with pytest.raises(UserError, match=rf"^--vocab_size={vocab_size}: {reason} .+$"):
+    with pytest.raises(UserError, match=rf"^--vocab_size={vocab_size}: {reason}.+$"):
         train_sentencepiece(CORPUS[:5], vocab_size)
 
 
@@ -599,3 +600,14 @@ def test_a_batch_of_chats_is_each_of_them(tokenizers):
 def test_what_is_no_conversation_is_refused(messages, complaint):
     with pytest.raises(ValueError, match=complaint):
         encode_chat(load_tokenizer("bytes"), [messages])
+
+
+def test_a_vocabulary_smaller_than_the_alphabet_says_how_large_it_must_be():
+    """Chinese: thousands of characters"""
+    text = ["".join(chr(0x4E00 + (i * 7 + j) % 900) for j in range(40)) for i in range(400)]
+    with pytest.raises(UserError) as caught:
+        train_sentencepiece(text, 500)
+    found = re.search(r"this text's characters alone take (\d+) tokens; give more", str(caught.value))
+    least = int(found[1])
+    assert 900 < least < 1300
+    train_sentencepiece(text, least + 10)
