@@ -415,7 +415,7 @@ def refusal(source):
 
 
 @pytest.mark.parametrize("source, part", [
-    ("gpt5", "--tokenizer=gpt5: no such file, and not bytes or one of gpt2, "),
+    ("gpt5", "--tokenizer=gpt5: no such file or run, and not bytes or one of gpt2, "),
     ("p50k_edit", "--tokenizer=p50k_edit: not supported; use gpt2, cl100k_base or o200k_base"),
     ("no/such.model", "--tokenizer=no/such.model: cannot read no/such.model (No such file or directory)"),
     ("no/such_gpt2.tiktoken", "cannot read no/such_gpt2.tiktoken (No such file or directory)"),
