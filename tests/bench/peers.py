@@ -62,7 +62,8 @@ def their_step(B):
     tokens = torch.randint(0, MODEL_26M.vocab_size, (B, T + 1))
 
     def step():
-        peer(input_ids=tokens[:, :-1], labels=tokens[:, :-1], shift_labels=tokens[:, 1:]).loss.backward()
+        targets = tokens[:, 1:].contiguous()
+        peer(input_ids=tokens[:, :-1], labels=targets, shift_labels=targets).loss.backward()
         torch.nn.utils.clip_grad_norm_(peer.parameters(), 1.0)
         adamw.step()
         adamw.zero_grad(set_to_none=True)
