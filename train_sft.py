@@ -194,6 +194,7 @@ if __name__ == "__main__":
     image_flops, beside = 0, {}                                               # what estimate() needs to know
     if images:
         image_flops = model.vision.flops_per_image()
+    if images and cfg.dry_run:
         tokens, _, _, docs = train_data.batch(0)
         beside = dict(batch=(tokens, docs, train_data.images(0)), image_flops=image_flops)
 

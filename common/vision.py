@@ -95,7 +95,8 @@ class Vision(nn.Module):
         """UserError where training would move a buffer of the tower, which several ranks do not share"""
         if world_size == 1 or not isinstance(self.tower, nn.Module) or not self.tower.training:
             return
-        before = {name: buffer.clone() for name, buffer in self.tower.named_buffers()}
+        if not (before := {name: buffer.clone() for name, buffer in self.tower.named_buffers()}):
+            return
         with torch.no_grad():
             self.ask(lambda: self.tower(torch.ones(2, 3, *[self.image_size] * 2)))
         moved = [name for name, buffer in self.tower.named_buffers() if not buffer.equal(before[name])]

@@ -421,6 +421,7 @@ EXPECTED = {                                                  # what is not the 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_configs_are_understood_whole_or_refused_by_name(tmp_path, name):
+    """In the form that they are published in; several of the file's were written from memory"""
     (tmp_path / "config.json").write_text(json.dumps(PUBLISHED[name]))
     if name not in EXPECTED:
         with pytest.raises(UserError, match='model_type="olmoe": not supported'):
