@@ -14,6 +14,7 @@ experts 2101.03961 and 2401.06066.
 Shapes: B sequences, T positions, C channels, V vocabulary, H query heads, K key/value heads, D head dim,
 L layers, E experts.
 """
+import functools
 import inspect
 import math
 from dataclasses import dataclass, fields, replace
@@ -26,14 +27,15 @@ from torch.utils.checkpoint import checkpoint
 
 try:
     from torch.nn.attention.varlen import varlen_attn
-    VARLEN = "enable_gqa" in inspect.signature(varlen_attn).parameters    # torch 2.11 or newer
+    VARLEN = "window_size" in inspect.signature(varlen_attn).parameters   # torch 2.11 or newer
 except ImportError:
     VARLEN = False
 
 from common import dist
 from common.dist import UserError
 
-DENSE_MASK_LEN = 128                   # in rows up to this, a mask costs less than a call for each document
+DENSE_MASK_LEN = 128                   # in rows up to this, a mask costs less than a call for each document,
+DENSE_MASK_LEN_GPU = 2048              # on a GPU, where many small calls cost most: unless it has one for all
 
 
 @dataclass(frozen=True)
@@ -287,16 +289,29 @@ class Segments:
     """
     Causal attention within each of the documents that lie next to each other in rows, without a T x T mask:
     work and memory grow with what is attended. A branch sees the trunk before it as well: the last document
-    that is none. One kernel for all documents where the device has it and there are no branches, one call
-    each elsewhere, to the same result.
+    that is none. One kernel for all documents where the device has it, one call each elsewhere.
     """
     def __init__(self, first, branch=None):
         """first (B, T) bool: a document starts here; branch (B, T) bool: it is a branch"""
         starts = first.flatten().nonzero()[:, 0]                                   # rows one after the other
         self.borders = F.pad(starts, (0, 1), value=first.numel()).int()            # (documents + 1,)
         self.lengths = self.borders.diff().tolist()
-        self.is_branch = None if branch is None else branch.flatten()[starts].tolist()
+        self.is_branch = None if branch is None else branch.flatten()[starts]      # (documents,)
         self.masks = {}                                                            # of branches, by shape
+
+    @functools.cached_property
+    def keys(self):
+        """-> what the documents' queries see, one after the other: its places (N,), borders, longest"""
+        if self.is_branch is None:
+            return slice(None), self.borders, max(self.lengths)
+        own, starts = self.borders.diff(), self.borders[:-1]
+        trunk = torch.arange(len(own), device=own.device).masked_fill(self.is_branch, 0).cummax(0).values
+        before = torch.where(self.is_branch, own[trunk], 0)                        # of the trunk's places
+        borders = F.pad((before + own).cumsum(0), (1, 0)).int()
+        document = torch.arange(len(own), device=own.device).repeat_interleave(borders.diff())
+        n = torch.arange(len(document), device=own.device) - borders[document]     # of a document's keys
+        places = n + torch.where(n < before[document], starts[trunk][document], (starts - before)[document])
+        return places, borders, int(borders.diff().max())
 
     def mask(self, n, S, device):
         """(n, S) bool, True = may look: the n last of S positions, each up to itself"""
@@ -307,17 +322,17 @@ class Segments:
     def attend(self, qk, v, H, dropout):
         """qk (B, T, H + K, D), v (B, T, K, D) -> (B, T, H * D)"""
         B, T, K, D = v.shape
-        if not dropout and self.is_branch is None and varlen_kernel(qk):
+        if not dropout and varlen_kernel(qk.device, qk.dtype, D):
+            places, borders, longest = self.keys
             q, k = qk.flatten(0, 1).split([H, K], dim=1)                           # (B * T, H or K, D)
-            longest = max(self.lengths)
-            y = varlen_attn(q, k, v.flatten(0, 1), self.borders, self.borders, longest, longest,
-                            window_size=(-1, 0), enable_gqa=H != K)                # causal
-            return y.reshape(B, T, H * D)
-        out, trunk = [], None
+            k, v = (x[places, :, None].expand(-1, K, H // K, D).flatten(1, 2) for x in (k, v.flatten(0, 1)))
+            y = varlen_attn(q, k, v, self.borders, borders, max(self.lengths), longest, window_size=(-1, 0))
+            return y.reshape(B, T, H * D)                     # causal: the last query sees the last key
+        out, trunk, is_branch = [], None, [] if self.is_branch is None else self.is_branch.tolist()
         for i, (qk, v) in enumerate(zip(*(x.flatten(0, 1).split(self.lengths) for x in (qk, v)))):
             q, k = qk.transpose(0, 1)[None].split([H, K], dim=1)                   # (1, H or K, n, D)
             v, mask = v.transpose(0, 1)[None], None
-            if self.is_branch and self.is_branch[i]:
+            if is_branch and is_branch[i]:
                 k, v = (torch.cat(pair, dim=2) for pair in zip(trunk, (k, v)))     # (1, K, trunk + n, D)
                 mask = self.mask(q.shape[2], k.shape[2], q.device)
             else:
@@ -350,10 +365,10 @@ def documents(docs, branch=None):
     return first, positions, number, number.gather(1, trunk_start)
 
 
-def varlen_kernel(x):
-    """Whether torch has FlashAttention for documents in a row of this tensor (..., D)"""
-    return (VARLEN and x.is_cuda and x.dtype in (torch.float16, torch.bfloat16) and x.shape[-1] % 8 == 0
-            and x.shape[-1] <= 256 and torch.cuda.get_device_capability(x.device) >= (8, 0))
+def varlen_kernel(device, dtype, D):
+    """Whether torch has FlashAttention for documents in a row of heads of D channels there"""
+    return (VARLEN and device.type == "cuda" and dtype in (torch.float16, torch.bfloat16) and D % 8 == 0
+            and D <= 256 and torch.cuda.get_device_capability(device) >= (8, 0))
 
 
 class MLP(nn.Module):
@@ -565,7 +580,7 @@ class GPT(nn.Module):
                              "follows the length of the whole row")
         if docs is not None:
             first, positions, number, trunk = documents(docs, branch)
-            if T <= DENSE_MASK_LEN or torch.compiler.is_compiling():
+            if T <= self.longest_mask() or torch.compiler.is_compiling():
                 seen = number[:, None, :]                                          # (B, 1, T)
                 mask = ((seen == number[:, :, None]) | (seen == trunk[:, :, None])).tril()[:, None]
             else:
@@ -639,10 +654,19 @@ class GPT(nn.Module):
 
     def new_cache(self, B, T):
         """An empty KVCache for B sequences of up to T positions, in the dtype that attention computes in."""
-        weight, c = self.embed.weight, self.config
-        kind = weight.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-        return KVCache((c.n_layer, B, c.n_kv_head, T, c.head_dim), weight.device, dtype)
+        c = self.config
+        return KVCache((c.n_layer, B, c.n_kv_head, T, c.head_dim), self.head.device, self.attention_dtype())
+
+    def attention_dtype(self):
+        kind = self.head.device.type
+        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.head.dtype
+
+    def longest_mask(self):
+        """Rows of documents that are longer than this are attended document by document"""
+        c, device = self.config, self.head.device
+        dropout = self.training and c.attn_dropout
+        kernel = not dropout and varlen_kernel(device, self.attention_dtype(), c.head_dim)
+        return DENSE_MASK_LEN if kernel or device.type == "cpu" else DENSE_MASK_LEN_GPU
 
     def num_parameters(self):
         return sum(p.numel() for p in self.parameters())

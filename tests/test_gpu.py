@@ -79,23 +79,25 @@ def test_loss_and_gradients_equal_the_cpus(kind, T, layout):
         assert max(relative(low_gradients[name], g) for name, g in gradients.items()) < 0.1
 
 
-@pytest.mark.skipif(not model_module.VARLEN, reason="this torch has no varlen_attn with GQA")
-def test_documents_in_one_kernel_equal_one_call_each(monkeypatch):
+@pytest.mark.skipif(not model_module.VARLEN, reason="no varlen_attn in torch before 2.11")
+@pytest.mark.parametrize("layout", ["documents", "branches"])
+def test_documents_in_one_kernel_equal_one_call_each(monkeypatch, layout):
     torch.manual_seed(0)
     model = GPT(CONFIG).cuda()
-    tokens, *rest = batch(400, "documents")
+    tokens, *rest = batch(400, layout)
     calls, kernel = [], model_module.varlen_attn
     monkeypatch.setattr(model_module, "varlen_attn", lambda *a, **k: calls.append(1) or kernel(*a, **k))
     with torch.autocast("cuda", torch.bfloat16):
         loss, one = loss_and_gradients(model, (tokens, *rest))
         assert len(calls) == CONFIG.n_layer
-        docs, other = rest[2], tokens.clone()
-        other[docs != 0] = 7                                  # what the first document sees is the same
-        with torch.no_grad():
-            a, b = (model(x.cuda(), docs.cuda())[docs.cuda() == 0] for x in (tokens, other))
+        docs, other = rest[2].cuda(), tokens.cuda()
+        with torch.no_grad():                                 # what the first document sees is the same
+            a, b = (model(x, docs, branch=None if rest[3] is None else rest[3].cuda())[docs == 0]
+                    for x in (other, torch.where(docs == 0, other, 7)))
         assert torch.equal(a, b)
         model.zero_grad()
-        monkeypatch.setattr(model_module, "varlen_kernel", lambda x: False)
+        monkeypatch.setattr(model_module, "varlen_kernel", lambda *args: False)
+        monkeypatch.setattr(model_module, "DENSE_MASK_LEN_GPU", 0)
         loss_each, each = loss_and_gradients(model, (tokens, *rest))
     assert loss == pytest.approx(loss_each, rel=1e-3)
     assert max(relative(one[name], g) for name, g in each.items()) < 0.03

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from common.dist import UserError
 from common.model import (
     DENSE_MASK_LEN,
+    DENSE_MASK_LEN_GPU,
     GPT,
     ModelConfig,
     RMSNorm,
@@ -657,29 +658,28 @@ def test_a_number_that_comes_again_in_a_row_is_another_document(path):
 
 class OnGPU:
     """Stands for a tensor that lies on a GPU, in 16 bits: `attend` asks no more of it than this."""
-    is_cuda, dtype, device = True, torch.bfloat16, torch.device("cuda:0")
+    dtype, device = torch.bfloat16, torch.device("cuda:0")
 
     def __init__(self, tensor):
         self.flatten, self.shape = tensor.flatten, tensor.shape
 
 
-def varlen_reference(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size, enable_gqa):
+def varlen_reference(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size):
     """torch.nn.attention.varlen.varlen_attn for documents, head by head; asserts what its kernel demands."""
-    (total, H, D), (_, K, _), borders = query.shape, key.shape, cu_seq_q.tolist()
-    assert key.shape == value.shape == (total, K, D) and (enable_gqa or H == K)
+    (total, H, D), borders, key_borders = query.shape, cu_seq_q.tolist(), cu_seq_k.tolist()
+    assert key.shape == value.shape == (key_borders[-1], H, D)
     assert all(x.stride(-1) == 1 for x in (query, key, value))
-    assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32 and cu_seq_k.tolist() == borders
-    assert borders[0] == 0 and borders[-1] == total and window_size[0] == -1
+    assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32 and len(borders) == len(key_borders)
+    assert borders[0] == key_borders[0] == 0 and borders[-1] == total and window_size == (-1, 0)
+    assert max_q == cu_seq_q.diff().max() and max_k == cu_seq_k.diff().max()
     out = torch.zeros_like(query)
-    for start, end in zip(borders, borders[1:]):
-        n = end - start
-        assert 0 < n <= max_q == max_k
-        ahead = torch.arange(n) - torch.arange(n)[:, None]                        # (n, n), > 0: in the future
-        hidden = ahead > window_size[1] if window_size[1] >= 0 else torch.zeros(n, n, dtype=torch.bool)
+    for start, end, first, last in zip(borders, borders[1:], key_borders, key_borders[1:]):
+        n, S = end - start, last - first
+        assert 0 < n <= S                                     # the last query sees the last key
+        hidden = torch.ones(n, S, dtype=torch.bool).triu(S - n + 1)
         for h in range(H):
-            q, k, v = (x[start:end, i] for x, i in ((query, h), (key, h * K // H), (value, h * K // H)))
-            scores = (q @ k.T / D ** 0.5).masked_fill(hidden, -torch.inf)
-            out[start:end, h] = scores.softmax(-1) @ v
+            scores = (query[start:end, h] @ key[first:last, h].T / D ** 0.5).masked_fill(hidden, -torch.inf)
+            out[start:end, h] = scores.softmax(-1) @ value[first:last, h]
     return out
 
 
@@ -690,7 +690,7 @@ def on_gpu(monkeypatch):
 
     @functools.wraps(varlen_reference)
     def varlen_attn(*args, **kwargs):
-        calls.append(kwargs)
+        calls.append(args)
         return varlen_reference(*args, **kwargs)
     monkeypatch.setattr("common.model.varlen_attn", varlen_attn, raising=False)
     monkeypatch.setattr("common.model.VARLEN", True)
@@ -703,7 +703,7 @@ def on_gpu(monkeypatch):
 def test_one_kernel_for_all_documents_gives_the_same_as_each_alone(on_gpu, heads):
     model = tiny_model(n_kv_head=HEADS[heads])
     logits, grads = logits_and_gradients(model, [long_rows()])
-    assert on_gpu == [dict(window_size=(-1, 0), enable_gqa=heads != "MHA")] * 2   # once a layer
+    assert len(on_gpu) == 2                                   # once a layer
     expected = alone(model)
     torch.testing.assert_close(logits, expected[0], atol=1e-5, rtol=1e-5)
     assert_gradients_close(grads, expected[1], 1e-5)
@@ -736,7 +736,9 @@ def test_the_kernel_of_torch_takes_and_gives_what_is_expected(monkeypatch):
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (8, 0))
     segments = Segments(torch.tensor([[1, 0, 0, 1, 0], [1, 0, 1, 0, 0]]).bool())
     assert segments.borders.tolist() == [0, 3, 5, 7, 10] and segments.lengths == [3, 2, 2, 3]
+    places, borders, longest = segments.keys
     segments.borders = segments.borders.to("meta")
+    segments.keys = places, borders.to("meta"), longest
     for K in (2, 4):
         qk = torch.empty(2, 5, 4 + K, 8, dtype=torch.bfloat16, device="meta", requires_grad=True)
         v = torch.empty(2, 5, K, 8, dtype=torch.bfloat16, device="meta", requires_grad=True)
@@ -857,12 +859,27 @@ def test_a_compiled_model_computes_branches_in_one_graph_to_the_same_result(monk
                                    atol=1e-5, rtol=1e-5)
 
 
-def test_where_documents_branch_each_has_a_call_to_the_same_result(on_gpu, monkeypatch):
+@pytest.mark.parametrize("heads", HEADS)
+def test_one_kernel_for_trunks_and_branches_gives_the_same_as_each_alone(on_gpu, monkeypatch, heads):
     monkeypatch.setattr("common.model.DENSE_MASK_LEN", 0)
-    model = tiny_model()
-    logits, _ = in_trees(model)
-    assert on_gpu == []
-    torch.testing.assert_close(logits, each_branch_alone(model)[0], atol=1e-5, rtol=1e-5)
+    model = tiny_model(n_kv_head=HEADS[heads])
+    logits, grads = in_trees(model)
+    assert len(on_gpu) == 2                                   # once a layer
+    expected = each_branch_alone(model)
+    torch.testing.assert_close(logits, expected[0], atol=1e-5, rtol=1e-5)
+    assert_gradients_close(grads, expected[1], 1e-5)
+
+
+def test_a_gpu_without_that_kernel_has_a_mask_for_rows_that_are_not_too_long(monkeypatch):
+    model = tiny_model(attn_dropout=0.1).bfloat16().eval()
+    assert model.longest_mask() == DENSE_MASK_LEN
+    monkeypatch.setattr(type(model), "head", OnGPU(torch.empty(1)))
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr("common.model.VARLEN", True)
+    assert model.longest_mask() == DENSE_MASK_LEN
+    assert model.train().longest_mask() == DENSE_MASK_LEN_GPU                    # no dropout in the kernel
+    monkeypatch.setattr("common.model.VARLEN", False)
+    assert model.eval().longest_mask() == DENSE_MASK_LEN_GPU
 
 
 # -----------------------------------------------------------------------------

@@ -6,10 +6,13 @@ Speed and memory on an NVIDIA GPU, in turns with transformers' LlamaForCausalLM 
     gemm        a large matrix product in bfloat16: what is there to be had
     step        a training step of 124 M parameters (GPT-2's size), 16 x 1024 tokens in bfloat16, with
                 torch.compile and without; their loss is the model's own, their optimizer AdamW(fused=True)
-    documents   the same step on rows of documents that do not see each other, in one kernel and under a mask
+    documents   the same step on rows of documents that do not see each other: in one kernel, under a mask
+    branches    forward and backward of 16 prompts of 256 tokens with 8 answers of 256 each, a prompt once: in
+                one kernel, in one call for each answer, and against a row for each answer
     estimate    what --dry_run=true says of the memory of that step, against its peak
     generate    256 tokens after 64, for 1 and for 64 prompts, in bfloat16
 """
+import gc
 import sys
 from functools import partial
 
@@ -96,7 +99,7 @@ def bench_step():
             memory.append(peak(steps[-1]) - before)
         ours, theirs = (BATCH * MODEL_124M.seq_len * 5 / s for s in alternate(*map(timed, steps), repeats=5))
         del steps
-        torch.cuda.empty_cache()
+        gc.collect()
         print(f"step: 124 M, {BATCH} x 1024, compile={compile}: ours {ours:,.0f} tok/s "
               f"({ours * flops / 1e12:.0f} TFLOP/s, {memory[0]:,.0f} MiB), transformers {theirs:,.0f} tok/s "
               f"({memory[1]:,.0f} MiB), {ours / theirs:.2f}x", flush=True)
@@ -106,14 +109,48 @@ def bench_documents():
     docs = (torch.rand(BATCH, MODEL_124M.seq_len, device="cuda") < 4 / MODEL_124M.seq_len).cumsum(dim=1)
     steps = [our_step(False), our_step(False, docs)]
     whole, one = alternate(*map(timed, steps), repeats=5)
-    kernel, model_module.DENSE_MASK_LEN = model_module.DENSE_MASK_LEN, MODEL_124M.seq_len
+    model_module.DENSE_MASK_LEN, before = MODEL_124M.seq_len, model_module.DENSE_MASK_LEN
     whole_2, mask = alternate(*map(timed, steps), repeats=5)
-    model_module.DENSE_MASK_LEN = kernel
+    model_module.DENSE_MASK_LEN = before
     print(f"documents: about 5 in a row of 1024: in one kernel {one / whole:.2f} of the time of whole rows, "
           f"under a mask {mask / whole_2:.2f}")
 
 
+def bench_branches(P=16, G=8, prompt=256, answer=256):
+    torch.manual_seed(0)
+    model = GPT(MODEL_124M).cuda()
+    prompts = torch.randint(0, 50304, (P, prompt), device="cuda")
+    answers = torch.randint(0, 50304, (P, G, answer), device="cuda")
+    shared = torch.cat([prompts, answers.flatten(1)], dim=1).view(1, -1)
+    lengths = torch.tensor([prompt] + [answer] * G)
+    place = torch.arange(G + 1).repeat_interleave(lengths).repeat(P)[None].cuda()         # 0: the prompt
+    docs = place + (G + 1) * torch.arange(P, device="cuda").repeat_interleave(prompt + G * answer)
+    rows = torch.cat([prompts[:, None].expand(-1, G, -1), answers], dim=2).flatten(0, 1)
+
+    def update(hidden):
+        losses.token_logps(hidden, model.head, answers.flatten()).sum().backward()
+
+    def in_one_row():
+        with torch.autocast("cuda", torch.bfloat16):
+            update(model(shared, docs, branch=place > 0)[place > 0])
+
+    def in_calls():
+        kernel, model_module.varlen_kernel = model_module.varlen_kernel, lambda *args: False
+        in_one_row()
+        model_module.varlen_kernel = kernel
+
+    def in_rows():
+        with torch.autocast("cuda", torch.bfloat16):
+            update(model(rows)[:, prompt:].flatten(0, 1))
+    times = alternate(*(timed(f, 2) for f in (in_one_row, in_calls, in_rows)), repeats=5)
+    one, calls, plain = (seconds / 2 * 1000 for seconds in times)
+    memory = [peak(f) for f in (in_one_row, in_rows)]
+    print(f"branches: in one kernel {one:.0f} ms, a call each {calls:.0f} ms, a row each {plain:.0f} ms: "
+          f"{plain / one:.2f}x; peak memory {memory[1]:,.0f} -> {memory[0]:,.0f} MiB")
+
+
 def bench_estimate():
+    gc.collect()                                              # hooks of models before make cycles
     start = torch.cuda.memory_allocated()
     model = GPT(MODEL_124M).cuda()
     optimizer = ShardedOptimizer(optim.parameter_groups(model))
@@ -122,7 +159,7 @@ def bench_estimate():
     _, kept = measure(model, partial(model, tokens), torch.autocast("cuda", torch.bfloat16))
     told = (8 * parameters + optimizer.state_bytes() + kept) / 2**20
     del model, optimizer
-    torch.cuda.empty_cache()
+    gc.collect()
     step = our_step(False)
     step()
     most = peak(step) - start / 2**20
@@ -150,7 +187,7 @@ def bench_generate(new=256):
 if __name__ == "__main__":
     torch.set_float32_matmul_precision("high")                # as dist.init does
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
-    benches = dict(gemm=bench_gemm, step=bench_step, documents=bench_documents, estimate=bench_estimate,
-                   generate=bench_generate)
+    benches = dict(gemm=bench_gemm, step=bench_step, documents=bench_documents, branches=bench_branches,
+                   estimate=bench_estimate, generate=bench_generate)
     for name in sys.argv[1:] or benches:
         benches[name]()
