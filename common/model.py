@@ -655,15 +655,17 @@ class GPT(nn.Module):
     def new_cache(self, B, T):
         """An empty KVCache for B sequences of up to T positions, in the dtype that attention computes in."""
         c = self.config
-        return KVCache((c.n_layer, B, c.n_kv_head, T, c.head_dim), self.head.device, self.attention_dtype())
+        return KVCache((c.n_layer, B, c.n_kv_head, T, c.head_dim), self.embed.weight.device,
+                       self.attention_dtype())
 
     def attention_dtype(self):
-        kind = self.head.device.type
-        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.head.dtype
+        weight = self.embed.weight
+        kind = weight.device.type
+        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
 
     def longest_mask(self):
         """Rows of documents that are longer than this are attended document by document"""
-        c, device = self.config, self.head.device
+        c, device = self.config, self.embed.weight.device
         dropout = self.training and c.attn_dropout
         kernel = not dropout and varlen_kernel(device, self.attention_dtype(), c.head_dim)
         return DENSE_MASK_LEN if kernel or device.type == "cpu" else DENSE_MASK_LEN_GPU

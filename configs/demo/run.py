@@ -10,7 +10,9 @@ Writes out/demo/
     summary.json    for every stage what was measured, before and after, and its seconds
     log.txt         all that the scripts have printed
 """
+import functools
 import json
+import platform
 import re
 import shutil
 import subprocess
@@ -24,6 +26,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 
 import lines  # noqa: E402  (data/lines.py; the root must be on the path first)
 import report  # noqa: E402  (beside this file)
+import torch  # noqa: E402
 
 from common import dist  # noqa: E402
 from common.logger import short_time  # noqa: E402
@@ -33,7 +36,7 @@ from sample import load  # noqa: E402
 
 OUT = Path("out/demo")
 CORPUS = "data/shakespeare"
-SECONDS = dict(prepare=12, pretrain=260, sft=100, dpo=70, grpo=110, kd=80)   # on two CPU cores, about
+SECONDS = dict(prepare=14, pretrain=200, sft=125, dpo=85, grpo=120, kd=95)   # on two CPU cores, about
 
 
 class Progress:
@@ -117,6 +120,7 @@ def metrics(stage, key):
     return [row[key] for row in rows if key in row]
 
 
+@functools.cache
 def lines_met(run, temperature, num_samples):
     """How a run's replies to the held-out requests do -> (shares of each part and of "all", requests)"""
     model, tokenizer = load(str(ROOT / OUT / run), "cpu")
@@ -185,7 +189,8 @@ def dpo(watch):
 
 
 def grpo(watch):
-    run(watch, "train_grpo.py", "configs/demo/grpo.py", "--resume=true")
+    x86 = platform.machine() in ("x86_64", "AMD64") and not torch.cuda.is_available()
+    run(watch, "train_grpo.py", "configs/demo/grpo.py", f"--packed={str(x86).lower()}", "--resume=true")
     before, n = lines_met("dpo", 1.0, 4)
     after, _ = lines_met("grpo", 1.0, 4)
     return [measure(f"whole request met, T = 1, {n} x 4", before["all"], after["all"]),
