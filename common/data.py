@@ -120,14 +120,14 @@ class TokenData:
         docs    with doc_mask: the document's number in the row; what follows the end token is not a target
 
     num_samples     rows per epoch, of num_tokens tokens; total: rows that a run may use (later ones are
-                    masked), None = no end
+                    masked)
     mean_context    positions that a token's attention spans; target_frac: of tokens; both for their cost
     view            what else decides on the meaning of a loss, by name
     tokens are checked against vocab_size as they are read.
     """
 
     def __init__(self, data_dir, split, seq_len, micro_batch_size, rank=0, world_size=1, device="cpu", seed=0,
-                 doc_mask=False, total=None):
+                 doc_mask=False, total=math.inf):
         meta = read_split(data_dir, split, "text")
         self.path = os.path.join(data_dir, f"{split}.npy")
         self.tokens = open_array(self.path, meta["splits"][split]["tokens"])
@@ -142,9 +142,8 @@ class TokenData:
         self.num_tokens, self.mean_context, self.target_frac = self.num_samples * seq_len, seq_len, 1.0
         self.view = dict(doc_mask=doc_mask)
         self.seq_len, self.micro_batch_size = seq_len, micro_batch_size
-        self.rank, self.world_size = rank, world_size
+        self.rank, self.world_size, self.total = rank, world_size, total
         self.device, self.seed, self.doc_mask = torch.device(device), seed, doc_mask
-        self.total = math.inf if total is None else total
 
     def sample_ids(self, i):
         """Which windows make micro-batch i here: (B,) sample numbers in their epoch, and which count."""
@@ -224,7 +223,7 @@ class ChatData:
     """
 
     def __init__(self, data_dir, split, seq_len, micro_batch_size, rank=0, world_size=1, device="cpu", seed=0,
-                 mask_prompt=True, total=None, with_images=False):
+                 mask_prompt=True, total=math.inf, with_images=False):
         meta = read_split(data_dir, split, "chat")
         if "images" in meta and not with_images:
             raise UserError(f"--data_dir={data_dir}: a set with images; only train_sft.py learns from these")
@@ -243,9 +242,8 @@ class ChatData:
         self.doc_mask, self.view = True, dict(mask_prompt=mask_prompt)
         self.vocab_size, self.pad, self.mask_prompt = meta["vocab_size"], meta["pad"], mask_prompt
         self.seq_len, self.micro_batch_size = seq_len, micro_batch_size
-        self.rank, self.world_size = rank, world_size
+        self.rank, self.world_size, self.total = rank, world_size, total
         self.device, self.seed = torch.device(device), seed
-        self.total = math.inf if total is None else total
         self.image, self.images_per_token = None, None        # id of the token that stands for images
         if "images" in meta:
             self._open_images(data_dir, split, meta["images"], meta["splits"][split])
@@ -431,7 +429,7 @@ class PairData:
     """
 
     def __init__(self, data_dir, split, seq_len, micro_batch_size, rank=0, world_size=1, device="cpu", seed=0,
-                 total=None):
+                 total=math.inf):
         meta = read_split(data_dir, split, "pairs")
         self.num_samples = meta["splits"][split]["pairs"]
         self.path, self.tokens, self.learn, self.offsets = open_examples(
@@ -450,9 +448,8 @@ class PairData:
         self.mean_context = float(attended.sum() / self.num_tokens)
         self.target_frac, self.view = int((np.asarray(self.learn) != 0).sum()) / self.num_tokens, {}
         self.vocab_size, self.doc_mask, self.micro_batch_size = meta["vocab_size"], True, micro_batch_size
-        self.rank, self.world_size = rank, world_size
+        self.rank, self.world_size, self.total = rank, world_size, total
         self.device, self.seed = torch.device(device), seed
-        self.total = math.inf if total is None else total
 
     def batch(self, i):
         position = positions(i, self)
@@ -483,7 +480,7 @@ class PromptData:
     """
 
     def __init__(self, data_dir, split, seq_len, micro_batch_size, rank=0, world_size=1, device="cpu", seed=0,
-                 total=None):
+                 total=math.inf):
         meta = read_split(data_dir, split, "prompts")
         self.num_samples, self.num_tokens = (meta["splits"][split][name] for name in ("prompts", "tokens"))
         self.path, self.tokens, _, self.offsets = open_examples(data_dir, split, self.num_tokens,
@@ -504,9 +501,8 @@ class PromptData:
                             f"{meta['vocab_size']}; prepare the set again")
         self.mean_context, self.target_frac = self.num_tokens / self.num_samples, 1.0
         self.doc_mask, self.view, self.micro_batch_size = True, {}, micro_batch_size
-        self.rank, self.world_size = rank, world_size
+        self.rank, self.world_size, self.total = rank, world_size, total
         self.device, self.seed = torch.device(device), seed
-        self.total = math.inf if total is None else total
 
     def batch(self, i):
         places = positions(i, self)

@@ -202,6 +202,14 @@ def stop_requested():
     return bool(all_sum(len(_stop_signal)).item())
 
 
+def short_time(seconds):
+    """75 -> 1m15s"""
+    hours, rest = divmod(int(seconds), 3600)
+    if hours:
+        return f"{hours}h{rest // 60:02d}m"
+    return f"{rest // 60}m{rest % 60:02d}s" if rest >= 60 else f"{rest}s"
+
+
 # -----------------------------------------------------------------------------
 # numbers about the device
 

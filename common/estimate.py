@@ -87,16 +87,11 @@ def estimate(model, optimizer, data, cfg, num_steps, autocast, token_flops, mode
             f"{flops:.2e} FLOPs",
         memory=f"{sum(memory.values()) / 2**20:,.0f} MiB a rank: {share}; torch and some logits come on top",
         speed=f"{speed / 1e9:,.1f} GFLOP/s a rank, measured on {shape[0]} x {shape[1]} tokens",
-        time=f"{_time(flops / speed / ranks)} of updates"
-             + f", {_time(rollout_s)} of rollouts" * bool(rollout)
+        time=f"{dist.short_time(flops / speed / ranks)} of updates"
+             + f", {dist.short_time(rollout_s)} of rollouts" * bool(rollout)
              + "; evaluation, samples and saving come on top")
     return "\n".join([*(f"{name:<10}{text}" for name, text in rows.items()),
                       "Nothing was written. Leave out --dry_run to train."])
-
-
-def _time(seconds):
-    hours, minutes = int(seconds // 3600), int(seconds % 3600 // 60)
-    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{int(seconds % 60):02d}s"
 
 
 def bytes_per_parameter(param_dtype, slots, shards):

@@ -180,7 +180,7 @@ class Logger:
             line += f" | {name.removeprefix('grad_')} " + (
                 f"{value:.1e}" if name == "lr" else f"{value:.4f}" if name == "loss" else f"{value:.4g}")
         line += f" | {speed / 1000:.1f}k tok/s" + (f" | mfu {mfu:.0%}" if math.isfinite(mfu) else "")
-        self.print(line + f" | eta {short_time((self.num_steps - step - 1) * tokens / speed)}")
+        self.print(line + f" | eta {dist.short_time((self.num_steps - step - 1) * tokens / speed)}")
         self.interval_tokens = self.interval_seconds = 0.0
 
     def count_skipped(self, step, finite, skipped, most):
@@ -200,14 +200,6 @@ class Logger:
 def printable(text):
     """Text for a terminal, which control characters that a young model writes would move or colour"""
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text)
-
-
-def short_time(seconds):
-    """75 -> 1m15s"""
-    hours, rest = divmod(int(seconds), 3600)
-    if hours:
-        return f"{hours}h{rest // 60:02d}m"
-    return f"{rest // 60}m{rest % 60:02d}s" if rest >= 60 else f"{rest}s"
 
 
 class Timer:

@@ -654,14 +654,12 @@ class GPT(nn.Module):
 
     def new_cache(self, B, T):
         """An empty KVCache for B sequences of up to T positions, in the dtype that attention computes in."""
-        c = self.config
-        return KVCache((c.n_layer, B, c.n_kv_head, T, c.head_dim), self.embed.weight.device,
-                       self.attention_dtype())
+        c, device = self.config, self.embed.weight.device
+        return KVCache((c.n_layer, B, c.n_kv_head, T, c.head_dim), device, self.attention_dtype())
 
     def attention_dtype(self):
-        weight = self.embed.weight
-        kind = weight.device.type
-        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        kind, dtype = self.embed.weight.device.type, self.embed.weight.dtype
+        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else dtype
 
     def longest_mask(self):
         """Rows of documents that are longer than this are attended document by document"""

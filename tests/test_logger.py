@@ -7,8 +7,8 @@ import sys
 import pytest
 from conftest import ROOT
 
-from common.dist import UserError
-from common.logger import Logger, short_time
+from common.dist import UserError, short_time
+from common.logger import Logger
 
 
 def new(folder, **kwargs):

@@ -5,9 +5,11 @@ Three processes start once for the whole file. Every case (a function below) run
 each time with a process group of its own, and returns plain values, which the tests at the end compare.
 """
 import copy
+import gc
 import itertools
 import math
 import traceback
+import weakref
 from datetime import timedelta
 from fractions import Fraction
 from functools import cache
@@ -642,6 +644,18 @@ def test_lion_and_muon_give_the_same_weights_in_every_layout(results, layout, na
     alone = results(other_rules, (1, False))[0][name]
     for value in results(other_rules, layout):
         assert_close(value[name], alone)
+
+
+def test_an_optimizer_that_is_dropped_is_gone():
+    """Hooks of its parameters that held on to it would keep weights, gradients and state for good."""
+    model = nn.Linear(3, 3)
+    optimizer = ShardedOptimizer(parameter_groups(model))
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    alive = weakref.ref(optimizer)
+    del optimizer, model
+    gc.collect()
+    assert alive() is None
 
 
 def test_parameters_of_one_group_must_share_their_dtype():

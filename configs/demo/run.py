@@ -29,7 +29,7 @@ import report  # noqa: E402  (beside this file)
 import torch  # noqa: E402
 
 from common import dist  # noqa: E402
-from common.logger import short_time  # noqa: E402
+from common.dist import short_time  # noqa: E402
 from common.sampling import SamplingConfig, complete  # noqa: E402
 from common.tokenizer import encode_chat  # noqa: E402
 from sample import load  # noqa: E402
