@@ -36,7 +36,7 @@ from sample import load  # noqa: E402
 
 OUT = Path("out/demo")
 CORPUS = "data/shakespeare"
-SECONDS = dict(prepare=14, pretrain=200, sft=125, dpo=85, grpo=120, kd=95)   # on two CPU cores, about
+SECONDS = dict(prepare=12, pretrain=180, sft=135, dpo=75, grpo=115, kd=75)   # on two CPU cores, about
 
 
 class Progress:
