@@ -90,10 +90,10 @@ def draw(runs, out, smooth=1):
         axes.set_title(title, fontsize=10)
         axes.tick_params(labelsize=8)
         axes.grid(alpha=0.3)
-        if i == 0:
-            axes.legend(fontsize=7)
         if i >= len(panels) - columns:
             axes.set_xlabel("steps", fontsize=8)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper left", ncols=2 * columns,
+                  fontsize=8)
     try:
         figure.savefig(out, dpi=110)
     except (OSError, ValueError) as error:
