@@ -182,13 +182,13 @@ if __name__ == "__main__":
 
     # -------------------------------------------------------------------------
     # data, rewards
-    updates = cfg.updates_per_rollout
-    steps = (cfg.save_every, cfg.num_steps, cfg.eval_every)
+    updates, steps = cfg.updates_per_rollout, (cfg.save_every, cfg.num_steps, cfg.eval_every)
     if updates < 1 or any(number % updates for number in steps) or updates > 1 and cfg.num_epochs:
         raise UserError(f"--updates_per_rollout={updates}: at least 1, and --save_every, --eval_every and "
                         "--num_steps (not --num_epochs) must be multiples of it: checkpoints hold no rollout")
     if cfg.max_new_tokens >= cfg.seq_len or cfg.temperature <= 0 or cfg.num_samples < 2:
-        raise UserError("--max_new_tokens, --temperature, --num_samples: expected < --seq_len, > 0, >= 2")
+        raise UserError(f"--max_new_tokens={cfg.max_new_tokens} --temperature={cfg.temperature} "
+                        f"--num_samples={cfg.num_samples}: expected < --seq_len={cfg.seq_len}, > 0, >= 2")
     rewards = {name: load_function("reward", name) for name in cfg.reward}
     env_step = load_function("env", cfg.env) if cfg.env else None
     if cfg.reward_weights and len(cfg.reward_weights) != len(rewards):

@@ -199,7 +199,7 @@ def latest(out_dir):
             except UserError as error:
                 print(f"warning: {error}; trying the one before", file=sys.stderr, flush=True)
         if steps(out_dir):
-            raise UserError(f"{out_dir}: none of its checkpoints is whole; move them away to start again")
+            raise UserError(f"{out_dir}: none of its checkpoints is whole; train it again, in a new folder")
         return None
     return dist.from_rank_zero(search)
 
@@ -207,7 +207,7 @@ def latest(out_dir):
 def find(path):
     """path: a run directory (its latest whole checkpoint) or one checkpoint folder -> the folder, verified"""
     if not os.path.isdir(path):
-        raise UserError(f"{path}: no such run or checkpoint")
+        raise UserError(f"{path}: no such run or checkpoint; expected a stage's --out_dir, or a step_* in it")
     if os.path.exists(os.path.join(path, MANIFEST)):
         dist.from_rank_zero(lambda: verify(path) and None)
         return path
@@ -261,9 +261,9 @@ def resume(folder, identity, optimizer, num_steps):
     change between the parts of a run; UserError where it has, or the run is past num_steps.
     """
     manifest = read_manifest(folder)
-    if manifest["identity"] != identity:
-        raise UserError(f"--resume: the run has {manifest['identity']}, not {identity}; "
-                        "give it the same options and data")
+    old = manifest["identity"]
+    if other := [f"{name}={old.get(name)}" for name in old | identity if old.get(name) != identity.get(name)]:
+        raise UserError(f"--resume: the run has {', '.join(other)}; give it the same options and data")
     if manifest["step"] > num_steps:
         raise UserError(f"--num_steps={num_steps}: the run is at step {manifest['step']} already")
     load_optimizer(folder, optimizer)

@@ -492,10 +492,10 @@ class PromptData:
         if borders[0] or borders[-1] != len(self.rows) or np.diff(borders).min() < 1 or \
                 self.rows.dtype != np.uint8:
             raise UserError(f"{self.path}: its row offsets do not fit; prepare the set again")
-        longest = int(np.diff(self.offsets).max())
-        if longest > seq_len:
+        if (longest := int(np.diff(self.offsets).max())) > seq_len:
             raise UserError(f"--seq_len: prompts have up to {longest} tokens, {seq_len} fit with an answer; "
-                            f"raise it, or prepare the set with --max_len={seq_len} --long_rows=skip")
+                            f"raise it, or lower --max_new_tokens, or prepare with --max_len={seq_len} "
+                            "--long_rows=skip")
         if self.tokens.max() >= meta["vocab_size"]:
             raise UserError(f"{self.path}: token id {self.tokens.max()} is there, but the vocabulary has "
                             f"{meta['vocab_size']}; prepare the set again")

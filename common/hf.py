@@ -488,7 +488,7 @@ if __name__ == "__main__":  # the only part that knows other modules
         print(f"{cfg.hf_dir}: {model.size()} of {source}")
     elif command == "import" and cfg.hf_dir and cfg.out_dir:
         check_run_directory(cfg.out_dir, False)
-        tokenizer, config = load_tokenizer(cfg.hf_dir), ModelConfig(**read_config(cfg.hf_dir))
+        config, tokenizer = ModelConfig(**read_config(cfg.hf_dir)), load_tokenizer(cfg.hf_dir)
         torch.manual_seed(0)                                  # of what rows for our own tokens begin with
         model = GPT(replace(config, vocab_size=max(config.vocab_size, tokenizer.vocab_size)))
         load_weights(cfg.hf_dir, model)

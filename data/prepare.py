@@ -642,9 +642,9 @@ def prepare_examples(cfg, kind, what, read, encode, keep_rows=False, images=None
         describe(folder, kind, tokenizer, splits, report, cfg, **dict(images=info) if images else {})
     report.print()
     for split, count in splits.items():
-        print(f"{cfg.out_dir}/{split}.npy: {count[what]:,} {what} of up to "
-              f"{count['longest']:,} tokens, {count['tokens']:,} in all, {count['targets']:,} to learn, "
-              f"vocabulary of {tokenizer.vocab_size:,}"
+        learned = f"{count['targets']:,} to learn, " * (kind != "prompts")
+        print(f"{cfg.out_dir}/{split}.npy: {count[what]:,} {what} of up to {count['longest']:,} tokens, "
+              f"{count['tokens']:,} in all, {learned}vocabulary of {tokenizer.vocab_size:,}"
               + (f", {count['images']:,} images of {count['pictures']:,} pictures" if images else ""))
 
 

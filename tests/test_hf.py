@@ -443,3 +443,22 @@ def test_a_stretch_goes_on_from_the_folder_s_own(tmp_path):
         config = ModelConfig(**hf.read_config(str(tmp_path))).resolved()
         assert config.continued(config, longer).rope_factor == factor
         assert config.continued(config, 1024) == config
+
+
+def test_a_run_of_ours_that_is_exported_and_imported_still_talks(chat_set, tmp_path):
+    run("train_sft.py", f"--data_dir={chat_set}", f"--out_dir={tmp_path}/sft", "--num_steps=3",
+        "--seq_len=150", "--batch_size=4", "--model.n_layer=1", "--model.n_head=2", "--model.n_embd=16",
+        "--eval_seqs=0", "--lr=1e-2", "--device=cpu")
+    for options in (["export", f"--init_from={tmp_path}/sft", f"--hf_dir={tmp_path}/folder"],
+                    ["import", f"--hf_dir={tmp_path}/folder", f"--out_dir={tmp_path}/imported"]):
+        subprocess.run([sys.executable, "-m", "common.hf", *options], cwd=ROOT, check=True, timeout=100)
+    said = [run("sample.py", f"--init_from={tmp_path}/{name}", "--chat=true", "--prompt=3", "--temperature=0",
+                "--max_new_tokens=9", "--show_tags=true").stdout for name in ("sft", "folder", "imported")]
+    assert said[0].strip() and said[0] == said[1] == said[2]
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path):
+    result = subprocess.run([sys.executable, "-m", "common.hf", "import", f"--hf_dir={tmp_path}/none",
+                             f"--out_dir={tmp_path}/out"], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    assert result.returncode == 2 and f"{tmp_path}/none/config.json: missing" in result.stderr
+    assert not (tmp_path / "out").exists()

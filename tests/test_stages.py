@@ -597,7 +597,8 @@ def test_groups_of_equal_rewards_teach_nothing(grpo):
     (["--updates_per_rollout=2", "--num_steps=0", "--num_epochs=1", "--save_every=0", "--eval_every=0"],
      "--num_steps (not --num_epochs) must be multiples of it"),
     (["--suppress=9999"], "--suppress=9999: no such token, expected 0 to 265"),
-    (["--max_new_tokens=32"], "expected < --seq_len"),
+    (["--max_new_tokens=32"], "--max_new_tokens=32 --temperature=1.0 --num_samples=4: expected < --seq"),
+    (["--max_new_tokens=31"], " tokens, 1 fit with an answer; raise it, or lower --max_new_tokens"),
     (["--model.attn_dropout=0.1"], "--model.attn_dropout: must be 0")])
 def test_mistakes_of_rollouts_are_answered_by_one_line(grpo, options, message):
     result = grpo("run", "--num_steps=2", *options, check=False)
@@ -910,7 +911,7 @@ def test_a_run_directory_in_use_is_left_alone(one_stage):
 def test_resuming_with_other_data_or_order_is_refused(one_stage):
     one_stage("run", "--num_steps=2")
     assert_one_line(one_stage("run", "--num_steps=4", "--resume=true", "--batch_size=4", check=False),
-                    "'batch_size': 8")
+                    "--resume: the run has batch_size=8; give it the same options and data")
     assert_one_line(one_stage("run", "--num_steps=4", "--resume=true", "--model.n_layer=3", check=False),
                     "--model.n_layer=3: the checkpoint has 2, which cannot change")
     assert_one_line(one_stage("run", "--num_steps=4", "--resume=true", "--optimizer=lion", check=False),
