@@ -992,8 +992,8 @@ def test_the_splits_of_prompts_are_read_apart(tmp_path):
 
 def test_prompts_that_are_too_long_are_refused_with_their_length(prompts):
     assert refusal(open_prompts, prompts, seq_len=11) == \
-        "--seq_len: prompts have up to 12 tokens, 11 fit with an answer; raise it, or prepare the set with " \
-        "--max_len=11 --long_rows=skip"
+        "--seq_len: prompts have up to 12 tokens, 11 fit with an answer; raise it, or lower " \
+        "--max_new_tokens, or prepare with --max_len=11 --long_rows=skip"
 
 
 def test_a_set_of_another_kind_holds_no_prompts(chats, numbered, prompts):

@@ -23,7 +23,7 @@ Speed and memory as ratios against named references, both measured in the same r
     ranks                  a step of two ranks against DistributedDataParallel and ZeroRedundancyOptimizer
     overlap                two ranks: how much of the gradients' travel lies inside backward
 
-The machine must be otherwise idle. Absolute times do not travel between machines; ratios nearly do.
+What runs on a GPU is in gpu.py. The machine must be otherwise idle. Absolute times do not travel between machines; ratios nearly do.
 """
 import itertools
 import json
