@@ -23,8 +23,8 @@ Speed and memory as ratios against named references, both measured in the same r
     ranks                  a step of two ranks against DistributedDataParallel and ZeroRedundancyOptimizer
     overlap                two ranks: how much of the gradients' travel lies inside backward
 
-The machine must be otherwise idle. Absolute times do not travel between machines; ratios nearly do. gpu.py has
-what runs on a GPU.
+The machine must be otherwise idle. Absolute times do not travel between machines; ratios nearly do. On a GPU:
+gpu.py.
 """
 import itertools
 import json
