@@ -480,7 +480,8 @@ def test_dpo_resumes_without_its_first_weights_while_the_cache_is_whole(dpo):
 def test_dpos_reference_is_the_first_policy_however_it_is_kept(dpo):
     """Cached, lost and computed again on resume, and asked online: the same losses."""
     dpo("start", "--num_steps=3", "--seed=5")
-    options = ["--save_every=6", "--schedule=constant", f"--init_from={dpo.folder / 'start'}"]
+    # steps small enough that a last bit, which the two ways may differ in, does not grow to what is compared
+    options = ["--save_every=6", "--schedule=constant", "--lr=3e-3", f"--init_from={dpo.folder / 'start'}"]
     dpo("cached", "--num_steps=12", *options)
     dpo("lost", "--num_steps=6", *options)
     (dpo.folder / "lost/ref_logps.bin").unlink()
@@ -488,7 +489,8 @@ def test_dpos_reference_is_the_first_policy_however_it_is_kept(dpo):
     dpo("online", "--num_steps=6", "--ref_online=true", *options)
     dpo("online", "--num_steps=12", "--ref_online=true", "--resume=true", *options)
     assert records(dpo.folder / "cached") == records(dpo.folder / "lost")
-    assert_same_curve(dpo.folder / "cached", dpo.folder / "online")
+    assert_same_curve(dpo.folder / "cached", dpo.folder / "online", 3e-6)
+    assert max(progress(dpo.folder / "cached")) - min(progress(dpo.folder / "cached")) > 0.1
     assert not (dpo.folder / "online/ref_logps.bin").exists()
 
 
