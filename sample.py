@@ -71,8 +71,8 @@ def check_roles(path, model, tokenizer):
     origin = hf if hf.is_folder(path) else checkpoint
     learned = origin.read_manifest(origin.find(path)).get("identity", {}).get("kind")   # by a stage of ours
     known = tokenizer.extra and tokenizer.extra["markers"]                              # by a folder's model
-    foreign = tokenizer.extra and not known and not learned
-    if foreign or max(encode_user(tokenizer, "")) >= model.config.vocab_size:
+    ignorant = tokenizer.extra and not known and not learned          # of a folder that is no export of ours
+    if ignorant or max(encode_user(tokenizer, "")) >= model.config.vocab_size:
         raise UserError(f"--chat=true: {path} knows no tokens for roles; train_sft.py teaches them")
     if learned == "text" and not known:
         print(f"note: {path} was last trained on text, not on conversations; train_sft.py teaches answers",

@@ -240,6 +240,12 @@ def gemm_flops(dtype, n=1024, repeats=5):
     return 2 * n**3 / min(times)
 
 
+def compute_dtype(x):
+    """The dtype of matrix products with x: autocast's where it is on, else x's own"""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
 def autocast(device, dtype):
     """
     dtype: auto, float32, bfloat16, float16 -> (context manager to compute in, its torch.dtype). auto is

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from common.dist import UserError
+from common.dist import UserError, compute_dtype
 
 
 def chunk_rows(device, n, chunk_size, part=1):
@@ -21,12 +21,6 @@ def chunk_rows(device, n, chunk_size, part=1):
     """
     most = (512 if device.type == "cpu" else 4096) // part
     return chunk_size or -(-n // -(-n // most)) if n else 1
-
-
-def compute_dtype(hidden):
-    """The dtype of matrix products: autocast's where it is on, out= variants do not follow it."""
-    kind = hidden.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
 
 
 def linear_cross_entropy(hidden, weight, targets, mask=None, token_weight=None, chunk_size=0):
@@ -48,7 +42,7 @@ def linear_cross_entropy(hidden, weight, targets, mask=None, token_weight=None, 
         counts = mask.reshape(-1).nonzero()[:, 0]
         hidden, targets = hidden[counts], targets[counts]
         scale = None if scale is None else scale[counts]
-    # the grad mode is asked here: inside forward it is always off
+    # grad mode and autocast are asked here: inside forward the one is off, and out= does not follow the other
     chunk = chunk_rows(hidden.device, len(hidden), chunk_size)
     return _LinearCrossEntropy.apply(hidden, weight, targets, scale, chunk, compute_dtype(hidden),
                                      torch.is_grad_enabled())

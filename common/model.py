@@ -34,8 +34,8 @@ except ImportError:
 from common import dist
 from common.dist import UserError
 
-DENSE_MASK_LEN = 128                   # in rows up to this, a mask costs less than a call for each document,
-DENSE_MASK_LEN_GPU = 2048              # on a GPU, where many small calls cost most: unless it has one for all
+DENSE_MASK_LEN = 128                   # in rows up to this, a mask costs less than going by documents
+DENSE_MASK_LEN_GPU = 2048              # the same on a GPU that needs a call for each: many small ones cost
 
 
 @dataclass(frozen=True)
@@ -289,15 +289,15 @@ class Segments:
     """
     Causal attention within each of the documents that lie next to each other in rows, without a T x T mask:
     work and memory grow with what is attended. A branch sees the trunk before it as well: the last document
-    that is none. One kernel for all documents where the device has it, one call each elsewhere.
+    that is none. One kernel for all documents, or one call for each, to the same result.
     """
-    def __init__(self, first, branch=None):
+    def __init__(self, first, branch=None, kernel=False):
         """first (B, T) bool: a document starts here; branch (B, T) bool: it is a branch"""
         starts = first.flatten().nonzero()[:, 0]                                   # rows one after the other
         self.borders = F.pad(starts, (0, 1), value=first.numel()).int()            # (documents + 1,)
         self.lengths = self.borders.diff().tolist()
         self.is_branch = None if branch is None else branch.flatten()[starts]      # (documents,)
-        self.masks = {}                                                            # of branches, by shape
+        self.kernel, self.masks = kernel, {}                                       # masks: by shape
 
     @functools.cached_property
     def keys(self):
@@ -322,10 +322,11 @@ class Segments:
     def attend(self, qk, v, H, dropout):
         """qk (B, T, H + K, D), v (B, T, K, D) -> (B, T, H * D)"""
         B, T, K, D = v.shape
-        if not dropout and varlen_kernel(qk.device, qk.dtype, D):
+        if self.kernel:
             places, borders, longest = self.keys
             q, k = qk.flatten(0, 1).split([H, K], dim=1)                           # (B * T, H or K, D)
-            k, v = (x[places, :, None].expand(-1, K, H // K, D).flatten(1, 2) for x in (k, v.flatten(0, 1)))
+            k, v = (x[places, :, None] for x in (k, v.flatten(0, 1)))              # (N, K, 1, D)
+            k, v = (x.expand(-1, K, H // K, D).flatten(1, 2) for x in (k, v))      # (N, H, D)
             y = varlen_attn(q, k, v, self.borders, borders, max(self.lengths), longest, window_size=(-1, 0))
             return y.reshape(B, T, H * D)                     # causal: the last query sees the last key
         out, trunk, is_branch = [], None, [] if self.is_branch is None else self.is_branch.tolist()
@@ -452,8 +453,7 @@ class MoE(nn.Module):
     def experts(self, x, weight, expert):
         """x (N, C), weight and expert (N, k) -> sum of the experts' weighted outputs (N, C)"""
         (N, k), C, E = expert.shape, x.shape[1], len(self.router)
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        x = x.to(dist.compute_dtype(x))
         order = expert.flatten().argsort(stable=True)                              # (N k,) choices, by expert
         back = torch.empty_like(order)
         back[order] = torch.arange(N * k, device=x.device)
@@ -580,11 +580,12 @@ class GPT(nn.Module):
                              "follows the length of the whole row")
         if docs is not None:
             first, positions, number, trunk = documents(docs, branch)
-            if T <= self.longest_mask() or torch.compiler.is_compiling():
+            kernel, longest = (False, T) if torch.compiler.is_compiling() else self.attending_documents()
+            if T <= longest:
                 seen = number[:, None, :]                                          # (B, 1, T)
                 mask = ((seen == number[:, :, None]) | (seen == trunk[:, :, None])).tril()[:, None]
             else:
-                mask = Segments(first, branch)
+                mask = Segments(first, branch, kernel)
         if cache is not None:
             positions, length = cache.begin(T)
         inv, scale = rope_frequencies(self.config, length)
@@ -654,19 +655,16 @@ class GPT(nn.Module):
 
     def new_cache(self, B, T):
         """An empty KVCache for B sequences of up to T positions, in the dtype that attention computes in."""
-        c, device = self.config, self.embed.weight.device
-        return KVCache((c.n_layer, B, c.n_kv_head, T, c.head_dim), device, self.attention_dtype())
+        c, weight = self.config, self.embed.weight
+        return KVCache((c.n_layer, B, c.n_kv_head, T, c.head_dim), weight.device, dist.compute_dtype(weight))
 
-    def attention_dtype(self):
-        kind, dtype = self.embed.weight.device.type, self.embed.weight.dtype
-        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else dtype
-
-    def longest_mask(self):
-        """Rows of documents that are longer than this are attended document by document"""
-        c, device = self.config, self.embed.weight.device
-        dropout = self.training and c.attn_dropout
-        kernel = not dropout and varlen_kernel(device, self.attention_dtype(), c.head_dim)
-        return DENSE_MASK_LEN if kernel or device.type == "cpu" else DENSE_MASK_LEN_GPU
+    def attending_documents(self):
+        """-> whether one kernel attends all documents of long rows; longest row for which a mask is better"""
+        c, weight = self.config, self.embed.weight
+        dropout = self.training and c.attn_dropout            # which that kernel lacks
+        kernel = not dropout and varlen_kernel(weight.device, dist.compute_dtype(weight), c.head_dim)
+        few_calls = kernel or weight.device.type == "cpu"
+        return kernel, DENSE_MASK_LEN if few_calls else DENSE_MASK_LEN_GPU
 
     def num_parameters(self):
         return sum(p.numel() for p in self.parameters())

@@ -47,7 +47,8 @@ class ShardedOptimizer:
     def __init__(self, groups, zero1=False, bucket_mb=16, loss_scaling=False):
         self.rank, self.world_size = dist.world()
         self.shards = self.world_size if zero1 else 1
-        self.lr, self.sync, self.num_updates, self.good_steps = 0.0, True, 0, 0
+        self.lr, self.sync = 0.0, True
+        self.num_updates, self.good_steps = 0, 0              # good_steps: in a row, see _adjust_loss_scale
         self.loss_scale, self.loss_scaling = 2.0**16 if loss_scaling else 1.0, loss_scaling
         bucket_size = int(bucket_mb * 2**20 / 4) if self.world_size > 1 else None
         self.flats = [FlatGroup(group, self.rank if zero1 else 0, self.shards, bucket_size)
@@ -56,13 +57,14 @@ class ShardedOptimizer:
         self.buckets = sorted((bucket for flat in self.flats for bucket in flat.buckets),
                               key=lambda b: b.reaches)
         self.launched, self.closing = 0, False  # buckets under way in this step; see _gradient_ready
-        me = weakref.ref(self)  # hooks that held on to us would keep us, and all state, for good
+        me = weakref.ref(self)                                # a hook that held on to us would do so for good
         for n, flat in enumerate(self.flats):
             for i, p in enumerate(flat.params):
                 p.register_post_accumulate_grad_hook(lambda p, n=n, i=i: me() and me()._gradient_ready(n, i))
 
     def _gradient_ready(self, n, i):
-        (flat := self.flats[n]).collect(i)
+        flat = self.flats[n]
+        flat.collect(i)
         if self.world_size == 1:
             return
         if any(bucket.work for bucket in flat.buckets_of[i]):

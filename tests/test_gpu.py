@@ -3,7 +3,6 @@ What only an NVIDIA GPU shows: it computes what the CPU does, in fp32 and nearly
 one kernel; every stage in mixed precision. Skipped where there is none: `pytest tests/test_gpu.py`.
 """
 import copy
-import json
 import subprocess
 import sys
 
@@ -11,7 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, run
-from test_stages import SEES, STAGES
+from test_stages import SEES, STAGES, make_stage
+from test_stages import losses as step_losses
 
 from common import losses, optim
 from common import model as model_module
@@ -173,22 +173,7 @@ def test_sampling_equals_the_cpus(kind):
         assert sum(logps, []) == pytest.approx(sum(gpu_logps, []), abs=1e-3)
 
 
-def stage(script, request, out, *options, ranks=0):
-    """Run a stage on the GPU -> losses of its steps. ranks: under torchrun"""
-    fixture, tiny = STAGES[script]
-    data = request.getfixturevalue("image_set" if SEES[0] in options else fixture)
-    args = [script, *(option for option in tiny if "device" not in option), "--num_steps=20",
-            f"--data_dir={data}", f"--out_dir={out}", "--device=cuda", "--save_every=10",
-            *(option for option in options if option != SEES[0])]
-    if script == "train_kd.py":
-        args.append(f"--teacher={request.getfixturevalue('teacher_run')}")
-    if ranks:
-        args = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *args]
-        subprocess.run([sys.executable, *args], cwd=ROOT, check=True, timeout=300)
-    else:
-        run(*args)
-    lines = [json.loads(line) for line in open(out / "metrics.jsonl")]
-    return [line["loss"] for line in lines if "loss" in line]
+ON_GPU = ["--device=cuda", "--num_steps=20", "--save_every=10"]
 
 
 OPTIONS = [(script, options) for script in STAGES for options in (
@@ -204,16 +189,20 @@ OPTIONS = [(script, options) for script in STAGES for options in (
 
 @pytest.mark.parametrize("script, options", OPTIONS, ids=lambda x: x if isinstance(x, str) else " ".join(x))
 def test_a_stage_learns_resumes_and_its_checkpoint_is_read_on_a_cpu(script, options, request, tmp_path):
-    whole = stage(script, request, tmp_path / "a", *options)
+    stage = make_stage(script, request, tmp_path)
+
+    def train(out, *more):
+        stage(out, *ON_GPU, *options, *more)
+        return step_losses(tmp_path / out)
+    whole = train("a")
     assert len(whole) == 20
     if script in ("train_pretrain.py", "train_sft.py", "train_kd.py") and "--freeze_llm=true" not in options:
         assert sum(whole[-5:]) < 0.95 * sum(whole[:5])
-    half = stage(script, request, tmp_path / "b", *options, "--schedule=constant", "--num_steps=10")
-    more = stage(script, request, tmp_path / "b", *options, "--schedule=constant", "--resume=true")
+    half = train("b", "--schedule=constant", "--num_steps=10")
+    more = train("b", "--schedule=constant", "--resume=true")
     assert len(half) == 10 and len(more) == 20
     if script in ("train_pretrain.py", "train_sft.py"):       # sums on a GPU differ a little from run to run
-        assert more[10:] == pytest.approx(stage(script, request, tmp_path / "c", *options,
-                                                "--schedule=constant")[10:], rel=0.03)
+        assert more[10:] == pytest.approx(train("c", "--schedule=constant")[10:], rel=0.03)
     if SEES[0] not in options:
         for device in ("cpu", "cuda"):
             run("sample.py", f"--init_from={tmp_path / 'a'}", "--prompt=12", "--max_new_tokens=5",
@@ -221,9 +210,12 @@ def test_a_stage_learns_resumes_and_its_checkpoint_is_read_on_a_cpu(script, opti
 
 
 def test_one_rank_under_torchrun_is_the_same_run(request, tmp_path):
-    alone = stage("train_pretrain.py", request, tmp_path / "a")
-    ranked = stage("train_pretrain.py", request, tmp_path / "b", "--zero1=true", ranks=1)
-    assert ranked == pytest.approx(alone, rel=0.02)
+    stage = make_stage("train_pretrain.py", request, tmp_path)
+    stage("a", *ON_GPU)
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1",
+                    stage.script, *stage.options, f"--data_dir={stage.data}", f"--out_dir={tmp_path / 'b'}",
+                    *ON_GPU, "--zero1=true"], cwd=ROOT, check=True, timeout=300)
+    assert step_losses(tmp_path / "b") == pytest.approx(step_losses(tmp_path / "a"), rel=0.02)
 
 
 def test_a_dry_run_is_near_the_memory_that_a_run_takes(request, tmp_path):

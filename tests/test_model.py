@@ -26,6 +26,7 @@ from common.model import (
     documents,
     rope_frequencies,
     swiglu,
+    varlen_kernel,
 )
 
 TINY = ModelConfig(vocab_size=50, n_layer=2, n_head=4, n_kv_head=2, n_embd=32, d_ff=48, seq_len=24)
@@ -658,11 +659,8 @@ def test_a_number_that_comes_again_in_a_row_is_another_document(path):
 
 
 class OnGPU:
-    """Stands for a tensor that lies on a GPU, in 16 bits: `attend` asks no more of it than this."""
+    """Where the weights of a model are, and of what dtype, as `on_gpu` has it."""
     dtype, device = torch.bfloat16, torch.device("cuda:0")
-
-    def __init__(self, tensor):
-        self.flatten, self.shape = tensor.flatten, tensor.shape
 
 
 def varlen_reference(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size):
@@ -687,7 +685,7 @@ def varlen_reference(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, win
 @pytest.fixture
 def on_gpu(monkeypatch):
     """Every model believes to be on a GPU that has the kernel -> list of the kernel's calls"""
-    calls, attend = [], Segments.attend
+    calls = []
 
     @functools.wraps(varlen_reference)
     def varlen_attn(*args, **kwargs):
@@ -696,7 +694,8 @@ def on_gpu(monkeypatch):
     monkeypatch.setattr("common.model.varlen_attn", varlen_attn, raising=False)
     monkeypatch.setattr("common.model.VARLEN", True)
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (8, 0))
-    monkeypatch.setattr(Segments, "attend", lambda self, qk, *args: attend(self, OnGPU(qk), *args))
+    monkeypatch.setattr("common.model.varlen_kernel",
+                        lambda device, dtype, D: varlen_kernel(OnGPU.device, OnGPU.dtype, D))
     return calls
 
 
@@ -734,8 +733,7 @@ def test_the_kernel_of_torch_takes_and_gives_what_is_expected(monkeypatch):
     for name, parameter in inspect.signature(varlen_reference).parameters.items():
         assert real[name].kind == parameter.kind, name
     assert list(real)[:7] == list(inspect.signature(varlen_reference).parameters)[:7]
-    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (8, 0))
-    segments = Segments(torch.tensor([[1, 0, 0, 1, 0], [1, 0, 1, 0, 0]]).bool())
+    segments = Segments(torch.tensor([[1, 0, 0, 1, 0], [1, 0, 1, 0, 0]]).bool(), kernel=True)
     assert segments.borders.tolist() == [0, 3, 5, 7, 10] and segments.lengths == [3, 2, 2, 3]
     places, borders, longest = segments.keys
     segments.borders = segments.borders.to("meta")
@@ -743,7 +741,7 @@ def test_the_kernel_of_torch_takes_and_gives_what_is_expected(monkeypatch):
     for K in (2, 4):
         qk = torch.empty(2, 5, 4 + K, 8, dtype=torch.bfloat16, device="meta", requires_grad=True)
         v = torch.empty(2, 5, K, 8, dtype=torch.bfloat16, device="meta", requires_grad=True)
-        y = segments.attend(OnGPU(qk), v, 4, 0.0)
+        y = segments.attend(qk, v, 4, 0.0)
         assert y.shape == (2, 5, 32) and y.dtype == torch.bfloat16
         y.sum().backward()
         assert qk.grad.shape == qk.shape and v.grad.shape == v.shape
@@ -873,15 +871,15 @@ def test_one_kernel_for_trunks_and_branches_gives_the_same_as_each_alone(on_gpu,
 
 def test_a_gpu_without_that_kernel_has_a_mask_for_rows_that_are_not_too_long(monkeypatch):
     model = tiny_model(attn_dropout=0.1).bfloat16().eval()
-    assert model.longest_mask() == DENSE_MASK_LEN
+    assert model.attending_documents() == (False, DENSE_MASK_LEN)
     del model.embed
-    model.embed = SimpleNamespace(weight=OnGPU(torch.empty(1)))
+    model.embed = SimpleNamespace(weight=OnGPU())
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (8, 0))
     monkeypatch.setattr("common.model.VARLEN", True)
-    assert model.longest_mask() == DENSE_MASK_LEN
-    assert model.train().longest_mask() == DENSE_MASK_LEN_GPU                    # no dropout in the kernel
+    assert model.attending_documents() == (True, DENSE_MASK_LEN)
+    assert model.train().attending_documents() == (False, DENSE_MASK_LEN_GPU)    # no dropout in the kernel
     monkeypatch.setattr("common.model.VARLEN", False)
-    assert model.eval().longest_mask() == DENSE_MASK_LEN_GPU
+    assert model.eval().attending_documents() == (False, DENSE_MASK_LEN_GPU)
 
 
 # -----------------------------------------------------------------------------

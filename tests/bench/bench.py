@@ -66,16 +66,19 @@ def alternate(*functions, repeats=7):
     return [statistics.median(kept) for kept in times]
 
 
-def training_step(config, B):
-    """-> (function that makes one whole update, its FLOPs)"""
+def training_step(config, B, device="cpu", compile=False, docs=None):
+    """-> (function that makes one whole update, on a GPU in bfloat16, its FLOPs)"""
     torch.manual_seed(0)
-    model, T = GPT(config), config.seq_len
+    model, T = GPT(config).to(device), config.seq_len
+    forward = torch.compile(model) if compile else model
     optimizer = ShardedOptimizer(optim.parameter_groups(model))
     optimizer.lr = 1e-4
-    tokens = torch.randint(0, config.vocab_size, (B, T + 1))
+    tokens = torch.randint(0, config.vocab_size, (B, T + 1), device=device)
+    autocast = torch.autocast(device, torch.bfloat16, enabled=device == "cuda")
 
     def step():
-        loss = losses.linear_cross_entropy(model(tokens[:, :-1]), model.head, tokens[:, 1:])
+        with autocast:
+            loss = losses.linear_cross_entropy(forward(tokens[:, :-1], docs), model.head, tokens[:, 1:])
         ((loss + model.balance_loss()) / (B * T)).backward()
         optimizer.step(1.0)
     return step, B * T * model.flops_per_token(T)

@@ -9,23 +9,19 @@ Speed and memory on an NVIDIA GPU, in turns with transformers' LlamaForCausalLM 
     documents   the same step on rows of documents that do not see each other: in one kernel, under a mask
     branches    forward and backward of 16 prompts of 256 tokens with 8 answers of 256 each, a prompt once: in
                 one kernel, in one call for each answer, and against a row for each answer
-    estimate    what --dry_run=true says of the memory of that step, against its peak
     generate    256 tokens after 64, for 1 and for 64 prompts, in bfloat16
 """
 import gc
 import sys
-from functools import partial
 
 import torch
-from bench import ROOT, alternate  # noqa: F401  (puts the root on the path)
-from peers import llama
+from bench import alternate, training_step  # puts the root on the path
+from peers import llama, their_step
 
-from common import losses, optim
+from common import losses
 from common import model as model_module
-from common.estimate import measure
 from common.model import GPT, ModelConfig
 from common.sampling import SamplingConfig, complete
-from common.zero1 import ShardedOptimizer
 
 MODEL_124M = ModelConfig(vocab_size=50304, n_layer=12, n_head=12, n_embd=768, seq_len=1024)
 BATCH = 16
@@ -38,41 +34,6 @@ def timed(function, n=5):
             function()
         torch.cuda.synchronize()
     return repeat
-
-
-def batch(B=BATCH):
-    tokens = torch.randint(0, MODEL_124M.vocab_size, (B, MODEL_124M.seq_len + 1), device="cuda")
-    return tokens[:, :-1], tokens[:, 1:].contiguous()
-
-
-def our_step(compile, docs=None):
-    torch.manual_seed(0)
-    model = GPT(MODEL_124M).cuda()
-    optimizer = ShardedOptimizer(optim.parameter_groups(model))
-    optimizer.lr, forward, (tokens, targets) = 1e-4, torch.compile(model) if compile else model, batch()
-
-    def step():
-        with torch.autocast("cuda", torch.bfloat16):
-            loss = losses.linear_cross_entropy(forward(tokens, docs), model.head, targets)
-        (loss / tokens.numel()).backward()
-        optimizer.step(1.0)
-    return step
-
-
-def their_step(compile):
-    torch.manual_seed(0)
-    peer = llama(GPT(MODEL_124M)).cuda().train()
-    adamw = torch.optim.AdamW(peer.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-    forward, (tokens, targets) = torch.compile(peer) if compile else peer, batch()
-
-    def step():
-        with torch.autocast("cuda", torch.bfloat16):
-            loss = forward(input_ids=tokens, labels=targets, shift_labels=targets).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(peer.parameters(), 1.0)
-        adamw.step()
-        adamw.zero_grad(set_to_none=True)
-    return step
 
 
 def peak(step):
@@ -88,18 +49,22 @@ def bench_gemm(n=8192):
     print(f"gemm: {n} squared, bfloat16: {10 * 2 * n**3 / seconds / 1e12:.0f} TFLOP/s")
 
 
+def our_step(compile=False, docs=None):
+    return training_step(MODEL_124M, BATCH, "cuda", compile, docs)[0]
+
+
 def bench_step():
     flops = GPT(MODEL_124M).flops_per_token(MODEL_124M.seq_len)
     for compile in (False, True):
         memory, steps = [], []
-        for make in (our_step, their_step):
+        for make in (our_step, lambda compile: their_step(MODEL_124M, BATCH, "cuda", compile)):
             before = torch.cuda.memory_allocated() / 2**20
             steps.append(make(compile))
             steps[-1]()
             memory.append(peak(steps[-1]) - before)
         ours, theirs = (BATCH * MODEL_124M.seq_len * 5 / s for s in alternate(*map(timed, steps), repeats=5))
         del steps
-        gc.collect()
+        gc.collect()                                          # buckets and their groups know each other
         print(f"step: 124 M, {BATCH} x 1024, compile={compile}: ours {ours:,.0f} tok/s "
               f"({ours * flops / 1e12:.0f} TFLOP/s, {memory[0]:,.0f} MiB), transformers {theirs:,.0f} tok/s "
               f"({memory[1]:,.0f} MiB), {ours / theirs:.2f}x", flush=True)
@@ -107,7 +72,7 @@ def bench_step():
 
 def bench_documents():
     docs = (torch.rand(BATCH, MODEL_124M.seq_len, device="cuda") < 4 / MODEL_124M.seq_len).cumsum(dim=1)
-    steps = [our_step(False), our_step(False, docs)]
+    steps = [our_step(), our_step(docs=docs)]
     whole, one = alternate(*map(timed, steps), repeats=5)
     model_module.DENSE_MASK_LEN, before = MODEL_124M.seq_len, model_module.DENSE_MASK_LEN
     whole_2, mask = alternate(*map(timed, steps), repeats=5)
@@ -149,23 +114,6 @@ def bench_branches(P=16, G=8, prompt=256, answer=256):
           f"{plain / one:.2f}x; peak memory {memory[1]:,.0f} -> {memory[0]:,.0f} MiB")
 
 
-def bench_estimate():
-    gc.collect()                                              # hooks of models before make cycles
-    start = torch.cuda.memory_allocated()
-    model = GPT(MODEL_124M).cuda()
-    optimizer = ShardedOptimizer(optim.parameter_groups(model))
-    parameters = sum(p.numel() for p in model.parameters())
-    tokens, _ = batch()
-    _, kept = measure(model, partial(model, tokens), torch.autocast("cuda", torch.bfloat16))
-    told = (8 * parameters + optimizer.state_bytes() + kept) / 2**20
-    del model, optimizer
-    gc.collect()
-    step = our_step(False)
-    step()
-    most = peak(step) - start / 2**20
-    print(f"estimate: {told:,.0f} MiB said, {most:,.0f} MiB at the peak, {told / most:.2f}")
-
-
 def bench_generate(new=256):
     torch.manual_seed(0)
     model = GPT(MODEL_124M).eval()
@@ -188,6 +136,6 @@ if __name__ == "__main__":
     torch.set_float32_matmul_precision("high")                # as dist.init does
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
     benches = dict(gemm=bench_gemm, step=bench_step, documents=bench_documents, branches=bench_branches,
-                   estimate=bench_estimate, generate=bench_generate)
+                   generate=bench_generate)
     for name in sys.argv[1:] or benches:
         benches[name]()

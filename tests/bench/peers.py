@@ -54,16 +54,20 @@ def llama(model):
     return peer.eval()
 
 
-def their_step(B):
-    """-> function that makes one whole update of transformers' model"""
+def their_step(config, B, device="cpu", compile=False):
+    """-> function that makes one whole update of transformers' model, on a GPU in bfloat16"""
     torch.manual_seed(0)
-    peer, T = llama(GPT(MODEL_26M)).train(), MODEL_26M.seq_len
+    peer = llama(GPT(config)).to(device).train()
+    forward = torch.compile(peer) if compile else peer
     adamw = torch.optim.AdamW(peer.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-    tokens = torch.randint(0, MODEL_26M.vocab_size, (B, T + 1))
+    tokens = torch.randint(0, config.vocab_size, (B, config.seq_len + 1), device=device)
+    autocast = torch.autocast(device, torch.bfloat16, enabled=device == "cuda")
 
     def step():
         targets = tokens[:, 1:].contiguous()
-        peer(input_ids=tokens[:, :-1], labels=targets, shift_labels=targets).loss.backward()
+        with autocast:
+            loss = forward(input_ids=tokens[:, :-1], labels=targets, shift_labels=targets).loss
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(peer.parameters(), 1.0)
         adamw.step()
         adamw.zero_grad(set_to_none=True)
@@ -71,7 +75,7 @@ def their_step(B):
 
 
 def bench_transformers(B=8):
-    ours_s, theirs_s = alternate(training_step(MODEL_26M, B)[0], their_step(B), repeats=5)
+    ours_s, theirs_s = alternate(training_step(MODEL_26M, B)[0], their_step(MODEL_26M, B), repeats=5)
     memory = {who: int(child("transformers", who, B)) / 2**20 for who in ("ours", "theirs")}
     print(f"transformers: step of {B} x {MODEL_26M.seq_len} tokens: LlamaForCausalLM + AdamW(fused=True) "
           f"{theirs_s:.2f} s, ours {ours_s:.2f} s, {theirs_s / ours_s:.2f}x; peak memory of a process "
@@ -79,7 +83,7 @@ def bench_transformers(B=8):
 
 
 def child_transformers(who, B):
-    step = training_step(MODEL_26M, int(B))[0] if who == "ours" else their_step(int(B))
+    step = training_step(MODEL_26M, int(B))[0] if who == "ours" else their_step(MODEL_26M, int(B))
     for _ in range(3):
         step()
     print(peak_memory())
