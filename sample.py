@@ -21,7 +21,7 @@ import torch
 
 from common import checkpoint, dist, hf
 from common.config import parse_config
-from common.dist import UserError
+from common.errors import UserError
 from common.logger import printable
 from common.model import GPT, ModelConfig
 from common.rewards import load_function

@@ -22,7 +22,7 @@ import torch
 from common import checkpoint, dist, hf, losses, optim, sampling
 from common.config import as_asked, as_dict, build, check_batch, count_steps, parse_config, read_overrides
 from common.data import PairData, read_meta
-from common.dist import UserError
+from common.errors import UserError
 from common.estimate import estimate
 from common.logger import Logger, Timer, check_run_directory
 from common.model import GPT, ModelConfig

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from common import dist
-from common.dist import UserError
+from common.errors import UserError
 
 MANIFEST = "checkpoint.json"
 

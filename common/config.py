@@ -23,12 +23,14 @@ from dataclasses import asdict, fields, is_dataclass, replace
 from typing import Literal, get_args, get_origin, get_type_hints
 
 from common import dist
-from common.dist import UserError
+from common.errors import UserError, show_user_errors
 
 
 def parse_config(cls, argv=None):
     """-> an instance of the frozen dataclass cls. argv: config files and --name=value (default: sys.argv)."""
-    argv = sys.argv[1:] if argv is None else argv
+    if argv is None:
+        show_user_errors()
+        argv = sys.argv[1:]
     if "--help" in argv or "-h" in argv:
         print(help_text(cls))
         sys.exit(0)

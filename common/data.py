@@ -29,7 +29,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from common.dist import UserError
+from common.errors import UserError
 
 
 def read_meta(data_dir):

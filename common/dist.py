@@ -18,26 +18,7 @@ import time
 import torch
 import torch.distributed as td
 
-
-class UserError(Exception):
-    """A mistake of the user's. The message says what is wrong, where, and how to mend it, in one line."""
-
-
-def _show_user_error(kind, error, traceback):
-    """A UserError that nobody caught ends the process with one line and exit code 2, not with a traceback."""
-    if issubclass(kind, BrokenPipeError):                    # the reader has gone, as in `... --help | head`
-        os._exit(1)
-    if not issubclass(kind, (UserError, KeyboardInterrupt)):
-        return sys.__excepthook__(kind, error, traceback)
-    interrupted = issubclass(kind, KeyboardInterrupt)
-    print("interrupted" if interrupted else f"error: {error}", file=sys.stderr, flush=True)
-    sys.stdout.flush()
-    leave = os._exit if td.is_initialized() else sys.exit    # Gloo aborts when a peer has gone before it
-    leave(130 if interrupted else 2)
-
-
-sys.excepthook = _show_user_error
-
+from common.errors import UserError, show_user_errors
 
 # -----------------------------------------------------------------------------
 # start and end
@@ -75,7 +56,7 @@ def init(device="auto"):
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ["LOCAL_WORLD_SIZE"])))
     if world_size > 1 and not td.is_initialized():
         td.init_process_group("nccl" if device.startswith("cuda") else "gloo")
-        sys.excepthook = _show_user_error  # torch has put one of its own that swallows our exit code
+        show_user_errors()                   # torch has put a hook of its own that swallows our exit code
     return rank, world_size, torch.device(device)
 
 

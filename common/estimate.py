@@ -122,7 +122,7 @@ if __name__ == "__main__":  # the only part that knows other modules
     from typing import Literal
 
     from common.config import parse_config
-    from common.dist import UserError
+    from common.errors import UserError
 
     @dataclass(frozen=True)
     class Config:

@@ -32,7 +32,7 @@ import sys
 import torch
 
 from common import dist
-from common.dist import UserError
+from common.errors import UserError, show_user_errors
 
 FAMILIES = {                                                  # model_type: class, what sets it apart for us
     "llama": ("LlamaForCausalLM", {}), "mixtral": ("MixtralForCausalLM", {}),
@@ -476,6 +476,7 @@ if __name__ == "__main__":  # the only part that knows other modules
         init_from: str = ""                # export: run or checkpoint of ours
         out_dir: str = ""                  # import: run directory to write, must be new or empty
 
+    show_user_errors()
     command, *options = sys.argv[1:] or ["--help"]
     cfg = parse_config(Config, [command, *options] if command.startswith("-") else options)
     if command == "export" and cfg.init_from and cfg.hf_dir:

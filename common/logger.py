@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 
 from common import dist
-from common.dist import UserError
+from common.errors import UserError
 
 
 def check_run_directory(out_dir, resume):

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from common.dist import UserError, compute_dtype
+from common.dist import compute_dtype
+from common.errors import UserError
 
 
 def chunk_rows(device, n, chunk_size, part=1):

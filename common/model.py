@@ -32,7 +32,7 @@ except ImportError:
     VARLEN = False
 
 from common import dist
-from common.dist import UserError
+from common.errors import UserError
 
 DENSE_MASK_LEN = 128                   # in rows up to this, a mask costs less than going by documents
 DENSE_MASK_LEN_GPU = 2048              # the same on a GPU that needs a call for each: many small ones cost

@@ -13,7 +13,7 @@ import math
 import os
 import sys
 
-from common.dist import UserError
+from common.errors import UserError, show_user_errors
 
 # title of a panel -> keys of metrics.jsonl; "val_..." ones are drawn as points
 PANELS = {"loss": ("loss", "val_loss"), "bits per byte": ("val_bits_per_byte",),
@@ -111,6 +111,7 @@ if __name__ == "__main__":  # the only part that knows other modules
         out: str = ""                      # picture to write, .png, .svg or .pdf; "" = RUN/curves.png
         smooth: int = 1                    # steps that a point of the curve is the mean of
 
+    show_user_errors()
     arguments = sys.argv[1:] or ["--help"]
     folders = [argument for argument in arguments if not argument.startswith("-")]
     cfg = parse_config(Config, [argument for argument in arguments if argument.startswith("-")])

@@ -20,7 +20,7 @@ import sys
 import torch
 
 from common import dist
-from common.dist import UserError
+from common.errors import UserError
 
 
 def answer_of(completion):

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn as nn
 
-from common.dist import UserError
+from common.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from common import dist
-from common.dist import UserError
+from common.errors import UserError
 
 
 def top_k(logits, k):

@@ -31,7 +31,7 @@ import numpy as np
 import sentencepiece
 import tiktoken
 
-from common.dist import UserError
+from common.errors import UserError
 
 # "end" closes a turn and a document; "pad" is another token on purpose (else padding swallows the end)
 SPECIAL_TOKENS = ("end", "pad", "user", "assistant", "system", "think", "/think", "answer", "/answer",

@@ -24,7 +24,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from common.dist import UserError
+from common.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import os
 from dataclasses import dataclass
 from typing import Literal
 
-from common.dist import UserError
+from common.errors import UserError
 from common.tokenizer import check_conversation
 from common.vision import load_image
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from common.config import parse_config  # noqa: E402  (the repository's root must be on the path first)
-from common.dist import UserError  # noqa: E402
+from common.errors import UserError  # noqa: E402
 
 MARKS = ".,?!;:"
 REQUESTS = ("A line from {letter}, {words} words, ending in {mark}",

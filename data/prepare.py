@@ -49,7 +49,7 @@ import numpy as np
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from common.config import parse_config  # noqa: E402  (the repository's root must be on the path first)
-from common.dist import UserError  # noqa: E402
+from common.errors import UserError, show_user_errors  # noqa: E402
 from common.tokenizer import (  # noqa: E402
     check_conversation,
     encode_chat,
@@ -862,6 +862,7 @@ COMMANDS = {"text": (TextConfig, prepare_text), "chat": (ChatConfig, prepare_cha
             "images": (ImagesConfig, prepare_images), "tokenizer": (TokenizerConfig, prepare_tokenizer)}
 
 if __name__ == "__main__":
+    show_user_errors()
     if len(sys.argv) < 2 or sys.argv[1] not in COMMANDS:
         if sys.argv[1:] and sys.argv[1] not in ("-h", "--help"):
             raise UserError(f"unknown command {sys.argv[1]}; expected one of {', '.join(COMMANDS)}")

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from common.config import parse_config  # noqa: E402  (the repository's root must be on the path first)
-from common.dist import UserError  # noqa: E402
+from common.errors import UserError  # noqa: E402
 from common.vision import pillow  # noqa: E402
 
 PACKAGE = "easy-vqa==1.0"

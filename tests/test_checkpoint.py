@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from common import checkpoint
-from common.dist import UserError
+from common.errors import UserError
 from common.model import GPT, ModelConfig
 from common.optim import parameter_groups
 from common.zero1 import ShardedOptimizer

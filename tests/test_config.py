@@ -16,7 +16,7 @@ import pytest
 from conftest import ROOT, run
 
 from common.config import as_dict, help_text, parse_config
-from common.dist import UserError
+from common.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from common.data import (
     pack,
     read_meta,
 )
-from common.dist import UserError
+from common.errors import UserError
 from common.losses import linear_cross_entropy
 from common.model import GPT, ModelConfig
 from train_dpo import answer_logps

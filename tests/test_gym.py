@@ -12,7 +12,7 @@ from conftest import ROOT, run
 sys.path.insert(0, str(ROOT / "data"))
 import gym  # noqa: E402  (data/gym.py)
 
-from common.dist import UserError  # noqa: E402
+from common.errors import UserError  # noqa: E402
 
 SPLITS = ("train", "val", "test")
 SMALL = ("--train=60", "--val=10", "--test=10")

@@ -13,7 +13,7 @@ from conftest import ROOT, run
 
 import sample
 from common import hf
-from common.dist import UserError
+from common.errors import UserError
 from common.model import GPT, ModelConfig
 
 transformers = pytest.importorskip("transformers", reason="the authority on these folders; a dev extra")

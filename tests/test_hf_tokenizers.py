@@ -9,7 +9,7 @@ from conftest import ROOT, run
 
 import sample
 from common import checkpoint, hf
-from common.dist import UserError
+from common.errors import UserError
 from common.tokenizer import encode_chat, encode_user, load_tokenizer
 
 transformers = pytest.importorskip("transformers", reason="the authority on these folders; a dev extra")

@@ -40,14 +40,14 @@ def parse(path):
 
 
 @pytest.mark.parametrize("path", COMMON, ids=by_name)
-def test_a_common_file_imports_dist_at_most(path):
+def test_a_common_file_imports_dist_and_errors_at_most(path):
     """So that it can be copied out alone, or with dist.py; its command line may tie parts together."""
     tree = parse(path)
     main = "__name__ == '__main__'"
     tree.body = [n for n in tree.body if not (isinstance(n, ast.If) and ast.unparse(n.test) == main)]
     ours = {name for name in imports(tree) if name.split(".")[0] in ("common", "data", "sample")
             or name.startswith("train_")}
-    assert ours <= {"common.dist"}
+    assert ours <= {"common.dist", "common.errors"}
 
 
 @pytest.mark.parametrize("path", [*COMMON, *SCRIPTS, *DATA], ids=by_name)

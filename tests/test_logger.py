@@ -7,7 +7,8 @@ import sys
 import pytest
 from conftest import ROOT
 
-from common.dist import UserError, short_time
+from common.dist import short_time
+from common.errors import UserError
 from common.logger import Logger
 
 

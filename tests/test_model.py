@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from common.dist import UserError
+from common.errors import UserError
 from common.model import (
     DENSE_MASK_LEN,
     DENSE_MASK_LEN_GPU,

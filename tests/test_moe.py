@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from common.dist import UserError
+from common.errors import UserError
 from common.model import GPT, ModelConfig, MoE, load_balance
 from common.optim import Muon, parameter_groups
 from common.sampling import SamplingConfig, complete

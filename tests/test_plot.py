@@ -7,7 +7,7 @@ import pytest
 from conftest import ROOT
 
 from common import plot
-from common.dist import UserError
+from common.errors import UserError
 
 
 def write(folder, records):

@@ -19,7 +19,7 @@ import pytest
 from conftest import ROOT, launch, run
 
 from common.data import ChatData, PairData, PromptData, TokenData
-from common.dist import UserError
+from common.errors import UserError
 from common.tokenizer import encode_chat, load_tokenizer
 
 spec = importlib.util.spec_from_file_location("prepare", ROOT / "data" / "prepare.py")

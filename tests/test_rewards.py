@@ -5,7 +5,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from common.dist import UserError
+from common.errors import UserError
 from common.rewards import answer_format, answer_of, exact_match, load_function, score, summarize
 
 PROMPTS = [[{"role": "user", "content": "1 + 1?"}], [{"role": "user", "content": "2 + 2?"}]]

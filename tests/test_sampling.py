@@ -11,7 +11,7 @@ import sentencepiece
 import torch
 from some_rewards import calculator
 
-from common.dist import UserError
+from common.errors import UserError
 from common.losses import token_logps
 from common.model import GPT, ModelConfig
 from common.sampling import (

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from common.dist import UserError
+from common.errors import UserError
 from common.teacher_cache import open_cache, write_cache
 
 V, K, N = 11, 4, 40

@@ -13,7 +13,7 @@ import tiktoken
 import tiktoken_ext.openai_public
 from conftest import run
 
-from common.dist import UserError
+from common.errors import UserError
 from common.tokenizer import (
     INFO,
     PATTERNS,

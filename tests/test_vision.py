@@ -28,7 +28,7 @@ from test_stages import (
 )
 
 from common.data import ChatData
-from common.dist import UserError
+from common.errors import UserError
 from common.losses import linear_cross_entropy
 from common.model import GPT, ModelConfig
 from common.sampling import SamplingConfig, complete, stream, stream_tokens

@@ -29,6 +29,7 @@ import torch  # noqa: E402
 
 from common import dist  # noqa: E402
 from common.dist import short_time  # noqa: E402
+from common.errors import show_user_errors  # noqa: E402
 from common.sampling import SamplingConfig, complete  # noqa: E402
 from common.tokenizer import encode_chat  # noqa: E402
 from sample import load  # noqa: E402
@@ -240,6 +241,7 @@ def print_side_by_side(prompt, before, after):
 
 
 if __name__ == "__main__":
+    show_user_errors()
     dist.tune_malloc()
     (ROOT / OUT).mkdir(parents=True, exist_ok=True)
     progress = Progress([name for name in STAGES if not (ROOT / OUT / f"{name}.json").exists()])

@@ -18,6 +18,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 import gym  # noqa: E402  (data/gym.py; the root must be on the path first)
 
 from common import dist  # noqa: E402
+from common.errors import show_user_errors  # noqa: E402
 from common.sampling import SamplingConfig, complete, for_vocabulary  # noqa: E402
 from common.tokenizer import encode_chat  # noqa: E402
 from sample import load  # noqa: E402
@@ -70,6 +71,7 @@ def once(stage):
 
 
 if __name__ == "__main__":
+    show_user_errors()
     dist.tune_malloc()
     gym.tasks()                                               # says so where reasoning-gym is missing
     (ROOT / OUT).mkdir(parents=True, exist_ok=True)

@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from common import dist  # noqa: E402  (the root must be on the path first)
+from common.errors import show_user_errors  # noqa: E402
 from common.rewards import answer_of  # noqa: E402
 from common.sampling import SamplingConfig, complete, for_vocabulary  # noqa: E402
 from common.tokenizer import encode_chat  # noqa: E402
@@ -88,6 +89,7 @@ def once(name, *options):
 
 
 if __name__ == "__main__":
+    show_user_errors()
     dist.tune_malloc()
     (ROOT / OUT).mkdir(parents=True, exist_ok=True)
     sees, blind = once("sees"), once("blind", "--blank=true")
