@@ -20,6 +20,8 @@ import os
 import re
 import shutil
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -172,11 +174,6 @@ def read_manifest(folder):
         raise UserError(f"{path}: damaged ({error})") from None
 
 
-def weights_id(folder):
-    """-> sha256 of the weights' file, as hex"""
-    return read_manifest(folder)["files"]["model.pt"]["sha256"]
-
-
 def verify(folder):
     """Compare files with their recorded size and sha256; UserError names the first to differ. -> manifest"""
     manifest = read_manifest(folder)
@@ -217,6 +214,40 @@ def find(path):
     return folder
 
 
+@dataclass
+class Source:
+    """Where weights come from: a checkpoint of ours, or a folder of transformers."""
+    folder: str
+    manifest: dict          # "model": fields of ModelConfig; of a checkpoint of ours, what `save` was given
+    load: Callable          # load(model) fills a model with the weights; UserError where they do not fit
+    fingerprint: Callable   # () -> that of the tokenizer
+    weights_id: Callable    # () -> sha256 of the weights, as hex
+
+
+def source(path):
+    """path: a run (its latest whole checkpoint), a checkpoint, or a folder of transformers -> Source"""
+    if is_transformers_folder(path):
+        from common import hf
+        return hf.source(path)
+    return checkpoint_source(find(path))
+
+
+def checkpoint_source(folder):
+    """folder: of a checkpoint that is whole -> Source"""
+    manifest = read_manifest(folder)
+    return Source(folder, manifest, lambda model: load_weights(folder, model),
+                  lambda: manifest["fingerprint"], lambda: manifest["files"]["model.pt"]["sha256"])
+
+
+def is_transformers_folder(path):
+    """Whether path has a config.json with a model_type, which runs of ours do not have in theirs"""
+    try:
+        with open(os.path.join(path, "config.json"), encoding="utf-8") as file:
+            return "model_type" in json.load(file)
+    except (OSError, ValueError, TypeError):
+        return False
+
+
 def load_weights(folder, model, name="model.pt"):
     """
     Fill model with the weights of a checkpoint folder; UserError when it is of another architecture. A model
@@ -255,10 +286,10 @@ def fingerprint(model):
     return sha.hexdigest()
 
 
-def resume(folder, identity, optimizer, num_steps):
+def check_resume(folder, identity, num_steps):
     """
-    Give optimizer its state in a checkpoint folder -> step to go on from. identity: dict of what may not
-    change between the parts of a run; UserError where it has, or the run is past num_steps.
+    -> the step that a run goes on from. identity: dict of what may not change between the parts of a run;
+    UserError where it has, or the run is past num_steps.
     """
     manifest = read_manifest(folder)
     old = manifest["identity"]
@@ -266,7 +297,6 @@ def resume(folder, identity, optimizer, num_steps):
         raise UserError(f"--resume: the run has {', '.join(other)}; give it the same options and data")
     if manifest["step"] > num_steps:
         raise UserError(f"--num_steps={num_steps}: the run is at step {manifest['step']} already")
-    load_optimizer(folder, optimizer)
     return manifest["step"]
 
 

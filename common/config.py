@@ -15,14 +15,12 @@ field is its help text: `--help` prints every option with type, default and comm
 import difflib
 import inspect
 import json
-import math
 import re
 import sys
 import textwrap
 from dataclasses import asdict, fields, is_dataclass, replace
 from typing import Literal, get_args, get_origin, get_type_hints
 
-from common import dist
 from common.errors import UserError, show_user_errors
 
 
@@ -34,12 +32,30 @@ def parse_config(cls, argv=None):
     if "--help" in argv or "-h" in argv:
         print(help_text(cls))
         sys.exit(0)
-    return build(cls(), read_overrides(argv))
+    overrides = read_overrides(argv)
+    config = build(cls(), overrides)
+    object.__setattr__(config, "_asked", overrides)           # frozen; see `asked`
+    return config
 
 
-def read_overrides(argv=None):
-    """What was given explicitly, by config files and --name=value: nested dict of names to raw values."""
-    argv, overrides = sys.argv[1:] if argv is None else argv, {}
+def asked(config):
+    """
+    What was given explicitly, nested dict of names to raw values: by config files and the command line, or of
+    a config made in Python what differs from the defaults.
+    """
+    if hasattr(config, "_asked"):
+        return config._asked
+    values, defaults = {}, type(config)()
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if value != getattr(defaults, field.name):
+            values[field.name] = asked(value) if is_dataclass(value) else value
+    return values
+
+
+def read_overrides(argv):
+    """What config files and --name=value give: nested dict of names to raw values."""
+    overrides = {}
     for arg, following in zip(argv, [*argv[1:], "--"]):
         if arg.startswith("--"):
             name, equals, value = arg[2:].partition("=")
@@ -95,7 +111,11 @@ def build(base, overrides, path=""):
                 field for _, field, _, _, comment in options(base, "") if name.replace("_", " ") in comment]
             raise UserError(f"unknown option --{path}{name}" + (
                 f"; did you mean --{path}{near[0]}?" if near else "; --help lists them all"))
-        if is_dataclass(types[name]):
+        if types[name] is dict:
+            if not isinstance(value, dict):
+                raise UserError(f"--{path}{name} is a section: set --{path}{name}.FIELD=value")
+            changes[name] = value
+        elif is_dataclass(types[name]):
             if not isinstance(value, dict):
                 raise UserError(f"--{path}{name} is a section: set --{path}{name}.FIELD=value")
             changes[name] = build(getattr(base, name), value, f"{path}{name}.")
@@ -147,45 +167,6 @@ def as_dict(config):
     return json.loads(json.dumps(asdict(config)))
 
 
-def as_asked(config):
-    """as_dict, but of sections (model, ...) what was given: the rest follows from where a run starts"""
-    asked = read_overrides()
-    return {name: asked.get(name, {}) if is_dataclass(getattr(config, name)) else value
-            for name, value in as_dict(config).items()}
-
-
-def check_batch(cfg, world_size):
-    """
-    The options that every stage has, compared with each other and the number of ranks; UserError where one
-    cannot be -> sequences in a micro-batch, micro-batches of a step on each rank
-    """
-    for name, least in dict(seq_len=1, batch_size=world_size, micro_batch_size=0, lr=0, eval_seqs=0, seed=0,
-                            keep_last=1, log_every=1, max_bad_steps=1).items():
-        if getattr(cfg, name) < least:
-            raise UserError(f"--{name}={getattr(cfg, name)}: must be at least {least}")
-    micro_batch_size = cfg.micro_batch_size or cfg.batch_size // world_size
-    if cfg.batch_size % (micro_batch_size * world_size):
-        raise UserError(f"--batch_size={cfg.batch_size}: must be a multiple of ranks x micro_batch_size = "
-                        f"{world_size} x {cfg.micro_batch_size or 1}")
-    if min(cfg.num_steps, cfg.num_epochs) < 0 or not (cfg.num_steps or cfg.num_epochs):
-        raise UserError(f"--num_steps={cfg.num_steps} --num_epochs={cfg.num_epochs}: set one of them")
-    return micro_batch_size, cfg.batch_size // (micro_batch_size * world_size)
-
-
-def count_steps(cfg, num_samples):
-    """-> number of updates, of samples that the run may use (inf = no end); num_samples: of an epoch"""
-    num_steps, total = cfg.num_steps, math.inf
-    if cfg.num_epochs:
-        total = round(cfg.num_epochs * num_samples)
-        num_steps = -(-total // cfg.batch_size)
-    if total < 1:
-        raise UserError(f"--num_epochs={cfg.num_epochs}: not one of {num_samples} sequences")
-    if cfg.warmup_steps >= num_steps and dist.world()[0] == 0:
-        print(f"note: --warmup_steps={cfg.warmup_steps} in a run of {num_steps} steps: lr never gets to "
-              f"{cfg.lr:g}; try --warmup_steps={num_steps // 10}", flush=True)
-    return num_steps, total
-
-
 # -----------------------------------------------------------------------------
 # help
 
@@ -220,7 +201,7 @@ def options(instance, path):
                 group = heading[1]
             if field := re.match(r"    (\w+): [^=]+=.*?(?:\s#\s(.*))?$", line):
                 comments[field[1]] = field[2] or ""
-                groups[field[1]], group = group, ""
+                groups[field[1]], group = group or groups.get(field[1], ""), ""
     for field in fields(instance):
         value = getattr(instance, field.name)
         if is_dataclass(value):

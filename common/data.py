@@ -17,14 +17,14 @@ A set is a folder that data/prepare.py makes:
                            with train_row_offsets.npy
 
 `batch(i)` is a pure function: the rows of micro-batch i on this rank follow from (seed, i) alone, so a
-resumed run needs no replay. Step s of a run trains on samples [s, s + 1) * batch_size of the order, however
-ranks and micro-batches divide them. An epoch visits every sample once, in an order of its own.
+resumed run needs no replay. Step s of a run trains on rows [s, s + 1) * batch_size of the run's order,
+however ranks and micro-batches divide them. An epoch visits every row once, in an order of its own.
 """
 import functools
 import json
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -86,22 +86,10 @@ def read_split(data_dir, split, kind):
     return meta
 
 
-def positions(i, data):
-    """Places in the run's order of samples that micro-batch i of this rank takes: (B,)"""
-    first = (i * data.world_size + data.rank) * data.micro_batch_size
-    return np.arange(first, first + data.micro_batch_size)
-
-
 @functools.lru_cache(maxsize=8)
 def epoch_order(seed, epoch, n):
-    """The order of n samples in an epoch; cached, as many batches ask for it"""
+    """The order of n rows in an epoch; cached, as many batches ask for it"""
     return np.random.default_rng([seed, epoch]).permutation(n)
-
-
-def samples_at(places, data):
-    """Sample numbers at places (B,) of the run's order -> (B,)"""
-    return np.array([epoch_order(data.seed, int(epoch), data.num_samples)[k]
-                     for epoch, k in zip(*np.divmod(places, data.num_samples))])
 
 
 def to_device(device, *arrays):
@@ -111,162 +99,228 @@ def to_device(device, *arrays):
     return [tensor.to(device, non_blocking=True) for tensor in tensors]
 
 
-class TokenData:
+@dataclass
+class Batch:
+    """A micro-batch of rows, on the run's device."""
+    tokens: torch.Tensor               # (B, T) int64
+    targets: torch.Tensor              # (B, T) int64
+    mask: torch.Tensor                 # (B, T) bool, True: the target counts
+    docs: torch.Tensor | None          # (B, T) int64, changes where a document starts; -1 is padding
+    weight: torch.Tensor | None = None  # (B, T) float32, of critical targets; None: 1 for each
+    inputs: dict = field(default_factory=dict)  # what else a forward takes, by name
+
+    @property
+    def n_targets(self):
+        """-> their number, or with critical tokens the sum of their weights; scalar tensor"""
+        return self.mask.sum() if self.weight is None else (self.mask * self.weight).sum()
+
+
+class Rows:
+    """
+    One split of a set as the rows of a run. This is all that run.py, the scripts and the cost of a run
+    (extras/capacity.py) ask of a kind of data:
+
+    batch(i)        micro-batch i of this rank; see each kind
+    num_rows        rows of an epoch
+    limit(total)    from here on rows past the first `total` of the run do not count; num_batches: micro-batches
+                    that hold those, on each rank
+    num_tokens      of an epoch; mean_context: positions that a token's attention spans, on average;
+                    target_frac: of tokens that have a target
+    doc_mask        whether documents share rows; images: whether batches have some
+    identity        dict of what else decides on the meaning of a step
+
+    critical_ids    target ids whose loss has the weight critical_alpha, others 1: sum(w nll) / sum(w)
+    """
+    kind = ""                                                 # of the set: text, chat, pairs, prompts
+    doc_mask, images = True, False
+
+    def __init__(self, data_dir, split, seq_len, micro_batch_size, rank=0, world_size=1, device="cpu", seed=0,
+                 critical_ids=(), critical_alpha=1.0):
+        self.meta = read_split(data_dir, split, self.kind)
+        self.counts, self.vocab_size = self.meta["splits"][split], self.meta["vocab_size"]
+        self.data_dir, self.split, self.seq_len = data_dir, split, seq_len
+        self.path = os.path.join(data_dir, f"{split}.npy")
+        self.micro_batch_size, self.rank, self.world_size = micro_batch_size, rank, world_size
+        self.device, self.seed, self.total = torch.device(device), seed, math.inf
+        self.target_frac, self.identity = 1.0, {}
+        for i in critical_ids:
+            if not 0 <= i < self.vocab_size:
+                raise UserError(f"--critical_ids={i}: no such token, expected 0 to {self.vocab_size - 1}")
+        self.critical_ids = torch.tensor(critical_ids, dtype=torch.int64, device=self.device)
+        self.critical_alpha = float(critical_alpha)
+
+    def file(self, name):
+        """-> path of an array of the split, such as train_mask.npy for the name mask"""
+        return os.path.join(self.data_dir, f"{self.split}_{name}.npy")
+
+    def limit(self, total):
+        self.total = total
+        return self
+
+    @property
+    def num_batches(self):
+        return -(-self.total // (self.micro_batch_size * self.world_size))
+
+    def run_order(self, i):
+        """-> numbers (B,) in the run's order of the rows of micro-batch i, which of these count (B,)"""
+        first = (i * self.world_size + self.rank) * self.micro_batch_size
+        numbers = np.arange(first, first + self.micro_batch_size)
+        return numbers, numbers < self.total
+
+    def rows_at(self, numbers):
+        """numbers in the run's order (B,) -> those of the rows in the set (B,)"""
+        epochs, places = np.divmod(numbers, self.num_rows)
+        return np.array([epoch_order(self.seed, int(epoch), self.num_rows)[place]
+                         for epoch, place in zip(epochs, places)])
+
+    def check_ids(self, tokens, place=None):
+        """tokens: array of ids, UserError where one is too large; place: function of its index -> in the file"""
+        if tokens.max() < self.vocab_size:
+            return
+        what = f"token id {tokens.max()} is there"
+        if place:
+            index = int(np.argmax(tokens >= self.vocab_size))
+            what = f"token {place(index)} is {tokens.reshape(-1)[index]}"
+        raise UserError(f"{self.path}: {what}, but the vocabulary has {self.vocab_size}; "
+                        "prepare the set again")
+
+    def weights(self, targets):
+        """targets (...) int64 -> (...) float32, of each target's loss; None where all are 1"""
+        if not len(self.critical_ids):
+            return None
+        return torch.where(torch.isin(targets, self.critical_ids), self.critical_alpha, 1.0)
+
+    def make_batch(self, tokens, targets, mask, docs):
+        """arrays (B, T) -> Batch"""
+        tokens, targets, mask, docs = to_device(self.device, tokens, targets, mask, docs)
+        return Batch(tokens, targets, mask, docs, self.weights(targets))
+
+    def continued(self, prompts, answers, valid):
+        """
+        Prompts with answers to them (lists of lists of ids), cut to seq_len positions, next to each other ->
+        Batch of one row, (1, T). Targets are the answers to prompts that are valid, list of bool
+        """
+        rows = [np.append(prompt, answer).astype(np.int64)[:self.seq_len + 1]
+                for prompt, answer in zip(prompts, answers)]
+        mask = [counts & (np.arange(1, len(row)) >= len(prompt))
+                for row, prompt, counts in zip(rows, prompts, valid)]
+        docs = np.repeat(np.arange(len(rows)), [len(row) - 1 for row in rows])
+        parts = [row[:-1] for row in rows], [row[1:] for row in rows], mask
+        tokens, targets, mask = (np.concatenate(part)[None] for part in parts)
+        return self.make_batch(tokens, targets, mask, docs[None])
+
+
+class TokenData(Rows):
     """
     Windows of seq_len tokens over data_dir/<split>.npy, next to each other, with the next token as target.
 
-    batch(i) -> tokens, targets (B, T) int64, mask (B, T) bool, docs (B, T) int64 or None; on device.
-        mask    False: this target does not count
-        docs    with doc_mask: the document's number in the row; what follows the end token is not a target
-
-    num_samples     rows per epoch, of num_tokens tokens; total: rows that a run may use (later ones are
-                    masked)
-    mean_context    positions that a token's attention spans; target_frac: of tokens; both for their cost
-    view            what else decides on the meaning of a loss, by name
-    tokens are checked against vocab_size as they are read.
+    batch(i) -> Batch. doc_mask: tokens see only their own document, and what follows its end is not a target
     """
+    kind = "text"
 
-    def __init__(self, data_dir, split, seq_len, micro_batch_size, rank=0, world_size=1, device="cpu", seed=0,
-                 doc_mask=False, total=math.inf):
-        meta = read_split(data_dir, split, "text")
-        self.path = os.path.join(data_dir, f"{split}.npy")
-        self.tokens = open_array(self.path, meta["splits"][split]["tokens"])
-        self.token_bytes = torch.from_numpy(open_array(os.path.join(data_dir, "token_bytes.npy"),
-                                                       meta["vocab_size"]).astype(np.int64)).to(device)
-        self.fingerprint, self.end, self.vocab_size = meta["fingerprint"], meta["end"], meta["vocab_size"]
-        self.num_samples = (len(self.tokens) - 1) // seq_len
-        if self.num_samples < 1:
-            raise UserError(f"{self.path}: {len(self.tokens)} tokens, fewer than --seq_len={seq_len} + 1; "
-                            "lower --seq_len or prepare more text")
-        self.windows = np.lib.stride_tricks.sliding_window_view(self.tokens, seq_len + 1)
-        self.num_tokens, self.mean_context, self.target_frac = self.num_samples * seq_len, seq_len, 1.0
-        self.view = dict(doc_mask=doc_mask)
-        self.seq_len, self.micro_batch_size = seq_len, micro_batch_size
-        self.rank, self.world_size, self.total = rank, world_size, total
-        self.device, self.seed, self.doc_mask = torch.device(device), seed, doc_mask
+    def __init__(self, *args, doc_mask=False, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.tokens = open_array(self.path, self.counts["tokens"])
+        token_bytes = open_array(os.path.join(self.data_dir, "token_bytes.npy"), self.vocab_size)
+        self.token_bytes = torch.from_numpy(token_bytes.astype(np.int64)).to(self.device)
+        self.end, self.doc_mask = self.meta["end"], doc_mask
+        self.num_rows = (len(self.tokens) - 1) // self.seq_len
+        if self.num_rows < 1:
+            raise UserError(f"{self.path}: {len(self.tokens)} tokens, fewer than --seq_len={self.seq_len} "
+                            "+ 1; lower --seq_len or prepare more text")
+        self.windows = np.lib.stride_tricks.sliding_window_view(self.tokens, self.seq_len + 1)
+        self.num_tokens, self.mean_context = self.num_rows * self.seq_len, self.seq_len
+        self.identity = dict(doc_mask=doc_mask)
 
-    def sample_ids(self, i):
-        """Which windows make micro-batch i here: (B,) sample numbers in their epoch, and which count."""
-        position = positions(i, self)
-        return samples_at(position, self), position < self.total
-
-    def places(self, i):
+    def file_offsets(self, i):
         """-> (B, T) int64: where micro-batch i's tokens lie in the file"""
-        ids, _ = self.sample_ids(i)
-        return torch.from_numpy(ids[:, None] * self.seq_len + np.arange(self.seq_len))
+        starts = self.rows_at(self.run_order(i)[0]) * self.seq_len
+        return torch.from_numpy(starts[:, None] + np.arange(self.seq_len))
 
     def prompts(self, i, max_new_tokens):
         """
         What micro-batch i's rows start with, for a model to continue with max_new_tokens -> list of arrays,
         numbers (of the rows in the run), which of them count. With doc_mask the last document only.
         """
-        ids, counts = self.sample_ids(i)
-        starts = self.windows[ids * self.seq_len][:, :self.seq_len + 1 - max_new_tokens]
+        numbers, valid = self.run_order(i)
+        rows = self.windows[self.rows_at(numbers) * self.seq_len]
+        starts = rows[:, :self.seq_len + 1 - max_new_tokens]
         if self.doc_mask:
             starts = [row[np.append(-1, np.flatnonzero(row[:-1] == self.end))[-1] + 1:] for row in starts]
-        return starts, positions(i, self), counts
+        return starts, numbers, valid
 
     def batch(self, i):
-        ids, counts = self.sample_ids(i)
-        rows = self.windows[ids * self.seq_len].astype(np.int64)                  # (B, T + 1)
-        if rows.max() >= self.vocab_size:
-            row, column = np.argwhere(rows >= self.vocab_size)[0]
-            raise UserError(f"{self.path}: token {ids[row] * self.seq_len + column} is {rows[row, column]}, "
-                            f"but the vocabulary has {self.vocab_size}; prepare the set again")
-        rows, counts = to_device(self.device, rows, counts)
-        mask = counts[:, None].expand(-1, self.seq_len)
-        tokens, targets, docs = rows[:, :-1], rows[:, 1:], None
+        numbers, valid = self.run_order(i)
+        starts = self.rows_at(numbers) * self.seq_len
+        rows = self.windows[starts].astype(np.int64)                              # (B, T + 1)
+        self.check_ids(rows, lambda k: starts[k // rows.shape[1]] + k % rows.shape[1])
+        rows, valid = to_device(self.device, rows, valid)
+        mask = valid[:, None].expand(-1, self.seq_len)
+        tokens, targets, docs = rows[:, :-1].contiguous(), rows[:, 1:].contiguous(), None
         if self.doc_mask:
             ends = tokens == self.end
             docs = ends.cumsum(1) - ends.long()               # the end token still belongs to its document
             mask = mask & ~ends
-        return tokens.contiguous(), targets.contiguous(), mask, docs
+        return Batch(tokens, targets, mask, docs, self.weights(targets))
 
 
-def open_examples(data_dir, split, num_tokens, num_examples):
-    """-> path, tokens, which of them are to be learned, where each example begins and the last one ends"""
-    path = os.path.join(data_dir, f"{split}.npy")
-    tokens = open_array(path, num_tokens)
-    learn = open_array(os.path.join(data_dir, f"{split}_mask.npy"), num_tokens)
-    offsets = open_array(os.path.join(data_dir, f"{split}_offsets.npy"), num_examples + 1)
-    if np.diff(offsets.astype(np.int64)).min() < 1 or offsets[0] != 0 or offsets[-1] != len(tokens):
-        raise UserError(f"{path}: its offsets do not fit; prepare the set again")
-    return path, tokens, learn, offsets.astype(np.int64)
-
-
-def continuations(prompts, answers, counts, seq_len, device):
+class Examples(Rows):
     """
-    Prompts with answers to them (lists of lists of ids), cut to seq_len positions, next to each other ->
-    tokens, targets (1, T) int64, mask (1, T): answers to prompts that count (counts), docs (1, T)
+    Kinds whose examples have lengths of their own. num_examples: that the arrays hold, one after the other;
+    offsets: where each begins and the last one ends; learn: which tokens are to be learned
     """
-    rows = [np.append(prompt, answer).astype(np.int64)[:seq_len + 1]
-            for prompt, answer in zip(prompts, answers)]
-    mask = [counted & (np.arange(1, len(row)) >= len(prompt))
-            for row, prompt, counted in zip(rows, prompts, counts)]
-    docs = np.repeat(np.arange(len(rows)), [len(row) - 1 for row in rows])
-    parts = (*(np.concatenate(part) for part in ([r[:-1] for r in rows], [r[1:] for r in rows], mask)), docs)
-    return to_device(device, *(part[None] for part in parts))
+
+    def open_examples(self, num_examples):
+        num_tokens = self.counts["tokens"]
+        self.tokens = open_array(self.path, num_tokens)
+        self.learn = open_array(self.file("mask"), num_tokens)
+        self.offsets = self.open_offsets("offsets", num_examples, num_tokens)
+
+    def open_offsets(self, name, count, end, least=1):
+        """-> (count + 1,) int64; UserError unless they go from 0 to end in steps of at least `least`"""
+        offsets = open_array(self.file(name), count + 1).astype(np.int64)
+        if np.diff(offsets).min() < least or offsets[0] != 0 or offsets[-1] != end:
+            raise UserError(f"{self.path}: its offsets do not fit; prepare the set again")
+        return offsets
+
+    def learned_frac(self):
+        return int((np.asarray(self.learn) != 0).sum()) / self.num_tokens
 
 
-class ChatData:
+class ChatData(Examples):
     """
     The conversations of data_dir/<split>.npy in rows of seq_len positions: whole, several to a row, with
     hardly any padding (`pack`). A conversation of n tokens takes n - 1 positions: its last is only a target.
 
-    batch(i) -> tokens, targets (B, T) int64, mask (B, T) bool, docs (B, T) int64; on device.
-        mask    True: the target counts. With mask_prompt an assistant's words and their end, else every token
-        docs    the conversation's number in the row: tokens see only their own; padding is -1
-
-    num_samples, num_tokens, total, mean_context, target_frac, view    as in TokenData; an epoch has every
-                    conversation once
-    images_per_token    None for a set without images; with_images: sets with images are taken
+    batch(i) -> Batch; docs: the conversation's number in the row. With mask_prompt an assistant's words and
+    their end are targets, else every token. An epoch has every conversation once
     """
+    kind = "chat"
 
-    def __init__(self, data_dir, split, seq_len, micro_batch_size, rank=0, world_size=1, device="cpu", seed=0,
-                 mask_prompt=True, total=math.inf, with_images=False):
-        meta = read_split(data_dir, split, "chat")
-        if "images" in meta and not with_images:
-            raise UserError(f"--data_dir={data_dir}: a set with images; only train_sft.py learns from these")
-        self.path, self.tokens, self.learn, self.offsets = open_examples(
-            data_dir, split, meta["splits"][split]["tokens"], meta["splits"][split]["conversations"])
+    def __init__(self, *args, mask_prompt=True, **kwargs):
+        super().__init__(*args, **kwargs)
+        if "images" in self.meta and not self.images:
+            raise UserError(f"--data_dir={self.data_dir}: a set with images; only train_sft.py learns from "
+                            "these")
+        self.open_examples(self.counts["conversations"])
         self.lengths = np.diff(self.offsets) - 1                                  # (conversations,) positions
         if self.lengths.min() < 1:
             raise UserError(f"{self.path}: its offsets do not fit; prepare the set again")
-        if too_long := int((self.lengths > seq_len).sum()):
-            raise UserError(f"--seq_len={seq_len}: {too_long} of {len(self.lengths)} conversations have over "
-                            f"{seq_len + 1} tokens (up to {self.lengths.max() + 1}); raise it, or prepare "
-                            f"the set with --max_len={seq_len + 1} and --long_rows=cut or skip")
+        if too_long := int((self.lengths > self.seq_len).sum()):
+            most = self.seq_len + 1
+            raise UserError(f"--seq_len={self.seq_len}: {too_long} of {len(self.lengths)} conversations have "
+                            f"over {most} tokens (up to {self.lengths.max() + 1}); raise it, or prepare "
+                            f"the set with --max_len={most} and --long_rows=cut or skip")
         self.num_tokens = int(self.lengths.sum())
         self.mean_context = float((self.lengths**2).sum() / self.num_tokens)
-        self.target_frac = int((np.asarray(self.learn) != 0).sum()) / self.num_tokens if mask_prompt else 1.0
-        self.doc_mask, self.view = True, dict(mask_prompt=mask_prompt)
-        self.vocab_size, self.pad, self.mask_prompt = meta["vocab_size"], meta["pad"], mask_prompt
-        self.seq_len, self.micro_batch_size = seq_len, micro_batch_size
-        self.rank, self.world_size, self.total = rank, world_size, total
-        self.device, self.seed = torch.device(device), seed
-        self.image, self.images_per_token = None, None        # id of the token that stands for images
-        if "images" in meta:
-            self._open_images(data_dir, split, meta["images"], meta["splits"][split])
+        self.target_frac = self.learned_frac() if mask_prompt else 1.0
+        self.pad, self.mask_prompt, self.identity = self.meta["pad"], mask_prompt, dict(mask_prompt=mask_prompt)
         self.epoch, self.rows = None, None
-        self.num_samples = len(self._rows(0))
+        self.num_rows = len(self.rows_of(0))
 
-    def _open_images(self, data_dir, split, info, counts):
-        def path(name):
-            return os.path.join(data_dir, f"{split}_{name}.npy")
-        self.image, size = info["token"], info["image_size"]
-        self.pixels = open_array(path("images"), counts["pictures"], (size, size, 3))
-        self.image_ids = open_array(path("image_ids"), counts["images"])
-        self.image_offsets = open_array(path("image_offsets"), len(self.lengths) + 1).astype(np.int64)
-        borders = self.image_offsets
-        shown = np.add.reduceat(np.asarray(self.tokens) == self.image, self.offsets[:-1], dtype=np.int64)
-        if borders[0] or borders[-1] != len(self.image_ids) or np.diff(borders).min() < 0 or \
-                len(self.image_ids) and self.image_ids.max() >= len(self.pixels) or \
-                (shown != info["tokens_per_image"] * np.diff(borders)).any():
-            raise UserError(f"{path('images')}: does not fit its ids and offsets; prepare the set again")
-        self.images_per_token = len(self.image_ids) / self.num_tokens
-
-    def _rows(self, epoch):
-        if epoch != self.epoch:  # a cache only: the rows are a function of (seed, epoch)
+    def rows_of(self, epoch):
+        """-> list of arrays of the conversations in each row; the last epoch's are kept"""
+        if epoch != self.epoch:
             generator = np.random.default_rng([self.seed, epoch])
             order = generator.permutation(len(self.lengths))
             rows = pack(self.lengths[order], self.seq_len)
@@ -276,11 +330,11 @@ class ChatData:
 
     def examples(self, i):
         """-> list of (epoch, conversations in it) of the rows of micro-batch i, which rows count"""
-        position = positions(i, self)
-        rows = [(epoch, self._rows(epoch)[k]) for epoch, k in zip(*np.divmod(position, self.num_samples))]
-        return rows, position < self.total
+        numbers, valid = self.run_order(i)
+        rows = [(epoch, self.rows_of(epoch)[k]) for epoch, k in zip(*np.divmod(numbers, self.num_rows))]
+        return rows, valid
 
-    def places(self, i):
+    def file_offsets(self, i):
         """-> (B, T) int64: where micro-batch i's tokens lie in the file; 0 for padding"""
         rows, _ = self.examples(i)
         places = torch.zeros(len(rows), self.seq_len, dtype=torch.int64)
@@ -294,7 +348,7 @@ class ChatData:
         The conversations of micro-batch i up to their last answer, for a model to give it -> list of arrays,
         numbers (of the conversations in the run), which of them count
         """
-        prompts, numbers, counted = [], [], []
+        prompts, numbers, valid = [], [], []
         for (epoch, examples), counts in zip(*self.examples(i)):
             for e in examples:
                 start, end = self.offsets[e:e + 2].tolist()
@@ -303,26 +357,14 @@ class ChatData:
                 if len(first) and first[-1]:
                     prompts.append(np.asarray(self.tokens[start:start + first[-1]]))
                     numbers.append(int(epoch) * len(self.lengths) + int(e))
-                    counted.append(bool(counts))
-        return prompts, np.array(numbers), np.array(counted)
-
-    def images(self, i):
-        """
-        -> the images of micro-batch i as the model takes them: pixels (U, S, S, 3) uint8, each picture once;
-        which (n,) int64 of them each image is, row after row; None where there are none
-        """
-        if self.image is None:
-            return None
-        rows, _ = self.examples(i)
-        ids = np.concatenate([self.image_ids[self.image_offsets[e]:self.image_offsets[e + 1]]
-                              for _, examples in rows for e in examples])
-        pictures, which = np.unique(ids, return_inverse=True)
-        return tuple(to_device(self.device, self.pixels[pictures], which)) if len(ids) else None
+                    valid.append(bool(counts))
+        return prompts, np.array(numbers), np.array(valid)
 
     def batch(self, i):
-        (rows, counts), T = self.examples(i), self.seq_len
-        tokens, targets, docs = (np.full((len(rows), T), x) for x in (self.pad, self.pad, 0))
-        mask = np.zeros((len(rows), T), dtype=bool)
+        rows, valid = self.examples(i)
+        shape = len(rows), self.seq_len
+        tokens, targets, docs = (np.full(shape, x) for x in (self.pad, self.pad, 0))
+        mask = np.zeros(shape, dtype=bool)
         for row, (_, examples) in enumerate(rows):
             at = 0
             for number, example in enumerate(examples):
@@ -330,16 +372,13 @@ class ChatData:
                 here = slice(at, at + end - start - 1)
                 tokens[row, here] = self.tokens[start:end - 1]
                 targets[row, here] = self.tokens[start + 1:end]
-                mask[row, here] = counts[row] & ((self.learn[start + 1:end] != 0) | (not self.mask_prompt))
+                learned = (self.learn[start + 1:end] != 0) | (not self.mask_prompt)
+                mask[row, here] = valid[row] & learned
                 docs[row, here] = number
                 at = here.stop
             docs[row, at:] = -1
-        if max(tokens.max(), targets.max()) >= self.vocab_size:
-            raise UserError(f"{self.path}: token id {max(tokens.max(), targets.max())} is there, "
-                            f"but the vocabulary has {self.vocab_size}; prepare the set again")
-        if self.image is not None:
-            mask &= targets != self.image                     # what stands for an image is never a target
-        return to_device(self.device, tokens, targets, mask, docs)
+        self.check_ids(np.maximum(tokens, targets))
+        return self.make_batch(tokens, targets, mask, docs)
 
 
 def pack(lengths, capacity):
@@ -413,106 +452,88 @@ def branches(groups, device):
 class Pairs(Branches):
     """A micro-batch of P pairs: answer 2 p is the chosen one of pair p, 2 p + 1 the rejected one."""
     ids: torch.Tensor                  # (P,) int64, the pairs' numbers in the set
-    counts: torch.Tensor               # (P,) bool, False: past the run's last pair
+    valid: torch.Tensor                # (P,) bool, False: past the run's last pair
 
     def per_answer(self, values):
         """Sum values (N,) of the N tokens in mask over each answer -> (P, 2): chosen, rejected"""
         return self.padded(values).sum(dim=1).view(-1, 2)
 
 
-class PairData:
+class PairData(Examples):
     """
-    Pairs of answers to one prompt, micro_batch_size of them in one row; see Branches.
+    Pairs of answers to one prompt, micro_batch_size of them in one row; see Branches. num_rows: pairs
 
     batch(i) -> Pairs of micro-batch i
-    num_samples, num_tokens, total, mean_context, target_frac, view    as in TokenData, of pairs, not rows
     """
+    kind = "pairs"
 
-    def __init__(self, data_dir, split, seq_len, micro_batch_size, rank=0, world_size=1, device="cpu", seed=0,
-                 total=math.inf):
-        meta = read_split(data_dir, split, "pairs")
-        self.num_samples = meta["splits"][split]["pairs"]
-        self.path, self.tokens, self.learn, self.offsets = open_examples(
-            data_dir, split, meta["splits"][split]["tokens"], 3 * self.num_samples)
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.num_rows = self.counts["pairs"]
+        self.open_examples(3 * self.num_rows)
         prompt, *answers = np.diff(self.offsets).reshape(-1, 3).T                 # (pairs,) each
         if prompt.min() < 2:
             raise UserError(f"{self.path}: its offsets do not fit; prepare the set again")
-        length = prompt + np.maximum(*answers)
-        if too_long := int((length - 1 > seq_len).sum()):
-            raise UserError(f"--seq_len={seq_len}: a prompt and one answer have over {seq_len + 1} tokens in "
-                            f"{too_long} of {self.num_samples} pairs (up to {length.max()}); raise it, or "
-                            f"prepare the set with --max_len={seq_len + 1} and --long_rows=cut or skip")
+        length, most = prompt + np.maximum(*answers), self.seq_len + 1
+        if too_long := int((length > most).sum()):
+            raise UserError(f"--seq_len={self.seq_len}: a prompt and one answer have over {most} tokens in "
+                            f"{too_long} of {self.num_rows} pairs (up to {length.max()}); raise it, or "
+                            f"prepare the set with --max_len={most} and --long_rows=cut or skip")
         trunk = prompt - 1
         self.num_tokens = int((trunk + sum(answers)).sum())
         attended = trunk**2 + sum(n * (n + 2 * trunk) for n in answers)           # twice the causal pairs
         self.mean_context = float(attended.sum() / self.num_tokens)
-        self.target_frac, self.view = int((np.asarray(self.learn) != 0).sum()) / self.num_tokens, {}
-        self.vocab_size, self.doc_mask, self.micro_batch_size = meta["vocab_size"], True, micro_batch_size
-        self.rank, self.world_size, self.total = rank, world_size, total
-        self.device, self.seed = torch.device(device), seed
+        self.target_frac = self.learned_frac()
 
     def batch(self, i):
-        position = positions(i, self)
-        return self.pairs(samples_at(position, self), position < self.total)
+        numbers, valid = self.run_order(i)
+        return self.pairs(self.rows_at(numbers), valid)
 
-    def pairs(self, ids, counts):
-        """ids (P,): numbers of pairs; counts (P,) bool -> Pairs"""
+    def pairs(self, ids, valid):
+        """ids (P,): numbers of pairs; valid (P,) bool -> Pairs"""
         groups = []
-        for i, counted in zip(ids, counts):
+        for i, counts in zip(ids, valid):
             start, chosen, rejected, end = self.offsets[3 * i:3 * i + 4].tolist()
-            groups.append((self.tokens[start:chosen], [
-                (self.tokens[answer], (self.learn[answer] != 0) & counted)
-                for answer in (slice(chosen, rejected), slice(rejected, end))]))
-            largest = self.tokens[start:end].max()
-            if largest >= self.vocab_size:
-                raise UserError(f"{self.path}: token id {largest} is there, but the vocabulary has "
-                                f"{self.vocab_size}; prepare the set again")
-        return Pairs(*branches(groups, self.device), *to_device(self.device, ids, counts))
+            self.check_ids(self.tokens[start:end])
+            answers = [(self.tokens[answer], (self.learn[answer] != 0) & counts)
+                       for answer in (slice(chosen, rejected), slice(rejected, end))]
+            groups.append((self.tokens[start:chosen], answers))
+        return Pairs(*branches(groups, self.device), *to_device(self.device, ids, valid))
 
 
-class PromptData:
+class PromptData(Examples):
     """
-    Prompts for a model to answer.
+    Prompts for a model to answer. num_rows: prompts
 
-    batch(i) -> ids (B,) of the prompts of micro-batch i, places (B,) in the run's order of samples, and which
-    of them count; prompt(id) -> array of tokens, row(id) -> {"prompt": messages, "answer": text}
-    num_samples, num_tokens, total, mean_context, target_frac, view    as in TokenData, of prompts
+    batch(i) -> ids (B,) of the prompts of micro-batch i, numbers (B,) in the run's order, and which of them
+    count; prompt(id) -> array of tokens, row(id) -> {"prompt": messages, "answer": text}
     """
+    kind = "prompts"
 
-    def __init__(self, data_dir, split, seq_len, micro_batch_size, rank=0, world_size=1, device="cpu", seed=0,
-                 total=math.inf):
-        meta = read_split(data_dir, split, "prompts")
-        self.num_samples, self.num_tokens = (meta["splits"][split][name] for name in ("prompts", "tokens"))
-        self.path, self.tokens, _, self.offsets = open_examples(data_dir, split, self.num_tokens,
-                                                                self.num_samples)
-        self.rows = open_array(os.path.join(data_dir, f"{split}_rows.npy"))
-        self.row_offsets = open_array(os.path.join(data_dir, f"{split}_row_offsets.npy"),
-                                      self.num_samples + 1)
-        borders = self.row_offsets.astype(np.int64)
-        if borders[0] or borders[-1] != len(self.rows) or np.diff(borders).min() < 1 or \
-                self.rows.dtype != np.uint8:
-            raise UserError(f"{self.path}: its row offsets do not fit; prepare the set again")
-        if (longest := int(np.diff(self.offsets).max())) > seq_len:
-            raise UserError(f"--seq_len: prompts have up to {longest} tokens, {seq_len} fit with an answer; "
-                            f"raise it, or lower --max_new_tokens, or prepare with --max_len={seq_len} "
-                            "--long_rows=skip")
-        if self.tokens.max() >= meta["vocab_size"]:
-            raise UserError(f"{self.path}: token id {self.tokens.max()} is there, but the vocabulary has "
-                            f"{meta['vocab_size']}; prepare the set again")
-        self.mean_context, self.target_frac = self.num_tokens / self.num_samples, 1.0
-        self.doc_mask, self.view, self.micro_batch_size = True, {}, micro_batch_size
-        self.rank, self.world_size, self.total = rank, world_size, total
-        self.device, self.seed = torch.device(device), seed
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.num_rows, self.num_tokens = self.counts["prompts"], self.counts["tokens"]
+        self.open_examples(self.num_rows)
+        self.rows = open_array(self.file("rows"))
+        self.row_offsets = self.open_offsets("row_offsets", self.num_rows, len(self.rows))
+        if self.rows.dtype != np.uint8:
+            raise UserError(f"{self.path('rows')}: expected bytes; prepare the set again")
+        if (longest := int(np.diff(self.offsets).max())) > self.seq_len:
+            raise UserError(f"--seq_len: prompts have up to {longest} tokens, {self.seq_len} fit with an "
+                            f"answer; raise it, or lower --max_new_tokens, or prepare with "
+                            f"--max_len={self.seq_len} --long_rows=skip")
+        self.check_ids(self.tokens)
+        self.mean_context = self.num_tokens / self.num_rows
 
     def batch(self, i):
-        places = positions(i, self)
-        return samples_at(places, self), places, places < self.total
+        numbers, valid = self.run_order(i)
+        return self.rows_at(numbers), numbers, valid
 
     def prompt(self, i):
         return np.asarray(self.tokens[self.offsets[i]:self.offsets[i + 1]])
 
     def row(self, i):
         try:
-            return json.loads(bytes(self.rows[int(self.row_offsets[i]):int(self.row_offsets[i + 1])]))
+            return json.loads(bytes(self.rows[self.row_offsets[i]:self.row_offsets[i + 1]]))
         except ValueError as error:
             raise UserError(f"{self.path}: row {i} is damaged ({error}); prepare the set again") from None

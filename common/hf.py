@@ -32,7 +32,9 @@ import sys
 import torch
 
 from common import dist
+from common.checkpoint import Source
 from common.errors import UserError, show_user_errors
+from common.tokenizer import load_tokenizer
 
 FAMILIES = {                                                  # model_type: class, what sets it apart for us
     "llama": ("LlamaForCausalLM", {}), "mixtral": ("MixtralForCausalLM", {}),
@@ -63,21 +65,10 @@ ROPE_FIELDS = {                                               # rope_type: its f
 SHARD_BYTES = 5 * 10**9                                       # of an exported file, about
 
 
-def is_folder(path):
-    """Whether path is a folder in Hugging Face's format"""
-    config = os.path.join(path, "config.json")
-    return bool(path) and os.path.isfile(config) and "model_type" in _read_json(config)
-
-
-# what checkpoint.py has for runs of ours, by the same names
-def find(path):
-    """-> path: the folder is what it is"""
-    return path
-
-
-def read_manifest(folder):
-    """-> {"model": dict of ModelConfig's fields}"""
-    return dict(model=read_config(folder))
+def source(folder):
+    """-> checkpoint.Source of a folder in Hugging Face's format"""
+    return Source(folder, dict(model=read_config(folder)), lambda model: load_weights(folder, model),
+                  lambda: load_tokenizer(folder).fingerprint, lambda: weights_id(folder))
 
 
 def load_weights(folder, model):
@@ -468,7 +459,6 @@ if __name__ == "__main__":  # the only part that knows other modules
     from common.config import parse_config
     from common.logger import check_run_directory
     from common.model import GPT, ModelConfig
-    from common.tokenizer import load_tokenizer
 
     @dataclass(frozen=True)
     class Config:

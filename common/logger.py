@@ -10,8 +10,6 @@ A run directory and what is written into it while training.
 
 Only rank 0 writes. Values are those of the whole step over all ranks, never one rank's or one micro-batch's.
 """
-import hashlib
-import importlib
 import json
 import math
 import os
@@ -22,6 +20,8 @@ from pathlib import Path
 
 from common import dist
 from common.errors import UserError
+
+ROOT = Path(__file__).parent.parent
 
 
 def check_run_directory(out_dir, resume):
@@ -37,35 +37,6 @@ def check_run_directory(out_dir, resume):
                         "choose another, or continue that run with --resume=true")
 
 
-def open_mirrors(out_dir, config, wandb_project, tensorboard, start_step):
-    """-> functions of (step, dict of numbers) that send a record elsewhere too"""
-    mirrors = []
-    if tensorboard:
-        writer = _extra("torch.utils.tensorboard", "tensorboard").SummaryWriter(
-            os.path.join(out_dir, "tensorboard"), purge_step=start_step or None)
-
-        def to_tensorboard(step, numbers):
-            for name, value in numbers.items():
-                writer.add_scalar(name, value, step)
-            writer.flush()                                    # nothing is buffered when a kill comes
-        mirrors.append(to_tensorboard)
-    if wandb_project:
-        name = os.path.abspath(out_dir)
-        run = _extra("wandb", "wandb").init(
-            project=wandb_project, name=os.path.basename(name), dir=out_dir, config=config, resume="allow",
-            id=hashlib.sha256(name.encode()).hexdigest()[:16])          # a resumed run goes on there too
-        mirrors.append(lambda step, numbers: run.log(numbers, step=step))
-    return mirrors
-
-
-def _extra(module, package):
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        raise UserError(f"--{package}: it is not installed; pip install {package}, or this package with its "
-                        f'extra "{package}"') from None
-
-
 class Logger:
     """
     config: plain dict of options. start_step: where a resumed run starts; later records are taken out. wandb:
@@ -78,11 +49,13 @@ class Logger:
         self.start_step, self.resume = start_step, resume
         self.is_main = dist.world()[0] == 0
         self.interval_tokens = self.interval_seconds = 0.0
-        for package, wanted in (("wandb", wandb), ("tensorboard", tensorboard)):
-            if wanted:
-                _extra(package, package)                      # before anything is written
+        self.mirrors = []
+        if wandb or tensorboard:
+            from extras import mirrors
+            mirrors.check(wandb, tensorboard)                 # before anything is written
         dist.from_rank_zero(lambda: self._open(config, script, resume, start_step))
-        self.mirrors = open_mirrors(out_dir, config, wandb, tensorboard, start_step) if self.is_main else []
+        if self.is_main and (wandb or tensorboard):
+            self.mirrors = mirrors.open_mirrors(out_dir, config, wandb, tensorboard, start_step)
 
     def _open(self, config, script, resume, start_step):
         check_run_directory(self.out_dir, resume)
@@ -95,8 +68,9 @@ class Logger:
                 self._rewind(os.path.join(self.out_dir, name), start_step)
             code = os.path.join(self.out_dir, f"code_from_step_{start_step}" if start_step else "code")
             shutil.rmtree(code, ignore_errors=True)
-            shutil.copytree(Path(__file__).parent, os.path.join(code, "common"),
-                            ignore=shutil.ignore_patterns("__*__"))
+            for folder in ("common", "extras"):
+                shutil.copytree(ROOT / folder, os.path.join(code, folder),
+                                ignore=shutil.ignore_patterns("__pycache__"))
             shutil.copy(script, code)
         except OSError as error:
             why = error.strerror or error
@@ -122,18 +96,22 @@ class Logger:
         if self.is_main:
             print(*text, flush=True)
 
-    def introduce(self, size, state_bytes, data, source, previous):
-        """First line of a run: how large model, optimizer and data are, and where the weights come from"""
-        if self.resume and not previous:
+    def introduce(self, size, state_bytes, data, source, resumed):
+        """
+        First line of a run: how large model, optimizer and data are, and where the weights come from. source:
+        folder of the weights, or None; resumed: it is a checkpoint of this run
+        """
+        if self.resume and not resumed:
             self.print(f"note: {self.out_dir} has no checkpoint to go on from; this run starts anew")
-        elif previous and self.start_step >= self.num_steps:
+        elif resumed and self.start_step >= self.num_steps:
             self.print(f"note: {self.out_dir} has made its {self.num_steps} steps; --num_steps makes more")
+        start = f", weights of {source}" if source else ", random weights"
+        if resumed:
+            start = f" from step {self.start_step} of {source}"
         ranks = dist.world()[1]
-        start = f" from step {self.start_step} of {previous}" if previous else \
-            f", weights of {source}" if source else ", random weights"
-        self.print(f"{size}, {state_bytes:,} bytes of optimizer state on each of {ranks} "
-                   f"rank{'s'[:ranks > 1]}, {data.num_tokens:,} tokens in {data.num_samples:,} samples, "
-                   f"{self.num_steps} steps{start}")
+        each = f"each of {ranks} ranks" if ranks > 1 else "each of 1 rank"
+        self.print(f"{size}, {state_bytes:,} bytes of optimizer state on {each}, "
+                   f"{data.num_tokens:,} tokens in {data.num_rows:,} samples, {self.num_steps} steps{start}")
 
     def print_changes(self, config, before):
         """Tell which options a resumed run has changed."""

@@ -113,19 +113,22 @@ def as_number(value):
         return math.nan
 
 
-def summarize(episodes):
+def summarize(rollouts):
     """
-    What rollouts were like, over all ranks. episodes: list of dicts with rewards (P, G), to_go (P, G, T),
-    counts (P,): which prompts count (the first ones), lengths (P * G,), ended (P * G,): not cut
+    What rollouts were like, over all ranks. rollouts: list of values with .rewards (P, G), .to_go (P, G, T),
+    .valid (P,) bool, which prompts count (the first ones), and .answers, P G of them with .logps, .ended
     -> dict of means over answers; pass: reward 1 or more; flat_groups: all rewards of the group are the same
     """
     total = torch.zeros(7, dtype=torch.float64)
-    for e in episodes:
-        r, to_go = e["rewards"][e["counts"]].double(), e["to_go"][e["counts"]]    # (P, G), (P, G, T)
-        total += torch.stack([torch.tensor(r.numel()), r.sum(), (r**2).sum(), (r >= 1 - 1e-6).sum(),
-                              e["lengths"][:r.numel()].sum(), (~e["ended"][:r.numel()]).sum(),
-                              (to_go == to_go[:, :1]).flatten(1).all(dim=1).sum() * r.shape[1]])
+    for r in rollouts:
+        rewards, to_go = r.rewards[r.valid].double(), r.to_go[r.valid]    # (P, G), (P, G, T)
+        answers = r.answers[:rewards.numel()]
+        flat = (to_go == to_go[:, :1]).flatten(1).all(dim=1)              # (P,)
+        total += torch.stack([
+            torch.tensor(rewards.numel()), rewards.sum(), (rewards**2).sum(), (rewards >= 1 - 1e-6).sum(),
+            torch.tensor(sum(len(answer.logps) for answer in answers)),
+            torch.tensor(sum(not answer.ended for answer in answers)), flat.sum() * rewards.shape[1]])
     n, *sums = dist.all_sum(total).tolist()
-    mean, square, *others = (x / n for x in sums)
-    return dict(zip(("reward", "reward_std", "pass", "length", "truncated", "flat_groups"),
-                    (mean, max(0.0, square - mean**2)**0.5, *others)))
+    reward, square, passed, length, truncated, flat_groups = (x / n for x in sums)
+    return {"reward": reward, "reward_std": max(0.0, square - reward**2)**0.5, "pass": passed,
+            "length": length, "truncated": truncated, "flat_groups": flat_groups}

@@ -87,9 +87,8 @@ def open_cache(folder, key, vocab_size, device):
 def write_cache(folder, key, k, vocab_size, sets, ask, autocast):
     """
     Ask the teacher about every target of the sets, all ranks together. sets: dict split -> TokenData or
-    ChatData; ask(split, i, tokens, docs) -> what it says to micro-batch i, as
-    losses.linear_kd_loss takes it. Kept with it, averaged over the targets: mass, the probability of the k
-    tokens; kl, the divergence KL(teacher || cache).
+    ChatData; ask(split, i, batch) -> what it says to micro-batch i, as losses.linear_kd_loss takes it. Kept
+    with it, averaged over the targets: mass, the probability of the k tokens; kl, KL(teacher || cache).
     """
     kinds = dict(ids=([k], "uint16" if vocab_size <= 2**16 else "int32"), logps=([k], "float16"),
                  rest=([], "float32"))
@@ -113,13 +112,13 @@ def write_cache(folder, key, k, vocab_size, sets, ask, autocast):
     arrays = {name: np.load(os.path.join(aside, f"{name}.npy"), mmap_mode="r+") for name in shapes}
     total = torch.zeros(3, dtype=torch.float64)               # mass, divergence, targets
     for split, data in sets.items():
-        data.total = data.num_samples                         # each sample once
-        for i in range(-(-data.num_samples // (data.micro_batch_size * data.world_size))):
-            tokens, _, mask, docs = data.batch(i)
-            places = data.places(i).flatten()
+        data.limit(data.num_rows)                             # each row once
+        for i in range(data.num_batches):
+            batch = data.batch(i)
+            places = data.file_offsets(i).flatten()
             with autocast:
-                logits_at = ask(split, i, tokens, docs)
-                for at in mask.flatten().nonzero()[:, 0].split(128):
+                logits_at = ask(split, i, batch)
+                for at in batch.mask.flatten().nonzero()[:, 0].split(128):
                     logps = logits_at(at).float().log_softmax(-1)                          # (n, V)
                     ids, top, rest = top_k(logps, k)
                     kept = top_k_logits(ids, top.half().float(), rest, vocab_size).log_softmax(-1)

@@ -1,8 +1,8 @@
 """
 Curves of one or several runs, from their metrics.jsonl.
 
-    python -m common.plot out/pretrain                                    # writes out/pretrain/curves.png
-    python -m common.plot out/sft out/dpo --out=curves.svg --smooth=20
+    python -m extras.plot out/pretrain                                    # writes out/pretrain/curves.png
+    python -m extras.plot out/sft out/dpo --out=curves.svg --smooth=20
 
 One panel for each of PANELS that a run has: a line a run, points where it was evaluated. Needs the extra
 `plot` (matplotlib).
@@ -116,7 +116,7 @@ if __name__ == "__main__":  # the only part that knows other modules
     folders = [argument for argument in arguments if not argument.startswith("-")]
     cfg = parse_config(Config, [argument for argument in arguments if argument.startswith("-")])
     if not folders or cfg.smooth < 1:
-        raise UserError("expected: python -m common.plot RUN [RUN ...] [--out=FILE.png] [--smooth=STEPS]")
+        raise UserError("expected: python -m extras.plot RUN [RUN ...] [--out=FILE.png] [--smooth=STEPS]")
     out = cfg.out or os.path.join(folders[0], "curves.png")
     titles = draw({os.path.normpath(folder): read_metrics(folder) for folder in folders}, out, cfg.smooth)
     print(f"{out}: {', '.join(titles)}")

@@ -3,7 +3,7 @@ What a run would take (--dry_run=true): memory, FLOPs and time, measured on one 
 before there is a model: how large it may be.
 
     print(estimate(model, optimizer, data, cfg, num_steps, autocast, token_flops))
-    python -m common.estimate --memory_gib=24,80 --ranks=1,8        # bytes a parameter, largest models
+    python -m extras.capacity --memory_gib=24,80 --ranks=1,8        # bytes a parameter, largest models
 """
 import time
 
@@ -42,37 +42,35 @@ def measure(model, forward, autocast):
 
 
 def estimate(model, optimizer, data, cfg, num_steps, autocast, token_flops, models=(), tokens=0,
-             batch=None, image_flops=0, rollout=None, rollouts=0.0):
+             rollout=None, rollouts=0.0):
     """
     -> text. data: as in data.py; cfg: batch_size, seq_len; token_flops: of a token with its loss; models:
-    others in memory, or None; tokens: that a sample gets besides the data's, at most; batch: tokens (B, T),
-    docs and images of a micro-batch, to be measured instead of zeros; image_flops: of a picture; rollout():
-    answers a micro-batch, of which a step takes `rollouts`
+    others in memory, or None; tokens: that a row gets besides the data's, at most; rollout(): answers a
+    micro-batch, of which a step takes `rollouts`
     """
     def weights(model):
         return sum(p.numel() * p.element_size() for p in model.parameters())
     ranks, device = dist.world()[1], model.head.device
-    sample_tokens = data.num_tokens / data.num_samples + tokens
-    length = max(1, min(cfg.seq_len, round(sample_tokens)))
+    row_tokens = data.num_tokens / data.num_rows + tokens
+    length = max(1, min(cfg.seq_len, round(row_tokens)))
     optimizer.sync = False                                    # nothing travels
-    shape, pictures = (data.micro_batch_size, length), 0
-    if batch:
-        shape, pictures = batch[0].shape, len(batch[2][0]) if batch[2] else 0
-        seconds, kept = measure(model, lambda: model(*batch[:2], images=batch[2]), autocast)
+    if data.images:
+        batch = data.batch(0)
+        inputs, more = batch.tokens, dict(batch.inputs, docs=batch.docs)
     else:
-        zeros = torch.zeros(shape, dtype=torch.int64, device=device)
-        seconds, kept = measure(model, lambda: model(zeros), autocast)
+        inputs, more = torch.zeros(data.micro_batch_size, length, dtype=torch.int64, device=device), {}
+    seconds, kept = measure(model, lambda: model(inputs, **more), autocast)
     rollout_s = 0.0
     if rollout:
         start = time.perf_counter()
         with torch.no_grad(), autocast:
             rollout()
         rollout_s = (time.perf_counter() - start) * rollouts * num_steps
-    done = model.flops_per_token(length, head_frac=0.0) * shape[0] * shape[1] + image_flops * pictures
+    rows_measured, length_measured = inputs.shape
+    done = model.flops_per_token(length, head_frac=0.0) * inputs.numel()
     speed = done / seconds                                    # of this rank
-    tokens = cfg.batch_size * sample_tokens                   # of a step
-    token_flops += image_flops * pictures / (shape[0] * shape[1])
-    flops, epoch = token_flops * tokens * num_steps, data.num_samples / cfg.batch_size
+    tokens = cfg.batch_size * row_tokens                      # of a step
+    flops, epoch = token_flops * tokens * num_steps, data.num_rows / cfg.batch_size
     memory = {"weights": weights(model), "gradients": sum(4 * p.numel() for p in model.parameters()
                                                           if p.requires_grad),
               "optimizer": optimizer.state_bytes(), "kept for backward": kept,
@@ -80,13 +78,13 @@ def estimate(model, optimizer, data, cfg, num_steps, autocast, token_flops, mode
     share = ", ".join(f"{name} {size / 2**20:,.0f}" for name, size in memory.items() if size)
     rows = dict(
         model=model.size(),
-        data=f"{data.num_tokens:,} tokens in {data.num_samples:,} samples; an epoch is {epoch:,.1f} steps",
+        data=f"{data.num_tokens:,} tokens in {data.num_rows:,} samples; an epoch is {epoch:,.1f} steps",
         step=f"{tokens:,.0f} tokens in {cfg.batch_size} samples, {data.micro_batch_size} at once on each of "
              f"{ranks} rank{'s'[:ranks > 1]}",
         run=f"{num_steps:,} steps, {num_steps / epoch:,.2f} epochs, {tokens * num_steps:,.0f} tokens, "
             f"{flops:.2e} FLOPs",
         memory=f"{sum(memory.values()) / 2**20:,.0f} MiB a rank: {share}; torch and some logits come on top",
-        speed=f"{speed / 1e9:,.1f} GFLOP/s a rank, measured on {shape[0]} x {shape[1]} tokens",
+        speed=f"{speed / 1e9:,.1f} GFLOP/s a rank, measured on {rows_measured} x {length_measured} tokens",
         time=f"{dist.short_time(flops / speed / ranks)} of updates"
              + f", {dist.short_time(rollout_s)} of rollouts" * bool(rollout)
              + "; evaluation, samples and saving come on top")
