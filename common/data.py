@@ -459,6 +459,40 @@ class Pairs(Branches):
         return self.padded(values).sum(dim=1).view(-1, 2)
 
 
+@dataclass
+class Sampled(Branches):
+    """
+    Answers that a policy has given, in one row with their prompts. N: tokens in mask, those that it learns
+    from; the values of these are filled in as they become known.
+    """
+    index: tuple                       # two (N,): the token's answer, its number among the answer's own ones
+    sampler_logps: torch.Tensor        # (N,)
+    support: tuple | None              # what the sampler chose from, see losses.token_logps
+    ref_logps: torch.Tensor | None = None   # (N,) of the reference
+    old_logps: torch.Tensor | None = None   # (N,) of the policy before the first update
+    advantages: torch.Tensor | None = None  # (N,)
+
+
+def sampled_rows(prompts, answers, learn, device):
+    """
+    prompts: P lists of ids; answers: P G sampling.Answer, group after group; learn: list of bool, which of
+    the answers are learned from -> Sampled
+    """
+    G = len(answers) // len(prompts)
+    parts = [(np.array(answer.tokens), np.array(answer.learned) & keep)
+             for answer, keep in zip(answers, learn)]
+    groups = [(np.array(prompt), parts[p * G:(p + 1) * G]) for p, prompt in enumerate(prompts)]
+    own = [(i, answer) for i, answer in enumerate(answers) if learn[i]]
+    index = [(i, n) for i, answer in own for n in range(len(answer.logps))]
+    index = torch.tensor(index, dtype=torch.int64).view(-1, 2)
+    logps = torch.tensor([logp for _, answer in own for logp in answer.logps], device=device)
+    support = [ids for _, answer in own for ids in answer.kept] or None
+    if support:
+        sizes = torch.tensor([len(ids) for ids in support], device=device)
+        support = torch.cat(support).to(device), sizes
+    return Sampled(*branches(groups, device), tuple(index.T), logps, support)
+
+
 class PairData(Examples):
     """
     Pairs of answers to one prompt, micro_batch_size of them in one row; see Branches. num_rows: pairs

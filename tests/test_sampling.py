@@ -25,7 +25,7 @@ from common.sampling import (
     uniforms,
 )
 from common.tokenizer import Tokenizer, encode_chat, train_sentencepiece
-from train_grpo import Rollout, answer_logps, learned_tokens
+from train_grpo import Rollout, answer_logps, learned_rows
 
 PLAIN = SamplingConfig(temperature=1.0)
 LARGEST = 1 - 2**-24                                     # the largest float32 that torch.rand can give
@@ -361,8 +361,8 @@ def one_row(prompts, answers):
     """As the stage learns them"""
     G = len(answers) // len(prompts)
     valid, rewards = torch.ones(len(prompts), dtype=torch.bool), torch.zeros(len(prompts), G)
-    cfg = SimpleNamespace(num_samples=G, drop_flat_groups=False, mask_truncated=False)
-    return learned_tokens(Rollout(prompts, answers, valid, rewards, rewards[..., None], 0.0), cfg,
+    cfg = SimpleNamespace(drop_flat_groups=False, mask_truncated=False)
+    return learned_rows(Rollout(prompts, answers, valid, rewards, rewards[..., None], 0.0), cfg,
                           torch.device("cpu"))
 
 
@@ -379,7 +379,8 @@ def test_the_ratio_before_any_update_is_1_in_the_row_of_branches_that_learns(tem
     assert not set(cfg.suppress) & {token for a in answers for token in a.tokens}
     learned = one_row(GROUPS, answers)
     sampled = learned.sampler_logps
-    assert torch.stack(learned.index, dim=1).tolist() == [[i, n] for i, a in enumerate(answers) for n in range(len(a.tokens))]
+    assert torch.stack(learned.index, dim=1).tolist() == [
+        [i, n] for i, a in enumerate(answers) for n in range(len(a.tokens))]
     assert sampled.tolist() == pytest.approx([logp for a in answers for logp in a.logps])
     with torch.no_grad():
         recomputed = answer_logps(model, learned, cfg)
@@ -464,7 +465,7 @@ def test_what_the_environment_says_counts_but_is_not_learned():
                         say(tokenizer))[i % 40]
         assert alone.tokens == a.tokens                                 # in another batch
     learned = one_row(prompts, answers)
-    rows, sampled = learned.rows, learned.sampler_logps
+    rows, sampled = learned, learned.sampler_logps
     own = [token for a in answers for token, is_own in zip(a.tokens, a.learned) if is_own]
     assert rows.targets[rows.mask].tolist() == own and len(sampled) == len(own) == len(learned.index[0])
     with torch.no_grad():
