@@ -1,6 +1,6 @@
 """
 Losses on hidden states and the output head, a few positions at a time: the logits (B, T, V) are never held
-whole.
+whole. A loss of your own is a function of a few positions' logits, see `chunked`.
 
 Everything returns sums or unreduced values; the training script divides once, by the count over all
 micro-batches and ranks, so that results do not depend on the layout.
@@ -15,92 +15,161 @@ from common.dist import compute_dtype
 from common.errors import UserError
 
 
-def chunk_rows(device, n, chunk_size, part=1):
+def chunked(loss_of, hidden, weight, *rows, mask=None, chunk_size=0):
     """
-    Positions per chunk: equal chunks of at most 512 on a CPU, 4096 on a GPU, or that part of it. More makes
-    better matrix products and takes more memory.
+    Sum of loss_of over the positions where mask is True. loss_of is plain PyTorch:
+
+        def loss_of(logits, targets):                       # (n, V) float32, (n,) -> (n,)
+            return F.cross_entropy(logits, targets, reduction="none")
+
+        loss_sum = chunked(loss_of, hidden, model.head, targets, mask=mask)
+
+    hidden (B, T, C) or (N, C), weight (V, C); rows: what loss_of needs of each position, tensors of hidden's
+    leading shape; mask bool, likewise -> scalar float32 SUM. Divide by the global count. Where loss_of
+    returns a tuple of (n,), a tuple of as many sums: the first is the loss, the others have no gradient.
+    ValueError where loss_of returns another shape. With an empty mask it is called once, with n = 0.
+
+    The gradients, of hidden and weight alone, are formed in forward, chunk by chunk, while the chunk's logits
+    are at hand; backward only scales them, which is exact because the loss is a scalar. Memory: one chunk of
+    logits with what loss_of computes from it, and one gradient of weight. Sums are float32; matrix products
+    are in hidden's dtype, or autocast's.
     """
-    most = (512 if device.type == "cpu" else 4096) // part
-    return chunk_size or -(-n // -(-n // most)) if n else 1
+    hidden, *rows = flat(mask, hidden, *rows)
+    differentiate = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+
+    def step(sums, logits, here):
+        with torch.set_grad_enabled(differentiate):
+            logits = logits.detach().requires_grad_(differentiate)
+            losses = loss_of(logits, *[row[here] for row in rows])
+            losses = losses if isinstance(losses, tuple) else (losses,)
+            totals = [loss.float().sum() for loss in losses]
+        for loss in losses:
+            if loss.shape != logits.shape[:1]:
+                raise ValueError(f"loss_of returned {tuple(loss.shape)} for {len(logits)} positions: "
+                                 f"expected ({len(logits)},), one loss per position, not reduced")
+        gradient = torch.autograd.grad(totals[0], logits)[0] if differentiate else None
+        return sums + torch.stack(totals).detach(), gradient
+
+    sums = sums_of(step, hidden, weight, chunk_size)
+    return sums if len(sums) > 1 else sums[0]
 
 
 def linear_cross_entropy(hidden, weight, targets, mask=None, token_weight=None, chunk_size=0):
     """
     Sum over positions where mask is True of -log softmax(hidden @ weight.T)[target], times token_weight if
-    given.
+    given. As `chunked` with F.cross_entropy, with less time and memory: the softmax, and then the gradient,
+    take the place of the chunk's logits.
 
     hidden (B, T, C) or (N, C), weight (V, C); targets int64, mask bool, token_weight float of hidden's
     leading shape -> scalar float32 SUM. Divide by the global count of targets.
-
-    The gradients are formed in forward, chunk by chunk, while the chunk's softmax is at hand; backward only
-    scales them, which is exact because the loss is a scalar. Memory: one chunk of logits and one gradient of
-    weight. Sums in fp32; matrix products are in hidden's dtype, or autocast's.
     """
-    C = hidden.shape[-1]
-    hidden, targets = hidden.reshape(-1, C), targets.reshape(-1)
-    scale = None if token_weight is None else token_weight.reshape(-1).float()
-    if mask is not None and not mask.all():                   # what does not count is not computed
-        counts = mask.reshape(-1).nonzero()[:, 0]
-        hidden, targets = hidden[counts], targets[counts]
-        scale = None if scale is None else scale[counts]
-    # grad mode and autocast are asked here: inside forward the one is off, and out= does not follow the other
-    chunk = chunk_rows(hidden.device, len(hidden), chunk_size)
-    return _LinearCrossEntropy.apply(hidden, weight, targets, scale, chunk, compute_dtype(hidden),
-                                     torch.is_grad_enabled())
+    hidden, targets, scale = flat(mask, hidden, targets, token_weight)
+
+    def step(sums, p, here):
+        target = targets[here, None]
+        torch.softmax(p, dim=-1, out=p)
+        p_target = p.gather(1, target)                                      # (n, 1)
+        nll = -p_target.log()
+        tiny = p_target[:, 0] < 1e-30                                       # its log would be off, or inf
+        if tiny.any():
+            dtype = compute_dtype(hidden)
+            again = (hidden[here][tiny].to(dtype) @ weight.to(dtype).T).float()
+            nll[tiny, 0] = F.cross_entropy(again, target[tiny, 0], reduction="none")
+        p.scatter_add_(1, target, torch.full_like(p_target, -1.0))          # softmax - onehot
+        if scale is not None:
+            s = scale[here, None].float()
+            nll = nll * s
+            p.mul_(s)
+        return sums + nll.sum()[None], p
+
+    return sums_of(step, hidden, weight, chunk_size)[0]
 
 
-def add_gradients(g, h, w, d_hidden, d_weight):
-    """g (n, V): d loss / d logits of rows h (n, C) -> into d_hidden (n, C); added to d_weight (V, C)"""
-    if d_hidden is not None:
-        torch.mm(g, w, out=d_hidden)
-    if d_weight is not None and g.dtype == torch.float32:
-        d_weight.addmm_(g.T, h)
-    elif d_weight is not None:
-        d_weight += g.T @ h
+# -----------------------------------------------------------------------------
+# the loop over chunks of positions
+
+def flat(mask, hidden, *rows):
+    """hidden (B, T, C), rows (B, T, ...) or None -> (N, ...) each, at the N positions where mask is True"""
+    lead = hidden.ndim - 1
+    n = hidden.shape[:-1].numel()
+    rows = [x if x is None else x.reshape(n, *x.shape[lead:]) for x in (hidden, *rows)]
+    if mask is None or mask.all():
+        return rows
+    valid = mask.reshape(-1).nonzero()[:, 0]                                # the others are not computed
+    return [x if x is None else x[valid] for x in rows]
 
 
-def take_gradients(ctx, grad):
-    """-> those that forward has left in ctx, scaled by grad in place; for one backward"""
-    if ctx.gradients is None:
-        raise RuntimeError("a second backward through this loss; the first has scaled its gradients in place")
-    gradients, ctx.gradients = ctx.gradients, None
-    return [None if g is None else g.mul_(grad).to(dtype) for g, dtype in zip(gradients, ctx.dtypes)]
+def chunk_rows(hidden, chunk_size, part=1):
+    """
+    Positions per chunk of hidden (N, C): equal chunks of at most 512 on a CPU, 4096 on a GPU, or that part
+    of it. More makes better matrix products and takes more memory.
+    """
+    n = len(hidden)
+    most = (512 if hidden.device.type == "cpu" else 4096) // part
+    return chunk_size or -(-n // -(-n // most)) if n else 1
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
+def over_chunks(step, hidden, weight, chunk, dtype, needs=(False, False), fused=True):
+    """
+    step(sums, logits, here) of each chunk: logits (n, V) float32 of the positions in the slice here -> sums
+    with theirs added, and the gradient (n, V) of the first sum in logits, or None where none is needed. It
+    may write into logits.
+
+    hidden (N, C), weight (V, C), products in dtype; needs: gradients of hidden? of weight? -> sums, gradient
+    of hidden in dtype, of weight in float32; None where not needed. fused: weight's is added to inside of
+    its matrix product, if float32, which rounds otherwise.
+    """
+    h_all, w = hidden.to(dtype), weight.to(dtype)
+    d_hidden = torch.empty_like(h_all) if needs[0] else None
+    d_weight = torch.zeros(weight.shape, device=w.device) if needs[1] else None
+    buffer = w.new_empty(min(chunk, len(h_all)), len(w))
+    sums = 0.0
+    for i in range(0, max(1, len(h_all)), chunk):
+        here = slice(i, i + chunk)
+        h = h_all[here]
+        logits = torch.mm(h, w.T, out=buffer[:len(h)]).float()              # (n, V)
+        sums, gradient = step(sums, logits, here)
+        g = gradient.to(dtype) if any(needs) else None
+        if needs[0]:
+            torch.mm(g, w, out=d_hidden[here])
+        if needs[1] and fused and dtype == torch.float32:
+            d_weight.addmm_(g.T, h)
+        elif needs[1]:
+            d_weight += g.T @ h
+        del g, gradient                                                     # before the next chunk's logits
+    return sums, d_hidden, d_weight
+
+
+def sums_of(step, hidden, weight, chunk_size, part=1):
+    """-> the sums of `over_chunks`, scalars, the first of them differentiable"""
+    chunk = chunk_rows(hidden, chunk_size, part)
+    # the grad mode is asked here: inside forward it is off
+    return _Chunked.apply(hidden, weight, step, chunk, torch.is_grad_enabled())
+
+
+class _Chunked(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, targets, scale, chunk, dtype, grad_enabled):
-        need_hidden, need_weight = (needed and grad_enabled for needed in ctx.needs_input_grad[:2])
-        h_all, w = hidden.to(dtype), weight.to(dtype)
-        d_hidden = torch.empty_like(h_all) if need_hidden else None
-        d_weight = torch.zeros(weight.shape, device=w.device) if need_weight else None     # summed in fp32
-        buffer = w.new_empty(min(chunk, len(h_all)), len(w))
-        loss = torch.zeros((), device=w.device)
-        for i in range(0, len(h_all), chunk):
-            h, target = h_all[i:i + chunk], targets[i:i + chunk, None]
-            logits = torch.mm(h, w.T, out=buffer[:len(h)])                                 # (N, V)
-            p = logits if dtype == torch.float32 else logits.float()
-            torch.softmax(p, dim=-1, out=p)
-            p_target = p.gather(1, target)                                                 # (N, 1)
-            nll = -p_target.log()
-            tiny = p_target[:, 0] < 1e-30                                       # its log would be off, or inf
-            if tiny.any():
-                again = (h[tiny] @ w.T).float()
-                nll[tiny, 0] = F.cross_entropy(again, target[tiny, 0], reduction="none")
-            s = None if scale is None else scale[i:i + chunk, None]
-            loss += nll.sum() if s is None else (nll * s).sum()
-            if need_hidden or need_weight:
-                p.scatter_add_(1, target, torch.full_like(p_target, -1.0))
-                g = (p if s is None else p.mul_(s)).to(dtype)
-                add_gradients(g, h, w, d_hidden[i:i + chunk] if need_hidden else None, d_weight)
-        ctx.gradients, ctx.dtypes = (d_hidden, d_weight), (hidden.dtype, weight.dtype)
-        return loss
+    def forward(ctx, hidden, weight, step, chunk, grad_enabled):
+        needs = [needed and grad_enabled for needed in ctx.needs_input_grad[:2]]
+        dtype = compute_dtype(hidden)
+        sums, *ctx.gradients = over_chunks(step, hidden, weight, chunk, dtype, needs)
+        first, *others = [x.clone() for x in sums]
+        ctx.mark_non_differentiable(*others)
+        return first, *others
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
-        return *take_gradients(ctx, grad), *[None] * 5
+    def backward(ctx, grad, *_):
+        if ctx.gradients is None:
+            raise RuntimeError("a second backward through this loss; "
+                               "the first has scaled its gradients in place")
+        gradients, ctx.gradients = ctx.gradients, None
+        # autograd itself casts a gradient to its input's dtype
+        return *[g if g is None else g.mul_(grad) for g in gradients], None, None, None
 
+
+# -----------------------------------------------------------------------------
+# log-probabilities of given tokens
 
 def token_logps(hidden, weight, targets, temperature=1.0, chunk_size=0, suppress=(), kept=None):
     """
@@ -111,60 +180,56 @@ def token_logps(hidden, weight, targets, temperature=1.0, chunk_size=0, suppress
     positions, one after the other, and how many each has (B * T,) -> (B, T) float32, differentiable in
     hidden and weight; the logits of a chunk are computed again in backward.
     """
-    chunk = chunk_rows(hidden.device, targets.numel(), chunk_size)
+    hidden = hidden.reshape(-1, hidden.shape[-1])
     suppress = torch.tensor(suppress, dtype=torch.int64, device=hidden.device)
-    ids, counts = kept or (suppress[:0], None)
-    logps = _TokenLogps.apply(hidden.reshape(-1, hidden.shape[-1]), weight, targets.reshape(-1), temperature,
-                              chunk, compute_dtype(hidden), suppress, ids, counts)
+
+    def exclude(x, value, here):
+        """Put value, in place, where these positions of x (n, V) have no probability"""
+        x.index_fill_(1, suppress, value)
+        if kept:
+            ids, support = kept                                             # support: how many ids of each
+            start, n_ids = int(support[:here.start].sum()), support[here]
+            row = torch.arange(len(x), device=x.device).repeat_interleave(n_ids)
+            out = torch.ones_like(x, dtype=torch.bool)
+            out[row, ids[start:start + len(row)].long()] = False
+            x.masked_fill_(out, value)
+
+    logps = _TokenLogps.apply(hidden, weight, targets.reshape(-1), temperature, exclude,
+                              chunk_rows(hidden, chunk_size), compute_dtype(hidden))
     return logps.view(targets.shape)
-
-
-def exclude(x, value, i, suppress, ids, counts):
-    """Put value, in place, where positions i .. i + n of x (n, V) have no probability; see `token_logps`"""
-    x.index_fill_(1, suppress, value)
-    if counts is not None:
-        here, first = counts[i:i + len(x)], int(counts[:i].sum())
-        row = torch.arange(len(x), device=x.device).repeat_interleave(here)
-        out = torch.ones_like(x, dtype=torch.bool)
-        out[row, ids[first:first + len(row)].long()] = False
-        x.masked_fill_(out, value)
 
 
 class _TokenLogps(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, targets, temperature, chunk, dtype, suppress, ids, counts):
-        h_all, w = hidden.to(dtype), weight.to(dtype)
-        logps, lse = torch.empty(2, len(h_all), device=w.device)
-        for i in range(0, len(h_all), chunk):
-            logits = (h_all[i:i + chunk] @ w.T).float().div_(temperature)                  # (N, V)
-            exclude(logits, -torch.inf, i, suppress, ids, counts)
-            lse[i:i + chunk] = logits.logsumexp(-1)
-            logps[i:i + chunk] = logits.gather(1, targets[i:i + chunk, None])[:, 0] - lse[i:i + chunk]
-        ctx.save_for_backward(hidden, weight, targets, lse, suppress, ids, counts)
-        ctx.temperature, ctx.chunk, ctx.dtype = temperature, chunk, dtype
+    def forward(ctx, hidden, weight, targets, temperature, exclude, *how):
+        logps, lse = torch.empty(2, len(hidden), device=hidden.device)
+
+        def step(sums, logits, here):
+            exclude(logits.div_(temperature), -torch.inf, here)
+            lse[here] = logits.logsumexp(-1)
+            logps[here] = logits.gather(1, targets[here, None])[:, 0] - lse[here]
+            return sums, None
+
+        over_chunks(step, hidden, weight, *how)
+        ctx.save_for_backward(hidden, weight, targets, lse)
+        ctx.options = temperature, exclude, how
         return logps
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        hidden, weight, targets, lse, suppress, ids, counts = ctx.saved_tensors
-        dtype, chunk = ctx.dtype, ctx.chunk
-        h_all, w = hidden.to(dtype), weight.to(dtype)
-        need_hidden, need_weight = ctx.needs_input_grad[:2]
-        d_hidden = torch.empty_like(h_all) if need_hidden else None
-        d_weight = torch.zeros(weight.shape, device=w.device) if need_weight else None
-        for i in range(0, len(h_all), chunk):
-            h, target = h_all[i:i + chunk], targets[i:i + chunk, None]
-            g = grad[i:i + chunk, None] / ctx.temperature
-            p = (h @ w.T).float().div_(ctx.temperature).sub_(lse[i:i + chunk, None]).exp_()
-            exclude(p, 0.0, i, suppress, ids, counts)
-            d_logits = p.mul_(-g).scatter_add_(1, target, g).to(dtype)       # (onehot - p) g / temperature
-            if need_hidden:
-                torch.mm(d_logits, w, out=d_hidden[i:i + chunk])
-            if need_weight:
-                d_weight += d_logits.T @ h
-        return (d_hidden.to(hidden.dtype) if need_hidden else None,
-                d_weight.to(weight.dtype) if need_weight else None, *[None] * 7)
+        hidden, weight, targets, lse = ctx.saved_tensors
+        temperature, exclude, how = ctx.options
+
+        def step(sums, logits, here):
+            p = logits.div_(temperature).sub_(lse[here, None]).exp_()
+            exclude(p, 0.0, here)
+            g = grad[here, None] / temperature
+            return sums, p.mul_(-g).scatter_add_(1, targets[here, None], g)  # (onehot - p) g
+
+        needs = ctx.needs_input_grad[:2]
+        _, *gradients = over_chunks(step, hidden, weight, *how, needs, fused=False)
+        return *gradients, *[None] * 5
 
 
 def critical_ids(ids, vocab_size, device):
@@ -230,47 +295,24 @@ def linear_kd_loss(hidden, weight, teacher, targets, mask=None, token_weight=Non
     """
     if kind not in ("forward", "reverse", "jsd"):
         raise ValueError(f"kind {kind!r}: expected forward, reverse or jsd")
-    hidden, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
-    scale = torch.ones(len(hidden), device=hidden.device) if token_weight is None else \
-        token_weight.reshape(-1).float()
-    at = torch.arange(len(hidden), device=hidden.device)
-    if mask is not None and not mask.all():                   # what does not count is not computed
-        at = mask.reshape(-1).nonzero()[:, 0]
-        hidden, targets, scale = hidden[at], targets[at], scale[at]
-    chunk = chunk_rows(hidden.device, len(hidden), chunk_size, part=4)      # two models' logits, and more
-    return _LinearKD.apply(hidden, weight, teacher, at, targets, scale, kd_frac,
-                           (temperature, kind, jsd_beta), chunk, compute_dtype(hidden),
-                           torch.is_grad_enabled())
+    if token_weight is None:
+        token_weight = torch.ones(targets.shape, device=hidden.device)
+    at = torch.arange(targets.numel(), device=hidden.device)
+    hidden, targets, scale, at = flat(mask, hidden, targets, token_weight, at)
 
+    def step(sums, logits, here):
+        sums = sums + logits.new_zeros(3)                                   # loss, ce, kd
+        n = len(logits)
+        few = max(1, 2**20 // len(weight)) if weight.device.type == "cpu" else n  # rows that stay in cache
+        rows = (logits, teacher(at[here]), targets[here, None], scale[here, None].float()) if n else ()
+        for z, t, target, s in zip(*[x.split(few) for x in rows]):
+            both = _kd_rows(z, t.float(), target, kd_frac, temperature, kind, jsd_beta)  # (few, 1) each
+            sums[1:] += torch.cat(both, dim=1).mul_(s).sum(dim=0)
+            z.mul_(s)                                                       # the gradient
+        sums[0] = (1 - kd_frac) * sums[1] + kd_frac * sums[2]
+        return sums, logits
 
-class _LinearKD(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, hidden, weight, teacher, at, targets, scale, kd_frac, how, chunk, dtype, grad_enabled):
-        need_hidden, need_weight = (needed and grad_enabled for needed in ctx.needs_input_grad[:2])
-        h_all, w = hidden.to(dtype), weight.to(dtype)
-        d_hidden = torch.empty_like(h_all) if need_hidden else None
-        d_weight = torch.zeros(weight.shape, device=w.device) if need_weight else None     # summed in fp32
-        buffer = w.new_empty(min(chunk, len(h_all)), len(w))
-        few = max(1, 2**20 // len(w)) if w.device.type == "cpu" else chunk      # rows: what stays in cache
-        sums = torch.zeros(2, device=w.device)                                             # ce, kd
-        for i in range(0, len(h_all), chunk):
-            h, here = h_all[i:i + chunk], slice(i, i + chunk)
-            logits = torch.mm(h, w.T, out=buffer[:len(h)]).float()                         # (N, V)
-            parts = (logits, teacher(at[here]), targets[here, None], scale[here, None])
-            for z, t, target, s in zip(*(part.split(few) for part in parts)):
-                both = _kd_rows(z, t.float(), target, kd_frac, *how)                       # (n, 1) each
-                sums += torch.cat(both, dim=1).mul_(s).sum(dim=0)
-                z.mul_(s)                                                                  # the gradient
-            add_gradients(logits.to(dtype), h, w, d_hidden[here] if need_hidden else None, d_weight)
-        ctx.gradients, ctx.dtypes = (d_hidden, d_weight), (hidden.dtype, weight.dtype)
-        ce, kd = sums.unbind()
-        ctx.mark_non_differentiable(ce, kd)
-        return (1 - kd_frac) * ce + kd_frac * kd, ce, kd
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad, *_):
-        return *take_gradients(ctx, grad), *[None] * 9
+    return sums_of(step, hidden, weight, chunk_size, part=4)    # two models' logits, and more
 
 
 def _kd_rows(z, t, target, kd_frac, temperature, kind, jsd_beta):
