@@ -57,13 +57,13 @@ from common.tokenizer import (  # noqa: E402
     token_byte_counts,
     train_sentencepiece,
 )
-from common.vision import pillow  # noqa: E402
-from data.images import (  # noqa: E402
+from extras.images import (  # noqa: E402
     BadImage,
     ImagesConfig,
     Pictures,
     images_info,
     paths_of,
+    pillow,
     with_paths,
 )
 

@@ -7,14 +7,14 @@ import pytest
 
 from common.model import ModelConfig
 from common.sampling import SamplingConfig
-from common.vision import VisionConfig
+from extras.images import VisionConfig
 
 ROOT = Path(__file__).parent.parent
 STAGES = sorted(ROOT.glob("train_*.py"))
 SCRIPTS = [*STAGES, ROOT / "sample.py"]
 COMMON = sorted((ROOT / "common").glob("*.py"))
 PREPARE = ROOT / "data/prepare.py"
-DATA = [PREPARE, *(ROOT / f"data/{name}.py" for name in ("lines", "gym", "images", "vqa"))]
+DATA = [PREPARE, *(ROOT / f"data/{name}.py" for name in ("lines", "gym", "vqa"))]
 FIXED = {"torch", "numpy", "tiktoken", "sentencepiece"}
 
 
@@ -65,7 +65,9 @@ def test_tokenizer_packages_are_imported_in_one_place():
 
 
 def test_pictures_are_read_in_one_place_that_says_what_is_missing():
-    assert [p.name for p in [*COMMON, *SCRIPTS, *DATA] if "PIL" in imports(parse(p))] == ["vision.py"]
+    extras = sorted((ROOT / "extras").glob("*.py"))
+    users = [p.name for p in [*COMMON, *SCRIPTS, *DATA, *extras] if "PIL" in imports(parse(p))]
+    assert users == ["images.py"]
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=by_name)
@@ -102,7 +104,7 @@ def test_every_model_option_is_read():
 
 
 def test_every_vision_option_is_read():
-    assert set(VisionConfig.__dataclass_fields__) <= reads_of(parse(ROOT / "common/vision.py"), "c", "self")
+    assert set(VisionConfig.__dataclass_fields__) <= reads_of(parse(ROOT / "extras/images.py"), "c", "self")
 
 
 def test_the_environment_is_read_in_one_place():

@@ -93,7 +93,7 @@ def test_the_example_rewards_and_environment_are_what_the_stage_takes():
 def test_the_example_tower_is_one():
     import torch
 
-    from common.vision import Vision, VisionConfig
+    from extras.images import Vision, VisionConfig
     names = {"torch": torch}
     exec(re.search(r"```python\n(class Tower.*?)```", TEXT, re.S)[1], names)
     images = dict(image_size=32, tokens_per_image=4, mean=[0.5] * 3, std=[0.5] * 3, token=9)
