@@ -21,17 +21,17 @@ BIN = .venv/bin
 demo: .venv/installed
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt \
 	    $$(grep ^matplotlib requirements-dev.txt)
-	$(BIN)/python configs/demo/run.py
+	$(BIN)/python demos/demo/run.py
 
 demo-vlm: .venv/installed
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt \
 	    $$(grep -e ^pillow -e ^easy-vqa requirements-dev.txt)
-	$(BIN)/python configs/vlm/run.py
+	$(BIN)/python demos/vlm/run.py
 
 gym: .venv/installed
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt \
 	    $$(grep ^reasoning-gym requirements-dev.txt)
-	$(BIN)/python configs/gym/run.py
+	$(BIN)/python demos/gym/run.py
 
 test: .venv/installed-dev
 	$(BIN)/ruff check .

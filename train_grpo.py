@@ -13,12 +13,11 @@ import time
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
 import torch
 
 from common import checkpoint, dist, losses
 from common.config import parse_config
-from common.data import Branches, PromptData, branches
+from common.data import PromptData, sampled_rows
 from common.errors import UserError
 from common.model import GPT
 from common.rewards import load_function, score, summarize
@@ -75,18 +74,6 @@ class Rollout:
     reward_s: float                     # seconds of scoring
 
 
-@dataclass
-class Learned:
-    """The N tokens of a Rollout that are learned, in one row with their prompts."""
-    rows: Branches
-    index: tuple                        # two (N,): answer that a token is in, its number among the own ones
-    sampler_logps: torch.Tensor         # (N,)
-    support: tuple | None               # what the sampler chose from, see losses.token_logps, kept
-    ref_logps: torch.Tensor | None = None   # (N,) of the reference
-    old_logps: torch.Tensor | None = None   # (N,) of the policy before the first update
-    advantages: torch.Tensor | None = None  # (N,)
-
-
 def collect(model, tokenizer, data, i, G, sampling_cfg, rewards, env_step, cfg):
     """-> Rollout of micro-batch i: G answers to each of its prompts"""
     ids, numbers, valid = data.batch(i)
@@ -108,34 +95,22 @@ def collect(model, tokenizer, data, i, G, sampling_cfg, rewards, env_step, cfg):
                    time.perf_counter() - start)
 
 
-def learned_tokens(r, cfg, device):
-    """Rollout -> Learned, without what models say of it"""
-    G, groups = cfg.num_samples, r.valid  # (P,)
+def learned_rows(r, cfg, device):
+    """Rollout -> Sampled, where each answer that does not count is no target"""
+    groups = r.valid  # (P,)
     if cfg.drop_flat_groups:
         groups = groups & (r.to_go != r.to_go[:, :1]).flatten(1).any(dim=1)
-    learn = groups.repeat_interleave(G).tolist()  # of each answer
+    learn = groups.repeat_interleave(len(r.answers) // len(r.prompts)).tolist()  # (B,)
     if cfg.mask_truncated:
         learn = [keep and answer.ended for keep, answer in zip(learn, r.answers)]
-    parts = [(np.array(answer.tokens), np.array(answer.learned) & keep)
-             for answer, keep in zip(r.answers, learn)]
-    by_prompt = [(np.array(prompt), parts[p * G:(p + 1) * G]) for p, prompt in enumerate(r.prompts)]
-    own = [(i, answer) for i, answer in enumerate(r.answers) if learn[i]]
-    index = [(i, n) for i, answer in own for n in range(len(answer.logps))]
-    index = torch.tensor(index, dtype=torch.int64).view(-1, 2)
-    logps = torch.tensor([logp for _, answer in own for logp in answer.logps], device=device)
-    support = [ids for _, answer in own for ids in answer.kept] or None
-    if support:
-        sizes = torch.tensor([len(ids) for ids in support], device=device)
-        support = torch.cat(support).to(device), sizes
-    return Learned(Branches(*branches(by_prompt, device)), tuple(index.T), logps, support)
+    return sampled_rows(r.prompts, r.answers, learn, device)
 
 
-def answer_logps(model, learned, sampling_cfg):
+def answer_logps(model, rows, sampling_cfg):
     """-> log-probs (N,) of the learned tokens under the distribution that they were sampled from"""
-    rows = learned.rows
     hidden = model(rows.tokens, rows.docs, branch=rows.branch)[rows.mask]  # (N, C)
     return losses.token_logps(hidden, model.head, rows.targets[rows.mask], sampling_cfg.temperature,
-                              suppress=sampling_cfg.suppress, kept=learned.support)
+                              suppress=sampling_cfg.suppress, kept=rows.support)
 
 
 def check_options(cfg):
@@ -206,38 +181,38 @@ if __name__ == "__main__":
         if step.number % updates == 0:
             first = step.number // updates * run.num_micro
             rollouts = [answers_to(train_data, first + i, G) for i in range(run.num_micro)]
-            learned = [learned_tokens(r, cfg, run.device) for r in rollouts]
+            micro_batches = [learned_rows(r, cfg, run.device) for r in rollouts]
             if reference:
                 with torch.no_grad(), run.autocast:
-                    for x in learned:
-                        x.ref_logps = answer_logps(reference, x, sampling_cfg)
+                    for rows in micro_batches:
+                        rows.ref_logps = answer_logps(reference, rows, sampling_cfg)
             everyone = None
             if cfg.scale_rewards == "batch":
                 ours = torch.cat([r.to_go[r.valid] for r in rollouts])  # (P, G, T)
                 everyone = torch.cat(dist.gather_objects(ours))
-            for r, x in zip(rollouts, learned):
+            for r, rows in zip(rollouts, micro_batches):
                 advantages = losses.group_advantages(r.to_go, cfg.scale_rewards, everyone)
-                x.advantages = advantages.flatten(0, 1)[x.index].to(run.device)
+                rows.advantages = advantages.flatten(0, 1)[rows.index].to(run.device)
             # of each step, over all micro-batches and ranks
             n_answers, n_targets, n_tokens = dist.all_sum(sum(
-                torch.stack([x.rows.padded(x.rows.mask[x.rows.mask]).any(dim=1).sum(),
-                             x.rows.mask.sum(), (x.rows.tokens >= 0).sum()])
-                for x in learned)).clamp(min=1)
+                torch.stack([rows.padded(rows.mask[rows.mask]).any(dim=1).sum(),
+                             rows.mask.sum(), (rows.tokens >= 0).sum()])
+                for rows in micro_batches)).clamp(min=1)
             rollout_metrics = dict(summarize(rollouts), reward_s=sum(r.reward_s for r in rollouts))
             rollout_s = step.lap()  # rewards are part of it
         denominator = {"grpo": n_answers, "dapo": n_targets,
                        "dr_grpo": n_answers * cfg.max_new_tokens}[cfg.aggregate]
         step_loss, sums = torch.zeros((), device=run.device), torch.zeros(4, device=run.device)
-        for i, x in enumerate(learned):
+        for i, rows in enumerate(micro_batches):
             # gradients travel during the last backward
             optimizer.sync = i == run.num_micro - 1
             with run.autocast:
-                logps = answer_logps(forward, x, sampling_cfg)  # (N,)
-            if x.old_logps is None:
-                x.old_logps = logps.detach()
-            now, old, ref, A = (None if values is None else x.rows.padded(values)  # (B, T) each
-                                for values in (logps, x.old_logps, x.ref_logps, x.advantages))
-            mask = x.rows.padded(torch.ones_like(logps)) > 0  # (B, T)
+                logps = answer_logps(forward, rows, sampling_cfg)  # (N,)
+            if rows.old_logps is None:
+                rows.old_logps = logps.detach()
+            now, old, ref, A = (None if values is None else rows.padded(values)  # (B, T) each
+                                for values in (logps, rows.old_logps, rows.ref_logps, rows.advantages))
+            mask = rows.padded(torch.ones_like(logps)) > 0  # (B, T)
             token_loss = losses.grpo_token_loss(now, old, ref, A, mask, cfg.clip_low, cfg.clip_high,
                                                 cfg.delta or None, cfg.beta, cfg.level, cfg.loss)
             per_answer = token_loss.sum(dim=1)  # (B,)
@@ -247,10 +222,10 @@ if __name__ == "__main__":
             ((loss + model.balance_loss() / n_tokens) * optimizer.loss_scale).backward()
             step_loss += loss.detach()
             logps = logps.detach()
-            ratio = (logps - x.old_logps).exp()
+            ratio = (logps - rows.old_logps).exp()
             clipped = (ratio < 1 - cfg.clip_low) | (ratio > 1 + cfg.clip_high)
-            kl = losses.k3(logps, x.ref_logps).sum() if reference else torch.zeros_like(step_loss)
-            mismatch = (x.old_logps - x.sampler_logps).abs().sum()
+            kl = losses.k3(logps, rows.ref_logps).sum() if reference else torch.zeros_like(step_loss)
+            mismatch = (rows.old_logps - rows.sampler_logps).abs().sum()
             sums += torch.stack([clipped.sum(), kl, -logps.sum(), mismatch])
 
         step_loss = dist.all_sum(step_loss).item()

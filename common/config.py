@@ -15,6 +15,7 @@ field is its help text: `--help` prints every option with type, default and comm
 import difflib
 import inspect
 import json
+import os
 import re
 import sys
 import textwrap
@@ -87,7 +88,9 @@ def read_config_file(path):
         exec(compile(text, path, "exec"), {"__builtins__": {"dict": dict}}, names)
         return names
     except OSError as error:
-        raise UserError(f"{path}: cannot read this config file ({error.strerror})") from None
+        moved = path.replace("configs/", "demos/", 1)
+        hint = f"; it is {moved} now" if os.path.isfile(moved) else ""
+        raise UserError(f"{path}: cannot read this config file ({error.strerror}){hint}") from None
     except Exception as error:
         raise UserError(f"{path}: {type(error).__name__}: {error}") from None
 

@@ -328,14 +328,25 @@ class ChatData(Examples):
         rows = [(epoch, self.rows_of(epoch)[k]) for epoch, k in zip(*np.divmod(numbers, self.num_rows))]
         return rows, valid
 
+    def places(self, i):
+        """
+        -> where micro-batch i's tokens lie in the file (B, T), 0 for padding; the conversation's number in the
+        row (B, T), -1 for padding; which rows count (B,)
+        """
+        rows, valid = self.examples(i)
+        offsets, docs = np.zeros((2, len(rows), self.seq_len), dtype=np.int64)
+        docs -= 1
+        for row, (_, examples) in enumerate(rows):
+            lengths = self.lengths[examples]
+            starts = self.offsets[examples] - (lengths.cumsum() - lengths)
+            n = lengths.sum()
+            docs[row, :n] = np.arange(len(examples)).repeat(lengths)
+            offsets[row, :n] = np.arange(n) + starts[docs[row, :n]]
+        return offsets, docs, valid
+
     def file_offsets(self, i):
         """-> (B, T) int64: where micro-batch i's tokens lie in the file; 0 for padding"""
-        rows, _ = self.examples(i)
-        places = torch.zeros(len(rows), self.seq_len, dtype=torch.int64)
-        for row, (_, examples) in enumerate(rows):
-            at = np.concatenate([np.arange(self.offsets[e], self.offsets[e + 1] - 1) for e in examples])
-            places[row, :len(at)] = torch.from_numpy(at)
-        return places
+        return torch.from_numpy(self.places(i)[0])
 
     def prompts(self, i, max_new_tokens):
         """
@@ -355,23 +366,13 @@ class ChatData(Examples):
         return prompts, np.array(numbers), np.array(valid)
 
     def batch(self, i):
-        rows, valid = self.examples(i)
-        shape = len(rows), self.seq_len
-        tokens, targets, docs = (np.full(shape, x) for x in (self.pad, self.pad, 0))
-        mask = np.zeros(shape, dtype=bool)
-        for row, (_, examples) in enumerate(rows):
-            at = 0
-            for number, example in enumerate(examples):
-                start, end = self.offsets[example:example + 2].tolist()
-                here = slice(at, at + end - start - 1)
-                tokens[row, here] = self.tokens[start:end - 1]
-                targets[row, here] = self.tokens[start + 1:end]
-                learned = (self.learn[start + 1:end] != 0) | (not self.mask_prompt)
-                mask[row, here] = valid[row] & learned
-                docs[row, here] = number
-                at = here.stop
-            docs[row, at:] = -1
+        offsets, docs, valid = self.places(i)
+        real = docs >= 0
+        tokens, targets = (np.where(real, self.tokens[offsets + k].astype(np.int64), self.pad) for k in (0, 1))
         self.check_ids(np.maximum(tokens, targets))
+        mask = real & valid[:, None]
+        if self.mask_prompt:
+            mask &= self.learn[offsets + 1] != 0
         return self.make_batch(tokens, targets, mask, docs)
 
 
@@ -451,6 +452,40 @@ class Pairs(Branches):
     def per_answer(self, values):
         """Sum values (N,) of the N tokens in mask over each answer -> (P, 2): chosen, rejected"""
         return self.padded(values).sum(dim=1).view(-1, 2)
+
+
+@dataclass
+class Sampled(Branches):
+    """
+    Answers that a policy has given, in one row with their prompts. N: tokens in mask, those that it learns
+    from; the values of these are filled in as they become known.
+    """
+    index: tuple                       # two (N,): the token's answer, its number among the answer's own ones
+    sampler_logps: torch.Tensor        # (N,)
+    support: tuple | None              # what the sampler chose from, see losses.token_logps
+    ref_logps: torch.Tensor | None = None   # (N,) of the reference
+    old_logps: torch.Tensor | None = None   # (N,) of the policy before the first update
+    advantages: torch.Tensor | None = None  # (N,)
+
+
+def sampled_rows(prompts, answers, learn, device):
+    """
+    prompts: P lists of ids; answers: P G sampling.Answer, group after group; learn: list of bool, which of
+    the answers are learned from -> Sampled
+    """
+    G = len(answers) // len(prompts)
+    parts = [(np.array(answer.tokens), np.array(answer.learned) & keep)
+             for answer, keep in zip(answers, learn)]
+    groups = [(np.array(prompt), parts[p * G:(p + 1) * G]) for p, prompt in enumerate(prompts)]
+    own = [(i, answer) for i, answer in enumerate(answers) if learn[i]]
+    index = [(i, n) for i, answer in own for n in range(len(answer.logps))]
+    index = torch.tensor(index, dtype=torch.int64).view(-1, 2)
+    logps = torch.tensor([logp for _, answer in own for logp in answer.logps], device=device)
+    support = [ids for _, answer in own for ids in answer.kept] or None
+    if support:
+        sizes = torch.tensor([len(ids) for ids in support], device=device)
+        support = torch.cat(support).to(device), sizes
+    return Sampled(*branches(groups, device), tuple(index.T), logps, support)
 
 
 class PairData(Examples):

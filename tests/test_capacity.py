@@ -6,10 +6,10 @@ import sys
 
 import pytest
 import torch
+from common.estimate import bytes_per_parameter, measure
 from conftest import ROOT, run
 
 from common import optim
-from common.estimate import bytes_per_parameter, measure
 from common.model import GPT, ModelConfig
 from common.zero1 import ShardedOptimizer
 

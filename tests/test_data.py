@@ -44,13 +44,17 @@ def counting(tmp_path_factory):
     return make_set(tmp_path_factory.mktemp("sets") / "counting", range(13 * SEQ_LEN + 3))
 
 
-def open_data(folder, micro_batch_size=1, rank=0, world_size=1, seq_len=SEQ_LEN, **options):
-    return TokenData(folder, "train", seq_len, micro_batch_size, rank, world_size, **options)
+def open_data(folder, micro_batch_size=1, rank=0, world_size=1, seq_len=SEQ_LEN, total=np.inf, **options):
+    return TokenData(folder, "train", seq_len, micro_batch_size, rank, world_size, **options).limit(total)
+
+
+def parts(batch):
+    return batch.tokens, batch.targets, batch.mask, batch.docs
 
 
 def windows(data, i):
     """Numbers of the windows in micro-batch i, read off the tokens themselves."""
-    return (data.batch(i)[0][:, 0] // SEQ_LEN).tolist()
+    return (data.batch(i).tokens[:, 0] // SEQ_LEN).tolist()
 
 
 each_layout = pytest.mark.parametrize("micro_batch_size, world_size", [
@@ -64,7 +68,7 @@ each_layout = pytest.mark.parametrize("micro_batch_size, world_size", [
 def test_every_sample_comes_once_per_epoch(counting, micro_batch_size, world_size):
     ranks = [open_data(counting, micro_batch_size, rank, world_size) for rank in range(world_size)]
     per_round, epochs = micro_batch_size * world_size, 4
-    assert ranks[0].num_samples == 13
+    assert ranks[0].num_rows == 13
     order = [w for i in range(-(-13 * epochs // per_round)) for data in ranks for w in windows(data, i)]
     for epoch in range(epochs):                        # 13 is prime: batches cross every epoch's border
         assert sorted(order[13 * epoch:13 * (epoch + 1)]) == list(range(13))
@@ -95,7 +99,7 @@ def test_batch_is_a_pure_function(counting):
     first = {i: forward.batch(i) for i in range(12)}
     for i in [*reversed(range(12)), 3, 3, 11, 0]:
         for fresh in (backward, open_data(counting, 4, doc_mask=True)):
-            assert all(torch.equal(a, b) for a, b in zip(fresh.batch(i), first[i], strict=True)), i
+            assert all(torch.equal(a, b) for a, b in zip(parts(fresh.batch(i)), parts(first[i]), strict=True)), i
 
 
 def test_the_global_random_states_are_neither_read_nor_moved(counting):
@@ -129,7 +133,7 @@ def test_an_epoch_border_inside_a_micro_batch_is_crossed_in_order(counting):
 # what is in a batch
 
 def test_targets_are_the_next_tokens(counting):
-    tokens, targets, mask, docs = open_data(counting, 13).batch(0)
+    tokens, targets, mask, docs = parts(open_data(counting, 13).batch(0))
     assert tokens.shape == targets.shape == mask.shape == (13, SEQ_LEN) and docs is None
     assert tokens.dtype == targets.dtype == torch.int64 and mask.dtype == torch.bool
     assert mask.all() and (targets == tokens + 1).all()
@@ -138,9 +142,9 @@ def test_targets_are_the_next_tokens(counting):
 
 def test_the_last_token_is_a_target_only(tmp_path):
     exact = open_data(make_set(tmp_path / "exact", range(2 * SEQ_LEN + 1)))
-    assert exact.num_samples == 2
-    assert max(exact.batch(i)[1].max().item() for i in range(2)) == 2 * SEQ_LEN
-    assert open_data(make_set(tmp_path / "short", range(2 * SEQ_LEN))).num_samples == 1
+    assert exact.num_rows == 2
+    assert max(exact.batch(i).targets.max().item() for i in range(2)) == 2 * SEQ_LEN
+    assert open_data(make_set(tmp_path / "short", range(2 * SEQ_LEN))).num_rows == 1
 
 
 @each_layout
@@ -152,7 +156,7 @@ def test_total_masks_the_rest_of_a_partial_last_step(counting, micro_batch_size,
     counted = []
     for i in range(-(-24 // (micro_batch_size * world_size))):
         for data in ranks:
-            tokens, _, mask, _ = data.batch(i)
+            tokens, _, mask, _ = parts(data.batch(i))
             assert (mask.all(1) | ~mask.any(1)).all()                       # rows count whole or not at all
             counted += (tokens[mask[:, 0], 0] // SEQ_LEN).tolist()
     assert counted == [windows(free, i)[0] for i in range(total)]
@@ -171,7 +175,7 @@ COUNTS = [[1, 1, 0, 1, 1],                             # what follows an end tok
 
 def test_documents_are_numbered_and_targets_across_their_border_do_not_count(tmp_path):
     data = open_data(make_set(tmp_path / "docs", TOKENS, end=9), 2, doc_mask=True)
-    tokens, targets, mask, docs = data.batch(0)
+    tokens, targets, mask, docs = parts(data.batch(0))
     if tokens[0, 0] != 1:
         tokens, targets, mask, docs = (x.flip(0) for x in (tokens, targets, mask, docs))
     assert tokens.tolist() == [TOKENS[:5], TOKENS[5:10]]
@@ -181,14 +185,14 @@ def test_documents_are_numbered_and_targets_across_their_border_do_not_count(tmp
 
 
 def test_without_doc_mask_every_target_counts(tmp_path):
-    _, _, mask, docs = open_data(make_set(tmp_path / "docs", TOKENS, end=9), 2).batch(0)
+    _, _, mask, docs = parts(open_data(make_set(tmp_path / "docs", TOKENS, end=9), 2).batch(0))
     assert docs is None and mask.all()
 
 
 def test_doc_mask_and_total_work_together(tmp_path):
     folder = make_set(tmp_path / "docs", TOKENS, end=9)
-    _, _, every, _ = open_data(folder, 2, doc_mask=True).batch(0)
-    _, _, mask, _ = open_data(folder, 2, doc_mask=True, total=1).batch(0)
+    _, _, every, _ = parts(open_data(folder, 2, doc_mask=True).batch(0))
+    _, _, mask, _ = parts(open_data(folder, 2, doc_mask=True, total=1).batch(0))
     assert torch.equal(mask[0], every[0]) and not mask[1].any()
 
 
@@ -196,15 +200,15 @@ def test_ids_above_65535_survive(tmp_path):
     ids = [0, 65_535, 65_536, 131_071, 1, 199_999, 7, 8, 9, 10, 11]
     folder = make_set(tmp_path / "large", ids, np.uint32, vocab_size=200_000, end=199_999)
     data = open_data(folder, seq_len=10)
-    tokens, targets, _, _ = data.batch(0)
+    tokens, targets, _, _ = parts(data.batch(0))
     assert tokens.tolist() == [ids[:10]] and targets.tolist() == [ids[1:]]
 
 
 def test_splits_are_read_apart(tmp_path):
     folder = make_set(tmp_path / "both", range(50), splits=("train", "val"))
     np.save(tmp_path / "both" / "val.npy", np.arange(100, 150, dtype=np.uint16))
-    assert TokenData(folder, "val", SEQ_LEN, 9).batch(0)[0].min() == 100
-    assert TokenData(folder, "train", SEQ_LEN, 9).batch(0)[0].max() < 50
+    assert TokenData(folder, "val", SEQ_LEN, 9).batch(0).tokens.min() == 100
+    assert TokenData(folder, "train", SEQ_LEN, 9).batch(0).tokens.max() < 50
 
 
 # -----------------------------------------------------------------------------
@@ -288,7 +292,7 @@ def test_a_missing_split_is_refused_with_the_mend(tmp_path):
 
 def test_a_set_shorter_than_a_sequence_is_refused_with_the_mend(tmp_path):
     folder = make_set(tmp_path / "set", range(10))
-    assert open_data(folder, seq_len=9).num_samples == 1
+    assert open_data(folder, seq_len=9).num_rows == 1
     assert refusal(open_data, folder, seq_len=10) == \
         f"{folder}/train.npy: 10 tokens, fewer than --seq_len=10 + 1; lower --seq_len or prepare more text"
 
@@ -352,13 +356,13 @@ def chats(tmp_path_factory):
     return make_chat_set(tmp_path_factory.mktemp("sets") / "chats")
 
 
-def open_chats(folder, micro_batch_size=1, rank=0, world_size=1, seq_len=CHAT_LEN, **options):
-    return ChatData(folder, "train", seq_len, micro_batch_size, rank, world_size, **options)
+def open_chats(folder, micro_batch_size=1, rank=0, world_size=1, seq_len=CHAT_LEN, total=np.inf, **options):
+    return ChatData(folder, "train", seq_len, micro_batch_size, rank, world_size, **options).limit(total)
 
 
 def rows_of(data, i):
     """Micro-batch i as a list of rows, each a tuple of tokens, targets, mask, docs."""
-    batch = [tensor.tolist() for tensor in data.batch(i)]
+    batch = [tensor.tolist() for tensor in parts(data.batch(i))]
     return [tuple(map(tuple, row)) for row in zip(*batch)]
 
 
@@ -370,7 +374,7 @@ def members(row):
 @each_layout
 def test_every_conversation_comes_once_per_epoch(chats, micro_batch_size, world_size):
     ranks = [open_chats(chats, micro_batch_size, rank, world_size) for rank in range(world_size)]
-    per_round, num_rows = micro_batch_size * world_size, ranks[0].num_samples
+    per_round, num_rows = micro_batch_size * world_size, ranks[0].num_rows
     order = [row for i in range(-(-num_rows * 3 // per_round)) for data in ranks for row in rows_of(data, i)]
     but_the_last = np.delete(np.arange(N), STARTS + LENGTHS - 1).tolist()
     for epoch in range(3):
@@ -388,11 +392,11 @@ def test_a_step_of_8_has_the_same_rows_in_every_layout(chats, micro_batch_size, 
     for step in range(8):                              # more than an epoch, the last one partial
         steps = range(step * num_micro, (step + 1) * num_micro)
         assert [row for i in steps for data in ranks for row in rows_of(data, i)] == rows_of(whole, step)
-    assert whole.num_samples < 60
+    assert whole.num_rows < 60
 
 
 def test_each_epoch_and_each_seed_packs_and_orders_anew(chats):
-    num_rows = open_chats(chats).num_samples
+    num_rows = open_chats(chats).num_rows
     epochs = [rows_of(open_chats(chats, num_rows, seed=seed), epoch) for seed in (0, 1) for epoch in range(4)]
     assert len({tuple(rows) for rows in epochs}) == 8
     assert len({frozenset(frozenset(members(row)) for row in rows) for rows in epochs}) == 8  # other company
@@ -406,15 +410,15 @@ def test_a_batch_of_conversations_is_a_pure_function(chats):
     first = {i: forward.batch(i) for i in range(16)}
     for i in [*reversed(range(16)), 3, 3, 11, 0]:
         for fresh in (backward, open_chats(chats, 5)):
-            assert all(torch.equal(a, b) for a, b in zip(fresh.batch(i), first[i], strict=True)), i
+            assert all(torch.equal(a, b) for a, b in zip(parts(fresh.batch(i)), parts(first[i]), strict=True)), i
 
 
 @pytest.mark.parametrize("mask_prompt", [True, False])
 def test_rows_hold_whole_conversations_with_their_own_next_tokens_as_targets(chats, mask_prompt):
     data = open_chats(chats, 6, mask_prompt=mask_prompt)
     paddings = 0
-    for i in range(-(-data.num_samples // 6)):
-        batch = data.batch(i)
+    for i in range(-(-data.num_rows // 6)):
+        batch = parts(data.batch(i))
         assert [x.dtype for x in batch] == [torch.int64, torch.int64, torch.bool, torch.int64]
         assert all(x.shape == (6, CHAT_LEN) for x in batch)
         for row in rows_of(data, i):
@@ -429,7 +433,7 @@ def test_rows_hold_whole_conversations_with_their_own_next_tokens_as_targets(cha
             assert list(zip(*row[:3])) == expected + [(PAD, PAD, False)] * padding
             assert len(set(row[3][at:])) == min(padding, 1)
             paddings += padding
-    assert 0 < paddings < 0.1 * data.num_samples * CHAT_LEN
+    assert 0 < paddings < 0.1 * data.num_rows * CHAT_LEN
 
 
 @each_layout
@@ -447,14 +451,14 @@ def test_a_set_of_conversations_says_how_much_it_holds(chats):
     assert data.num_tokens == N - 61
     # n positions of a conversation look at n each, as a causal sequence of n does
     assert data.mean_context == pytest.approx(sum(n * n for n in LENGTHS - 1) / (N - 61))
-    assert sum(len(members(row)) for i in range(data.num_samples) for row in rows_of(data, i)) == 61
+    assert sum(len(members(row)) for i in range(data.num_rows) for row in rows_of(data, i)) == 61
 
 
 def test_the_splits_of_conversations_are_read_apart(tmp_path):
     folder = make_chat_set(tmp_path / "both", splits=("train", "val"))
     np.save(tmp_path / "both" / "val.npy", np.full(N, 7, np.uint16))
     data = ChatData(folder, "val", CHAT_LEN, 1)
-    assert {token for i in range(data.num_samples) for token in data.batch(i)[0][0].tolist()} == {7, PAD}
+    assert {token for i in range(data.num_rows) for token in data.batch(i).tokens[0].tolist()} == {7, PAD}
     assert refusal(ChatData, make_chat_set(tmp_path / "one"), "val", CHAT_LEN, 1) == \
         f"--data_dir={tmp_path}/one: the set has no val split (prepare it with --val_frac or --val_input, " \
         "or train with --eval_seqs=0)"
@@ -463,7 +467,7 @@ def test_the_splits_of_conversations_are_read_apart(tmp_path):
 def test_ids_above_65535_survive_in_conversations(tmp_path):
     ids = [0, 65_535, 65_536, 131_071, 199_997]
     folder = make_chat_set(tmp_path / "large", [5], ids, np.ones(5), np.uint32, vocab_size=200_000)
-    tokens, targets, _, _ = open_chats(folder).batch(0)
+    tokens, targets, _, _ = parts(open_chats(folder).batch(0))
     assert tokens[0, :4].tolist() == ids[:4] and targets[0, :4].tolist() == ids[1:]
 
 
@@ -480,14 +484,14 @@ def test_the_loss_of_packed_conversations_is_the_sum_of_their_own(tmp_path, long
         torch.nn.init.normal_(p, std=0.5)
     packed, single = 0.0, 0.0
     with torch.no_grad():
-        for i in range(data.num_samples):
-            ids, targets, mask, docs = data.batch(i)
+        for i in range(data.num_rows):
+            ids, targets, mask, docs = parts(data.batch(i))
             packed += linear_cross_entropy(model(ids, docs), model.head, targets, mask).item()
         for ids, counts in zip(*(np.split(x, lengths.cumsum()[:-1]) for x in (tokens, learn))):
             ids, counts = torch.from_numpy(ids)[None], torch.from_numpy(counts)[None]
             logp = (model(ids[:, :-1]) @ model.head.T).log_softmax(-1)
             single -= logp.gather(2, ids[:, 1:, None])[..., 0][counts[:, 1:] == 1].sum().item()
-    assert data.num_samples < 12 and packed == pytest.approx(single, rel=1e-5)
+    assert data.num_rows < 12 and packed == pytest.approx(single, rel=1e-5)
 
 
 # -----------------------------------------------------------------------------
@@ -537,7 +541,7 @@ def test_conversations_longer_than_a_row_are_refused_with_their_count(chats):
     assert refusal(open_chats, chats, seq_len=11) == \
         f"--seq_len=11: {over} of 61 conversations have over 12 tokens (up to 13); raise it, or prepare " \
         "the set with --max_len=12 and --long_rows=cut or skip"
-    assert over >= 2 and open_chats(chats, seq_len=12).num_samples > 0           # 13 tokens take 12 positions
+    assert over >= 2 and open_chats(chats, seq_len=12).num_rows > 0           # 13 tokens take 12 positions
 
 
 def test_a_set_of_the_other_kind_is_refused(chats, counting):
@@ -635,8 +639,8 @@ def numbered(tmp_path_factory):
     return make_pair_set(tmp_path_factory.mktemp("sets") / "pairs")
 
 
-def open_pairs(folder, micro_batch_size=1, rank=0, world_size=1, seq_len=PAIR_LEN, **options):
-    return PairData(folder, "train", seq_len, micro_batch_size, rank, world_size, **options)
+def open_pairs(folder, micro_batch_size=1, rank=0, world_size=1, seq_len=PAIR_LEN, total=np.inf, **options):
+    return PairData(folder, "train", seq_len, micro_batch_size, rank, world_size, **options).limit(total)
 
 
 def numbers(data, i):
@@ -680,7 +684,7 @@ def test_a_row_holds_prompts_and_answers_whose_targets_are_their_own_next_tokens
         assert [x.dtype for x in tensors(pairs)] == [torch.int64, torch.int64, torch.bool, torch.int64,
                                                      torch.bool, *[torch.int64] * 3, torch.bool]
         assert pairs.num_answers == 10
-        assert pairs.ids.tolist() == numbers(data, i) and pairs.counts.tolist() == [True] * 5
+        assert pairs.ids.tolist() == numbers(data, i) and pairs.valid.tolist() == [True] * 5
         for p, number in enumerate(pairs.ids.tolist()):
             prompt, chosen, rejected = PARTS[number]
             start = PAIR_STARTS[number]
@@ -706,7 +710,7 @@ def test_pairs_past_total_do_not_count(numbered, micro_batch_size, world_size):
     for i in range(-(-24 // (micro_batch_size * world_size))):
         for data in ranks:
             pairs = data.batch(i)
-            counted += pairs.counts.tolist()
+            counted += pairs.valid.tolist()
             learned += [int(pairs.mask[pairs.answer // 2 == p].sum()) for p in range(micro_batch_size)]
     assert counted[:21] == [True] * 21 and not any(counted[21:])
     assert learned[:21] == [int(free.batch(i).mask.sum()) for i in range(21)] and not any(learned[21:])
@@ -716,7 +720,7 @@ def test_a_set_of_pairs_says_how_much_it_holds(tmp_path):
     data = open_pairs(make_pair_set(tmp_path / "set", [(3, 2, 4), (2, 1, 5)]), 2)
     # trunks of 2 and 1; a causal sequence of n looks at n^2 / 2, a branch at its trunk besides
     assert data.num_tokens == (2 + 2 + 4) + (1 + 1 + 5) == data.batch(0).tokens.numel()
-    assert data.num_samples == 2
+    assert data.num_rows == 2
     looks = (2**2 + (2**2 + 2 * 2 * 2) + (4**2 + 2 * 4 * 2)) + (1 + (1 + 2 * 1 * 1) + (5**2 + 2 * 5 * 1))
     assert data.mean_context == pytest.approx(looks / 15)
 
@@ -940,8 +944,8 @@ def prompts(tmp_path_factory):
     return make_prompt_set(tmp_path_factory.mktemp("sets") / "prompts")
 
 
-def open_prompts(folder, micro_batch_size=1, rank=0, world_size=1, seq_len=12, **options):
-    return PromptData(folder, "train", seq_len, micro_batch_size, rank, world_size, **options)
+def open_prompts(folder, micro_batch_size=1, rank=0, world_size=1, seq_len=12, total=np.inf, **options):
+    return PromptData(folder, "train", seq_len, micro_batch_size, rank, world_size, **options).limit(total)
 
 
 @each_layout
@@ -977,7 +981,7 @@ def test_prompts_and_rows_are_those_of_the_set(prompts):
         start = PROMPT_STARTS[i]
         assert data.prompt(i).tolist() == list(range(start, start + PROMPT_LENGTHS[i]))
         assert data.row(i) == data.row(np.int64(i)) == ROWS[i]
-    assert (data.num_samples, data.num_tokens, data.view) == (13, PROMPT_N, {}) and data.total == np.inf
+    assert (data.num_rows, data.num_tokens, data.identity) == (13, PROMPT_N, {}) and data.total == np.inf
 
 
 def test_the_splits_of_prompts_are_read_apart(tmp_path):

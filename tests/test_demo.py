@@ -8,8 +8,8 @@ import sys
 import pytest
 from conftest import ROOT
 
-sys.path.insert(0, str(ROOT / "configs/demo"))
-import report  # noqa: E402  (configs/demo must be on the path first)
+sys.path.insert(0, str(ROOT / "demos/demo"))
+import report  # noqa: E402  (demos/demo must be on the path first)
 import run as demo  # noqa: E402
 
 

@@ -9,7 +9,7 @@ import sys
 import pytest
 from conftest import ROOT, run
 
-sys.path.insert(0, str(ROOT / "data"))
+sys.path.insert(0, str(ROOT / "extras"))
 import gym  # noqa: E402  (data/gym.py)
 
 from common.errors import UserError  # noqa: E402

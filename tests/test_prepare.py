@@ -140,7 +140,7 @@ def test_a_set_says_what_it_holds():
         content = np.load(f"set/{split}.npy").tobytes()
         assert meta["splits"][split]["sha256"] == hashlib.sha256(content).hexdigest()
     assert np.load("set/token_bytes.npy").tolist() == [1] * 256 + [0] * 10
-    assert TokenData("set", "train", 8, 1).batch(0)[0].shape == (1, 8)
+    assert TokenData("set", "train", 8, 1).batch(0).tokens.shape == (1, 8)
     assert make("a.jsonl", out="again")["data_fingerprint"] == meta["data_fingerprint"]
     assert make("b.jsonl", out="other")["data_fingerprint"] != meta["data_fingerprint"]
 
@@ -659,7 +659,8 @@ def test_a_set_holds_each_conversation_as_the_template_encodes_it(monkeypatch, t
     assert (meta["vocab_size"], meta["end"], meta["pad"]) == (
         tokenizer.vocab_size, tokenizer.end, tokenizer.pad)
     assert meta["fingerprint"] == load_tokenizer("set").fingerprint == tokenizer.fingerprint
-    tokens, targets, mask, _ = ChatData("set", "train", 256, 100).batch(0)
+    batch = ChatData("set", "train", 256, 100).batch(0)
+    tokens, targets, mask = batch.tokens, batch.targets, batch.mask
     assert targets[mask].unique().tolist() == sorted({i for ids, counts in expected
                                                       for i, learn in zip(ids, counts) if learn})
 

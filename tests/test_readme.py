@@ -55,7 +55,7 @@ def test_options_that_the_readme_names_exist():
     """Everything written --name or --name=..., in text and tables, is an option of some command."""
     known = set()
     for path in [*ROOT.glob("*.py"), *ROOT.glob("common/*.py"), *ROOT.glob("data/*.py"),
-                 *ROOT.glob("configs/*/*.py")]:
+                 *ROOT.glob("demos/*/*.py")]:
         source = path.read_text()
         for config in re.findall(r"class \w*Config\b.*?:\n((?: +.*\n|\n)+)", source):
             known |= set(re.findall(r"^ +(\w+): ", config, re.M))

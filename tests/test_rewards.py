@@ -1,5 +1,6 @@
 """common/rewards.py: shipped rewards on tables, rewards from files, scores that are refused, statistics."""
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -166,9 +167,10 @@ def test_numbers_for_tokens_must_be_as_many_and_finite():
 # -----------------------------------------------------------------------------
 # statistics
 
-def episode(rewards, lengths, ended, counts):
-    return dict(rewards=torch.tensor(rewards), counts=torch.tensor(counts), ended=torch.tensor(ended),
-                lengths=torch.tensor(lengths), to_go=torch.tensor(rewards)[..., None])
+def episode(rewards, lengths, ended, valid):
+    answers = [SimpleNamespace(logps=[0.0] * n, ended=end) for n, end in zip(lengths, ended)]
+    return SimpleNamespace(rewards=torch.tensor(rewards), valid=torch.tensor(valid), answers=answers,
+                           to_go=torch.tensor(rewards)[..., None])
 
 
 def test_the_statistics_of_rollouts_are_those_of_a_table_by_hand():

@@ -25,7 +25,7 @@ from common.sampling import (
     uniforms,
 )
 from common.tokenizer import Tokenizer, encode_chat, train_sentencepiece
-from train_grpo import answer_logps, as_branches
+from train_grpo import Rollout, answer_logps, learned_rows
 
 PLAIN = SamplingConfig(temperature=1.0)
 LARGEST = 1 - 2**-24                                     # the largest float32 that torch.rand can give
@@ -359,11 +359,11 @@ GROUPS = [[5, 7, 9], [2, 4], [2, 4, 6, 8, 10, 12, 14]]   # prompts of 3, 2 and 7
 
 def one_row(prompts, answers):
     """As the stage learns them"""
-    episodes = dict(prompts=prompts, answers=answers, counts=torch.ones(len(prompts), dtype=torch.bool),
-                    ended=torch.tensor([a.ended for a in answers]))
-    cfg = SimpleNamespace(num_samples=len(answers) // len(prompts), drop_flat_groups=False,
-                          mask_truncated=False)
-    return as_branches(episodes, cfg, torch.device("cpu"))
+    G = len(answers) // len(prompts)
+    valid, rewards = torch.ones(len(prompts), dtype=torch.bool), torch.zeros(len(prompts), G)
+    cfg = SimpleNamespace(drop_flat_groups=False, mask_truncated=False)
+    return learned_rows(Rollout(prompts, answers, valid, rewards, rewards[..., None], 0.0), cfg,
+                          torch.device("cpu"))
 
 
 @pytest.mark.parametrize("options", [dict(), dict(suppress=(0, 3, 20)), dict(top_k=5), dict(top_p=0.8),
@@ -377,14 +377,17 @@ def test_the_ratio_before_any_update_is_1_in_the_row_of_branches_that_learns(tem
     answers = rollout(model, words, GROUPS, cfg, 3, 4, numbers)
     assert len(answers[4].tokens) == 1 and max(len(a.tokens) for a in answers) == 12
     assert not set(cfg.suppress) & {token for a in answers for token in a.tokens}
-    rows, sampled, kept, index = one_row(GROUPS, answers)
-    assert index.T.tolist() == [[i, n] for i, a in enumerate(answers) for n in range(len(a.tokens))]
+    learned = one_row(GROUPS, answers)
+    sampled = learned.sampler_logps
+    assert torch.stack(learned.index, dim=1).tolist() == [
+        [i, n] for i, a in enumerate(answers) for n in range(len(a.tokens))]
     assert sampled.tolist() == pytest.approx([logp for a in answers for logp in a.logps])
     with torch.no_grad():
-        recomputed = answer_logps(model, rows, kept, cfg)
-        unlike = [answer_logps(model, rows, kept, replace(cfg, temperature=temperature + 0.01))]
+        recomputed = answer_logps(model, learned, cfg)
+        unlike = [answer_logps(model, learned, replace(cfg, temperature=temperature + 0.01))]
         if options:                                                # and without what cut the distribution
-            unlike.append(answer_logps(model, rows, None, replace(cfg, suppress=())))
+            whole = replace(learned, support=None)
+            unlike.append(answer_logps(model, whole, replace(cfg, suppress=())))
     assert ((recomputed - sampled).exp() - 1).abs().max() < 1e-5
     for other in unlike:                                                # what either mistake would make of it
         assert ((other - recomputed).exp() - 1).abs().max() > 1e-3
@@ -461,11 +464,12 @@ def test_what_the_environment_says_counts_but_is_not_learned():
         alone = rollout(model, tokenizer, [prompt], cfg, 40, 3, [[5, 1, 9][i // 40]], env_step,
                         say(tokenizer))[i % 40]
         assert alone.tokens == a.tokens                                 # in another batch
-    rows, sampled, _, index = one_row(prompts, answers)
-    own = [token for a in answers for token, learned in zip(a.tokens, a.learned) if learned]
-    assert rows.targets[rows.mask].tolist() == own and len(sampled) == len(own) == index.shape[1]
+    learned = one_row(prompts, answers)
+    rows, sampled = learned, learned.sampler_logps
+    own = [token for a in answers for token, is_own in zip(a.tokens, a.learned) if is_own]
+    assert rows.targets[rows.mask].tolist() == own and len(sampled) == len(own) == len(learned.index[0])
     with torch.no_grad():
-        assert ((answer_logps(model, rows, None, cfg) - sampled).exp() - 1).abs().max() < 1e-4
+        assert ((answer_logps(model, learned, cfg) - sampled).exp() - 1).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("env_step, message", [

@@ -359,8 +359,9 @@ def test_the_logged_loss_is_the_loss_of_the_saved_weights_on_that_batch(script, 
     data = kind(str(stage.data), "train", seq_len, 8, seed=1337)
     if "--mask_prompt=false" in options:
         data.mask_prompt = False
-    tokens, targets, mask, docs = data.batch(6)
-    logits = model(tokens, docs) @ model.head.T                # (8, T, V)
+    batch = data.batch(6)
+    tokens, targets, mask = batch.tokens, batch.targets, batch.mask
+    logits = model(tokens, batch.docs) @ model.head.T                # (8, T, V)
     nll = torch.nn.functional.cross_entropy(logits[mask], targets[mask], reduction="none")
     weight = torch.ones_like(nll)
     if any("critical" in option for option in options):
@@ -647,8 +648,9 @@ def test_kd_logs_what_the_saved_student_and_the_teacher_give(kd, teacher_run, to
     temperature = 2.0 if "--temperature=2" in options else 1.0
     for split, seed, size in (("train", 1337, 8), ("val", 0, 20)):
         data = kind[0](str(kind[1]), split, 150, size, seed=seed, **dict(doc_mask=True) if text else {})
-        data.total = 8 * 7 if split == "train" else min(20, data.num_samples)
-        tokens, targets, mask, docs = data.batch(6 if split == "train" else 0)
+        data.limit(8 * 7 if split == "train" else min(20, data.num_rows))
+        batch = data.batch(6 if split == "train" else 0)
+        tokens, targets, mask, docs = batch.tokens, batch.targets, batch.mask, batch.docs
         with torch.no_grad():
             z, t = (model(tokens, docs) @ model.head.T for model in (student, teacher))
         nll = torch.nn.functional.cross_entropy(z[mask], targets[mask], reduction="none")
@@ -798,7 +800,7 @@ def test_the_learning_rate_is_a_function_of_the_step(one_stage):
 def test_epochs_end_with_a_partial_step(one_stage):
     """31 windows and a batch of 8: two epochs are 7 whole steps and one of 6 sequences."""
     from common.data import TokenData
-    n = TokenData(str(one_stage.data), "train", 32, 8).num_samples
+    n = TokenData(str(one_stage.data), "train", 32, 8).num_rows
     one_stage("run", "--num_epochs=2", "--lr=0", "--weight_decay=0", "--eval_every=0",
           "--batch_size=24")
     curve = losses(one_stage.folder / "run")

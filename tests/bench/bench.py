@@ -231,7 +231,7 @@ def bench_packing(rows=8):
     torch.manual_seed(0)
     model, numbers = GPT(config), itertools.count()
     order = np.random.default_rng(0).permutation(len(data.lengths))
-    per_batch = round(rows * len(data.lengths) / data.num_samples)    # as many conversations as the rows hold
+    per_batch = round(rows * len(data.lengths) / data.num_rows)    # as many conversations as the rows hold
     targets_seen = {"packed": 0, "padded": 0}
 
     def train(name, tokens, targets, mask, docs):
@@ -240,7 +240,8 @@ def bench_packing(rows=8):
         targets_seen[name] += int(mask.sum())
 
     def packed():
-        train("packed", *data.batch(next(numbers)))
+        batch = data.batch(next(numbers))
+        train("packed", batch.tokens, batch.targets, batch.mask, batch.docs)
 
     def padded():
         i = next(numbers) * per_batch % (len(order) - per_batch)
@@ -251,7 +252,7 @@ def bench_packing(rows=8):
         train("padded", tokens[:, :-1], tokens[:, 1:], learn[:, 1:].bool(), None)
     packed_s, padded_s = alternate(packed, padded)
     speed = {name: targets_seen[name] / 8 / s for name, s in (("packed", packed_s), ("padded", padded_s))}
-    waste = 1 - data.num_tokens / data.num_samples / config.seq_len
+    waste = 1 - data.num_tokens / data.num_rows / config.seq_len
     print(f"packing: {speed['padded']:.0f} target tok/s padded, {speed['packed']:.0f} packed, "
           f"{speed['packed'] / speed['padded']:.2f}x; {waste:.2%} of the packed positions are padding")
 

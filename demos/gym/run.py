@@ -1,7 +1,7 @@
 """
 GRPO on a task of reasoning-gym: a small model is warmed up on some answers, then rewarded for good ones.
 
-    python configs/gym/run.py           # or `make gym`, which makes an environment first
+    python demos/gym/run.py           # or `make gym`, which makes an environment first
 
 Everything goes to out/gym_demo. A stage whose result is there is not run again; remove the folder to start
 over. Prints what reasoning-gym's scorer gives to answers to the test questions, which no stage has seen.
@@ -13,9 +13,9 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "data")]
+sys.path[:0] = [str(ROOT), str(ROOT / "extras")]
 
-import gym  # noqa: E402  (data/gym.py; the root must be on the path first)
+import gym  # noqa: E402  (extras/gym.py; the root must be on the path first)
 
 from common import dist  # noqa: E402
 from common.errors import show_user_errors  # noqa: E402
@@ -37,7 +37,7 @@ def run(*command):
 
 def prepare():
     if not (ROOT / OUT / "task").exists():
-        run("data/gym.py", *TASK, f"--out_dir={OUT}/task")
+        run("extras/gym.py", *TASK, f"--out_dir={OUT}/task")
     for kind, ending in (("chat", ""), ("prompts", "_prompts")):
         if not (ROOT / OUT / kind).exists():
             run("data/prepare.py", kind, f"--input={OUT}/task/train{ending}.jsonl",
@@ -63,7 +63,7 @@ def once(stage):
     path = ROOT / OUT / f"{stage}.json"
     if not path.exists():
         start = time.time()
-        run(f"train_{stage}.py", f"configs/gym/{stage}.py", "--resume=true")
+        run(f"train_{stage}.py", f"demos/gym/{stage}.py", "--resume=true")
         seconds = round(time.time() - start)
         path.write_text(json.dumps(dict(seconds=seconds, greedy=held_out_scores(stage, 0.0, 1),
                                         sampled=held_out_scores(stage, 1.0, 4))))

@@ -1,7 +1,7 @@
 """
 Context extension: a model trained on rows of 256 bytes meets rows of 1024, by each kind of scaling.
 
-    python configs/long_context/run.py
+    python demos/long_context/run.py
 
 Prints the validation loss per byte of whole rows and of their last quarter, 768 bytes and more into them:
 right after the extension, and after 50 steps on rows of 1024. "none" is plain RoPE. Everything goes to
@@ -43,8 +43,8 @@ def val_losses(name, options, seq_len, rows=128):
     checkpoint.load_weights(folder, model)
     data, logps = TokenData(str(ROOT / OUT / "bytes"), "val", seq_len, 16), []
     for i in range(rows * 1024 // seq_len // 16):
-        tokens, targets, _, _ = data.batch(i)                       # (B, T) each
-        logps.append(losses.token_logps(model(tokens), model.head, targets))
+        batch = data.batch(i)                                       # (B, T) each
+        logps.append(losses.token_logps(model(batch.tokens), model.head, batch.targets))
     logps = torch.cat(logps)
     return -logps.mean().item(), -logps[:, -seq_len // 4:].mean().item()
 
@@ -54,10 +54,10 @@ if __name__ == "__main__":
     if not (ROOT / OUT / "bytes").exists():
         run("data/prepare.py", "text", "--input=data/shakespeare/train.jsonl.gz",
             "--val_input=data/shakespeare/val.jsonl.gz", f"--out_dir={OUT}/bytes")
-    run("train_pretrain.py", "configs/long_context/pretrain.py", "--resume=true")
+    run("train_pretrain.py", "demos/long_context/pretrain.py", "--resume=true")
     table = []
     for kind, options in KINDS.items():
-        run("train_pretrain.py", "configs/long_context/pretrain.py", f"--init_from={OUT}/256",
+        run("train_pretrain.py", "demos/long_context/pretrain.py", f"--init_from={OUT}/256",
             f"--out_dir={OUT}/{kind}", "--resume=true", "--seq_len=1024", "--batch_size=4", "--num_steps=50",
             "--lr=3e-4", "--warmup_steps=10", "--eval_seqs=0",
             *(f"--model.{name}={value}" for name, value in options.items()))

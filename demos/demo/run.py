@@ -2,7 +2,7 @@
 The demo: every stage in turn on the bundled corpus, then what each one changed: numbers, and what the models
 write before and after.
 
-    python configs/demo/run.py          # or `make demo`, which makes an environment first
+    python demos/demo/run.py          # or `make demo`, which makes an environment first
 
 Everything goes to out/demo. A stage whose result is there is not run again; remove out/demo to start over.
 Writes out/demo/
@@ -149,7 +149,7 @@ def prepare(watch):
 
 
 def pretrain(watch):
-    run(watch, "train_pretrain.py", "configs/demo/pretrain.py", "--resume=true")
+    run(watch, "train_pretrain.py", "demos/demo/pretrain.py", "--resume=true")
     bits = metrics("pretrain", "val_bits_per_byte")
     return [measure("validation bits per byte", bits[0], bits[-1])]
 
@@ -168,7 +168,7 @@ def prepare_lines(watch):
 
 def sft(watch):
     prepare_lines(watch)
-    run(watch, "train_sft.py", "configs/demo/sft.py", "--resume=true")
+    run(watch, "train_sft.py", "demos/demo/sft.py", "--resume=true")
     before, n = lines_met("pretrain", 1.0, 4)
     after, _ = lines_met("sft", 1.0, 4)
     rows = [measure(f"whole request met, T = 1, {n} x 4", before["all"], after["all"])]
@@ -178,7 +178,7 @@ def sft(watch):
 
 
 def dpo(watch):
-    run(watch, "train_dpo.py", "configs/demo/dpo.py", "--resume=true")
+    run(watch, "train_dpo.py", "demos/demo/dpo.py", "--resume=true")
     n = json.loads((ROOT / OUT / "pairs/meta.json").read_text())["splits"]["val"]["pairs"]
     rows = [measure(f"{what}, {n} pairs", values[0], values[-1]) for what, values in (
         ("pair accuracy by reward", metrics("dpo", "val_accuracy")),
@@ -191,7 +191,7 @@ def dpo(watch):
 def grpo(watch):
     # faster, but an error on GPUs and on other processors than x86
     packed = not torch.cuda.is_available() and "fbgemm" in torch.backends.quantized.supported_engines
-    run(watch, "train_grpo.py", "configs/demo/grpo.py", f"--packed={str(packed).lower()}", "--resume=true")
+    run(watch, "train_grpo.py", "demos/demo/grpo.py", f"--packed={str(packed).lower()}", "--resume=true")
     before, n = lines_met("dpo", 1.0, 4)
     after, _ = lines_met("grpo", 1.0, 4)
     return [measure(f"whole request met, T = 1, {n} x 4", before["all"], after["all"]),
@@ -200,8 +200,8 @@ def grpo(watch):
 
 def student(watch, name, taught, seed=1337):
     """-> validation loss of a small model after the run out/demo/NAME, taught by the pretrained or alone"""
-    script = ["train_kd.py", "configs/demo/student.py", "configs/demo/kd.py"] if taught else \
-        ["train_pretrain.py", "configs/demo/student.py"]
+    script = ["train_kd.py", "demos/demo/student.py", "demos/demo/kd.py"] if taught else \
+        ["train_pretrain.py", "demos/demo/student.py"]
     run(watch, *script, f"--out_dir={OUT}/{name}", f"--seed={seed}", "--resume=true")
     return metrics(name, "val_loss")[-1]
 

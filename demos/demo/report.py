@@ -6,7 +6,7 @@ import platform
 
 import torch
 
-from common import plot
+from extras import plot
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1080px; margin: 2em auto; padding: 0 1em }

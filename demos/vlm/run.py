@@ -2,7 +2,7 @@
 Questions about pictures: a small language model and a small vision tower learn together from random weights,
 then the same on grey pictures, which shows how much the questions alone tell.
 
-    python configs/vlm/run.py           # or `make demo-vlm`, which makes an environment first
+    python demos/vlm/run.py           # or `make demo-vlm`, which makes an environment first
 
 Everything goes to out/vlm_demo. What is there is not made again; remove the folder to start over. Prints how
 many questions about the 1,000 test pictures, which training has not seen, are answered right by greedy
@@ -81,7 +81,7 @@ def once(name, *options):
     if not path.exists():
         start = time.time()
         prepare(name, *options)
-        run("train_sft.py", "configs/vlm/sft.py", f"--data_dir={OUT}/{name}/set",
+        run("train_sft.py", "demos/vlm/sft.py", f"--data_dir={OUT}/{name}/set",
             f"--out_dir={OUT}/{name}/run", "--resume=true")
         seconds, shares = round(time.time() - start), test(name)
         path.write_text(json.dumps(dict(seconds=seconds, test_seconds=round(time.time() - start) - seconds,
