@@ -43,8 +43,10 @@ from common.errors import UserError
 from common.model import GPT
 from common.rewards import load_function
 from common.tokenizer import check_conversation, encode_user
+from data.readers import BadRow, Example, ExampleConfig, Kind, check_reply
 
 MARK = "<image>"
+UNREADABLE = "with unreadable images"
 INFO = ("image_size", "tokens_per_image", "resize", "mean", "std")
 
 
@@ -501,26 +503,75 @@ def load_image(source, images):
 # rows of a set, for data/prepare.py
 
 @dataclass(frozen=True)
-class ImagesConfig:
-    input: tuple[str, ...] = ()        # files and globs of training conversations (.jsonl)
-    val_input: tuple[str, ...] = ()    # files and globs of validation conversations, when kept apart
-    val_frac: float = 0.0              # else: held-out fraction of conversations
-    tokenizer: str = "bytes"           # that of the model to be trained: its run, or as in `text --help`
+class ImagesConfig(ExampleConfig):
+    out_dir: str = "out/images"        # folder to write, must not exist
+    max_len: int = 0                   # maximum length in tokens, tags and images too; 0 = no limit
     image_size: int = 64               # pixels a side that every picture is resized to
     tokens_per_image: int = 16         # positions that an image takes
-    resize: Literal["stretch", "crop", "pad"] = "stretch"  # to a square: all, the middle, all on black
+    resize: Literal["stretch", "crop", "pad"] = "stretch"  # to a square: all, middle, all on black
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)  # of red, green and blue (0 to 1), taken off
     std: tuple[float, ...] = (0.5, 0.5, 0.5)  # what the channels are divided by then
-    answer_tags: bool = True           # put <answer> and </answer> around what an assistant says
-    max_len: int = 0                   # tokens in a conversation at most, tags and images too; 0 = no limit
-    long_rows: Literal["error", "skip", "cut"] = "error"  # longer ones: stop, leave out, or cut the end off
-    bad_rows: Literal["error", "skip"] = "error"  # malformed lines, unreadable pictures: stop, or count, skip
-    out_dir: str = "out/images"        # the set, must not exist
-    seed: int = 1337                   # which conversations are held out
 
 
-class BadImage(Exception):
-    """A picture cannot be read; the message says which and why."""
+class ImageChats(Kind):
+    """Conversations whose pictures are stored beside the tokens; see `Kind`"""
+    name, unit = "chat", "conversations"
+
+    def __init__(self, cfg, tokenizer):
+        super().__init__(cfg, tokenizer)
+        pillow()
+        self.info = images_info(cfg, tokenizer.special["image"])
+        self.meta = dict(images=self.info)
+
+    def parse(self, row, folder):
+        return check_reply(with_paths(row, folder))
+
+    def encode(self, rows):
+        chats = self.template(rows, tokens_per_image=self.cfg.tokens_per_image)
+        return [Example([chat]) for chat in chats]
+
+    def store(self, array):
+        """Every picture of the split once, and which of them each conversation shows, in order"""
+        S = self.info["image_size"]
+        pixels = array("_images", np.uint8, (S, S, 3))
+        ids, offsets = array("_image_ids", np.uint32), array("_image_offsets", np.uint64)
+        offsets.write([0])
+        # numbers of the pictures, by 16 bytes of their file's hash
+        known = {}
+
+        def number(path):
+            content = read_picture(path)
+            key = hashlib.sha256(content).digest()[:16]
+            if key not in known:
+                try:
+                    image = load_image(io.BytesIO(content), self.info)
+                except ValueError as error:
+                    raise BadRow(f"{path}: {error}", UNREADABLE) from None
+                known[key] = pixels.count
+                pixels.write(image.numpy()[None])
+            return known[key]
+
+        def add(row, example):
+            (tokens, _), = example.replies
+            # those before a cut
+            shown = tokens.count(self.info["token"]) // self.info["tokens_per_image"]
+            ids.write([number(path) for path in paths_of(row)[:shown]])
+            offsets.write([ids.count])
+        return add
+
+    def counts(self, images, ids, _):
+        """images, ids: the arrays of `store` -> what meta.json counts of a split"""
+        return dict(images=ids.count, pictures=images.count)
+
+
+def read_picture(path):
+    """-> bytes of the file; BadRow"""
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except (OSError, ValueError) as error:  # ValueError: no file is called so
+        why = getattr(error, "strerror", error)
+        raise BadRow(f"{path}: cannot be read ({why})", UNREADABLE) from None
 
 
 def images_info(cfg, token):
@@ -607,29 +658,3 @@ def paths_of(messages):
     """-> paths of the images in messages from `with_paths`, in order"""
     return [part["path"] for message in messages if isinstance(message["content"], list)
             for part in message["content"] if part["type"] == "image"]
-
-
-class Pictures:
-    """Every picture once, as it comes; 16 bytes of its file's hash stay in memory."""
-
-    def __init__(self, pixels, info):
-        """pixels: a writer of (S, S, 3) uint8 rows; info: see `images_info`"""
-        self.pixels, self.info, self.known = pixels, info, {}
-
-    def number(self, path):
-        """-> number of the picture in pixels; BadImage"""
-        try:
-            with open(path, "rb") as file:
-                content = file.read()
-        except (OSError, ValueError) as error:  # ValueError: no file is called so
-            why = getattr(error, "strerror", error)
-            raise BadImage(f"{path}: cannot be read ({why})") from None
-        key = hashlib.sha256(content).digest()[:16]
-        if key not in self.known:
-            try:
-                image = load_image(io.BytesIO(content), self.info)
-            except ValueError as error:
-                raise BadImage(f"{path}: {error}") from None
-            self.known[key] = self.pixels.count
-            self.pixels.write(image.numpy()[None])
-        return self.known[key]

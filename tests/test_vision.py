@@ -1,6 +1,6 @@
 """
-extras/images.py, but for rows (test_images.py): features in the right places, gradients, what is frozen, ranks,
-kill and resume, generation, sample.py, mistakes.
+extras/images.py, but for rows (test_images.py): features in the right places, gradients, what is frozen,
+ranks, kill and resume, generation, sample.py, mistakes.
 """
 import json
 import os
