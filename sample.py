@@ -19,15 +19,13 @@ from typing import Literal
 
 import torch
 
-from common import checkpoint, dist, hf
+from common import checkpoint, dist
 from common.config import parse_config
 from common.errors import UserError
 from common.logger import printable
 from common.model import GPT, ModelConfig
-from common.rewards import load_function
 from common.sampling import SamplingConfig, complete, for_vocabulary, stream, stream_tokens  # noqa: F401
 from common.tokenizer import encode_chat, encode_user, load_tokenizer
-from common.vision import Vision, VisionConfig, load_image
 
 
 @dataclass(frozen=True)
@@ -54,22 +52,20 @@ def load(path, device, dtype=torch.float32, tower=""):
     path: run, checkpoint or Hugging Face folder; tower: path/to/file.py:function, where the model has one of
     yours -> model in eval mode on device, its tokenizer
     """
-    origin = hf if hf.is_folder(path) else checkpoint
-    saved = origin.read_manifest(folder := origin.find(path))
-    model = GPT(ModelConfig(**saved["model"]))
-    if vision := saved.get("vision"):
-        config = VisionConfig(**vision["config"])
-        config.check_tower(tower, "tower")
-        model.vision = Vision(config, model.config.n_embd, vision["images"],
-                              load_function("tower", tower) if tower else None)
-    origin.load_weights(folder, model)
-    return model.to(device, dtype).eval(), load_tokenizer(folder)
+    source = checkpoint.source(path)
+    config, vision = ModelConfig(**source.manifest["model"]), source.manifest.get("vision")
+    if vision:
+        from extras.images import saved_model
+        model = saved_model(config, vision, tower)
+    else:
+        model = GPT(config)
+    source.load(model)
+    return model.to(device, dtype).eval(), load_tokenizer(source.folder)
 
 
 def check_roles(path, model, tokenizer):
     """UserError where the model has never seen the tokens for roles; a note where it may not have"""
-    origin = hf if hf.is_folder(path) else checkpoint
-    learned = origin.read_manifest(origin.find(path)).get("identity", {}).get("kind")   # by a stage of ours
+    learned = checkpoint.source(path).manifest.get("identity", {}).get("kind")          # by a stage of ours
     known = tokenizer.extra and tokenizer.extra["markers"]                              # by a folder's model
     ignorant = tokenizer.extra and not known and not learned          # of a folder that is no export of ours
     if ignorant or max(encode_user(tokenizer, "")) >= model.config.vocab_size:
@@ -79,36 +75,25 @@ def check_roles(path, model, tokenizer):
               file=sys.stderr)
 
 
-def load_images(paths, model):
-    """-> list of what the model sees in pictures, (k, C) each: see `Vision.place`; UserError"""
-    if paths and model.vision is None:
-        raise UserError(f"--image={paths[0]}: the model has no vision; train one on a set with images")
-    images = []
-    for path in paths:
-        try:
-            images.append(load_image(path, model.vision.images))
-        except ValueError as error:
-            raise UserError(f"--image={path}: {error}") from None
-    with torch.inference_mode():                              # once, however often they are shown
-        return list(model.vision(torch.stack(images).to(model.head.device))) if images else []
-
-
-def answer(model, tokenizer, ids, cfg, seed, images=()):
-    """Print cfg.num_samples continuations of ids, which show images -> the tokens of the last one"""
+def answer(model, tokenizer, ids, cfg, seed, inputs=None):
+    """
+    Print cfg.num_samples continuations of ids -> the tokens of the last one. inputs: in place of the
+    embeddings of ids, see `sampling.generate`
+    """
     how = dict(continues=bool(ids))
     if cfg.chat:
         how = dict(show_special=cfg.show_tags, hide_think=not cfg.show_tags)
-    completions, images = None, list(images)
+    completions = None
     if not cfg.stream:
         completions, *_ = complete(model, [ids or [tokenizer.end]], for_vocabulary(cfg, model, tokenizer),
-                                   tokenizer.end, cfg.num_samples, seed, images=[images])
+                                   tokenizer.end, cfg.num_samples, seed, inputs=inputs)
     for i in range(cfg.num_samples):
         if cfg.num_samples > 1:
             print(f"{'' if i == 0 else chr(10)}--- sample {i + 1} of {cfg.num_samples}")
         print("" if cfg.chat else printable(tokenizer.decode(ids)), end="", flush=True)
         decoder, tokens = tokenizer.stream(**how), []
         for token in completions[i] if completions else stream_tokens(model, tokenizer, ids, cfg, seed + i,
-                                                                      images):
+                                                                      inputs):
             if token == tokenizer.end:
                 break
             tokens.append(token)
@@ -117,22 +102,22 @@ def answer(model, tokenizer, ids, cfg, seed, images=()):
     return tokens
 
 
-def continue_text(model, tokenizer, text, cfg, images=()):
-    ids = [token for _ in images for token in [model.vision.token] * model.vision.tokens_per_image]
-    ids = tokenizer.begin + ids + tokenizer.encode(text)
+def continue_text(model, tokenizer, text, cfg, shown=None):
+    """shown: what stands before the text, an extras.images.Shown"""
+    ids = tokenizer.begin + (shown.ids if shown else []) + tokenizer.encode(text)
     if not ids and tokenizer.end >= model.config.vocab_size:
         raise UserError(f"--prompt: {cfg.init_from} knows no token that a text begins with; give some text")
-    if len(ids) + bool(images) > model.config.seq_len:        # the window would move on, past an image
+    if len(ids) + bool(shown) > model.config.seq_len:         # the window would move on, past it
         raise UserError(f"--prompt: {len(ids)} tokens, but the model's context is "
                         f"{model.config.seq_len}; shorten it")
-    answer(model, tokenizer, ids, cfg, cfg.seed, images)
+    answer(model, tokenizer, ids, cfg, cfg.seed, shown and shown.inputs(ids))
 
 
-def reply(model, tokenizer, turns, text, cfg, images=()):
+def reply(model, tokenizer, turns, text, cfg, shown=None):
     """
     Answer the user's text. turns: the conversation so far, ids of the user's and the assistant's turns; this
     one is added. The oldest are forgotten when max_new_tokens, or half the context, would not be left.
-    images: what the first turn shows
+    shown: what the first turn shows, an extras.images.Shown
     """
     if text == "/reset":
         turns.clear()
@@ -141,19 +126,21 @@ def reply(model, tokenizer, turns, text, cfg, images=()):
     context = model.config.seq_len
     ids = encode_chat(tokenizer, [[{"role": "system", "content": cfg.system}]])[0][0] if cfg.system else []
     ids = ids or list(tokenizer.begin)
-    content = [dict(type="image") for _ in images if not turns] + [dict(type="text", text=text)]
-    user = encode_user(tokenizer, content, model.vision.tokens_per_image if model.vision else 1, begin=False)
+    if shown and not turns:
+        user = shown.user(tokenizer, text)
+    else:
+        user = encode_user(tokenizer, text, begin=False)
     room = context - min(cfg.max_new_tokens, context // 2)
     if len(ids) + len(user) > room:
-        options = "--prompt" + " and --system" * bool(ids) + " and --image" * bool(images)
+        given = (("--prompt", True), ("--system", ids), ("--image", shown))
+        options = " and ".join(name for name, value in given if value)
         raise UserError(f"{options}: {len(ids) + len(user)} tokens, which leave "
                         f"too little of the model's context of {context}; shorten it")
     turns.append(user)
     while len(ids) + sum(map(len, turns)) > room:
         del turns[:2]
     ids = sum(turns, ids)
-    shown = images if images and model.vision.token in ids else ()            # until its turn is forgotten
-    tokens = answer(model, tokenizer, ids, cfg, cfg.seed + len(turns), shown)
+    tokens = answer(model, tokenizer, ids, cfg, cfg.seed + len(turns), shown and shown.inputs(ids))
     turns.append([*tokens, *tokenizer.markers["end"]])
 
 
@@ -186,7 +173,10 @@ if __name__ == "__main__":
     if any(not 0 <= i < model.config.vocab_size for i in cfg.suppress):
         raise UserError(f"--suppress={cfg.suppress}: ids must be below the vocabulary's "
                         f"{model.config.vocab_size}")
-    images = load_images(cfg.image, model)
+    shown = None
+    if cfg.image:
+        from extras.images import Shown
+        shown = Shown(cfg.image, model)
     interactive, turns = cfg.interactive or (cfg.chat and not cfg.prompt), []
     texts = typed("\nyou> " if cfg.chat else "\nprompt> ") if interactive else [
         sys.stdin.read().rstrip("\n") if cfg.prompt == "-" else cfg.prompt]
@@ -195,9 +185,9 @@ if __name__ == "__main__":
             try:
                 check_text(cfg.system + text)
                 if cfg.chat:
-                    reply(model, tokenizer, turns, text, cfg, images)
+                    reply(model, tokenizer, turns, text, cfg, shown)
                 else:
-                    continue_text(model, tokenizer, text, cfg, images)
+                    continue_text(model, tokenizer, text, cfg, shown)
             except UserError as error:
                 if not interactive:
                     raise

@@ -96,8 +96,7 @@ if __name__ == "__main__":
                                                        batch.weight)
             loss = loss_sum / n_targets.clamp(min=1)  # divide once, by the global count
             scaled = (loss + model.balance_loss() / n_tokens) * optimizer.loss_scale
-            if scaled.requires_grad:  # not with freeze_llm, where a micro-batch shows no image
-                scaled.backward()
+            scaled.backward()
             step_loss += loss.detach()
 
         step_loss = dist.all_sum(step_loss).item()

@@ -250,23 +250,22 @@ def is_transformers_folder(path):
 
 def load_weights(folder, model, name="model.pt"):
     """
-    Fill model with the weights of a checkpoint folder; UserError when it is of another architecture. A model
-    with vision takes those of one without too: its vision stays as it is.
+    Fill model with the weights of a checkpoint folder; UserError when it is of another architecture. Where
+    none of the model's `optional` weights are there, these stay as they are.
     """
-    weights = _load(os.path.join(folder, name))
-    ours = everything = model.state_dict()
-    seen, sees = (any(name.startswith("vision.") for name in names) for names in (weights, ours))
-    if seen and not sees:
+    weights, ours = _load(os.path.join(folder, name)), model.state_dict()
+    if "vision.out.weight" in weights and "vision.out.weight" not in ours:
         raise UserError(f"{folder}: a model with vision; only train_sft.py, on a set with images, and "
                         "sample.py take it")
-    if sees and not seen:
-        ours = {name: weight for name, weight in ours.items() if not name.startswith("vision.")}
+    optional = {name: weight for name, weight in ours.items() if name.startswith(model.optional)}
+    if not optional.keys() & weights.keys():
+        weights |= optional
     for name in [*ours, *weights]:
         if name not in weights or name not in ours or weights[name].shape != ours[name].shape:
             theirs = tuple(weights[name].shape) if name in weights else "absent"
             mine = tuple(ours[name].shape) if name in ours else "absent"
             raise UserError(f"{folder}: of another architecture: {name} is {theirs} there and {mine} here")
-    model.load_state_dict({**everything, **weights})
+    model.load_state_dict(weights)
 
 
 def weights_file(name, model):

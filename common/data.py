@@ -10,9 +10,6 @@ A set is a folder that data/prepare.py makes:
     train_mask.npy         chat, pairs: 1 where a token is to be learned, else 0; uint8, as long as train.npy
     train_offsets.npy      chat: where each conversation begins, and where the last one ends; uint64
                            pairs: the same of the prompt, the chosen and the rejected answer of each pair
-    train_images.npy       chat, with "images" in meta.json (see vision.py): pixels (N, S, S, 3) uint8, with
-                           train_image_ids.npy, which of them stand in the tokens, and
-                           train_image_offsets.npy, where each conversation's begin among these
     train_rows.npy         prompts: {"prompt": messages, "answer": text} of each as JSON, one after the other,
                            with train_row_offsets.npy
 
@@ -42,8 +39,6 @@ def read_meta(data_dir):
             meta[name]
         for counts in meta["splits"].values():
             counts["tokens"]
-        for name in ("image_size", "tokens_per_image", "token", "resize", "mean", "std"):
-            meta["images"][name] if "images" in meta else None
         return meta
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"--data_dir={data_dir}: no meta.json there; "
@@ -74,8 +69,7 @@ def read_split(data_dir, split, kind):
     """-> meta.json of a set of that kind (text, chat, pairs, prompts) which has the split, or a UserError"""
     meta = read_meta(data_dir)
     if meta["kind"] != kind:
-        images = " with images, which only train_sft.py takes" * ("images" in meta)
-        raise UserError(f"--data_dir={data_dir}: a set of kind {meta['kind']}{images}, expected {kind}; "
+        raise UserError(f"--data_dir={data_dir}: a set of kind {meta['kind']}, expected {kind}; "
                         f"make one with data/prepare.py {kind}")
     unit = {"text": "tokens", "chat": "conversations"}.get(kind, kind)
     if "pad" not in meta and kind != "text" or any(unit not in counts for counts in meta["splits"].values()):

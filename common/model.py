@@ -17,7 +17,7 @@ L layers, E experts.
 import functools
 import inspect
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Literal
 
 import torch
@@ -538,15 +538,18 @@ class Block(nn.Module):
 
 class GPT(nn.Module):
     """
-    model(tokens, docs=None, cache=None, branch=None, images=None) -> hidden states (B, T, C); `head` (V, C)
-    makes logits. vision: a common.vision.Vision, or None
+    model(tokens, docs=None, cache=None, branch=None, inputs=None) -> hidden states (B, T, C); `head` (V, C)
+    makes logits.
 
     config (resolved ModelConfig) describes it completely. Set `activation_checkpointing = True` to recompute
-    each block in backward instead of keeping its activations.
+    each block in backward instead of keeping its activations. Of models that take other inputs than tokens:
+    input_only: ids that stand for such an input, never sampled, and how many of each in a row make one
+    optional: how names of weights begin that a checkpoint may lack
     """
+    input_only, optional = {}, ()
+
     def __init__(self, config):
         super().__init__()
-        self.register_module("vision", None)  # a script may set it; first, as its gradients are complete last
         self.config = c = config.resolved()
         self.activation_checkpointing = False
         self.balance, self.routed_so_far = 0.0, None          # see balance_loss, router_stats
@@ -564,11 +567,11 @@ class GPT(nn.Module):
     def head(self):
         return self.embed.weight if self.untied_head is None else self.untied_head.weight
 
-    def forward(self, tokens, docs=None, cache=None, branch=None, images=None):
+    def forward(self, tokens, docs=None, cache=None, branch=None, inputs=None):
         """
         tokens (B, T) int64; docs, branch (B, T): see `documents` - tokens see only their own document, whose
-        positions start at 0, and in a branch its trunk; cache: a KVCache that holds the past; images: those
-        whose tokens are among these, see Vision.place -> (B, T, C)
+        positions start at 0, and in a branch its trunk; cache: a KVCache that holds the past; inputs
+        (B, T, C): in place of the tokens' embeddings -> (B, T, C)
         """
         B, T = tokens.shape
         positions = torch.arange(T, device=tokens.device)[None]                    # (1, T)
@@ -592,11 +595,7 @@ class GPT(nn.Module):
         angles = positions[..., None, None] * inv.to(tokens.device)                # (B or 1, T, 1, D'/2)
         cos, sin = angles.cos() * scale, angles.sin() * scale
 
-        x, routers = self.embed(tokens), []                                        # (B, T, C)
-        if self.vision is not None:
-            x = self.vision.place(x, tokens, images)
-        elif images is not None:
-            raise ValueError("images for a model without vision")
+        x, routers = self.embed(tokens) if inputs is None else inputs, []          # (B, T, C)
         for layer, block in enumerate(self.blocks):
             if self.activation_checkpointing and self.training:
                 x, routed = checkpoint(block, x, cos, sin, mask, use_reentrant=False)
@@ -675,6 +674,10 @@ class GPT(nn.Module):
         return sum(m.gate_up.numel() + m.down.numel() for m in routed) * (c.n_expert - c.n_expert_active) \
             // max(1, c.n_expert)
 
+    def describe(self):
+        """-> plain values for a checkpoint, of which the model can be made again"""
+        return dict(model=asdict(self.config))
+
     def size(self):
         """-> text for the first line of a run"""
         idle = self.idle_parameters()
@@ -686,7 +689,7 @@ class GPT(nn.Module):
         FLOPs that one trained token of a causal sequence of T costs, forward and backward: 6 per weight of a
         matrix product, 4 where it is frozen (the head's for the fraction of tokens that have a target), and
         the half of attention's T x T products that a causal mask needs (PaLM, appendix B; counting all is
-        common, and flatters). Without vision.
+        common, and flatters).
         """
         c = self.config
         weights = sum(p.numel() for p in self.blocks.parameters() if p.ndim > 1) - self.idle_parameters()

@@ -38,8 +38,8 @@ def parameter_groups(model, optimizer="adamw", weight_decay=0.1, beta1=0.9, beta
     rule = Lion(beta1, beta2) if optimizer == "lion" else AdamW(beta1, beta2)
     groups = []
     if optimizer == "muon":
-        matrices = [(name, p) for name, p in named if p.ndim >= 2
-                    and name.startswith(("blocks.", "vision.tower.blocks."))]
+        # blocks.* of the model, or of one inside it, such as vision.tower.blocks.*
+        matrices = [(name, p) for name, p in named if p.ndim >= 2 and "blocks" in name.split(".")[:3]]
         for shape in dict.fromkeys(p.shape[-2:] for _, p in matrices):      # of experts: one matrix each
             same = [(name, p) for name, p in matrices if p.shape[-2:] == shape]
             groups.append(Group(same, Muon(shape), weight_decay))

@@ -21,7 +21,7 @@ calls `run` may be replaced by one's own.
 """
 import math
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -289,7 +289,7 @@ class Run:
 
     def save(self, step, model, optimizer, val_loss=None, files=None, **more):
         """Write a checkpoint. files: {name: bytes} to lie in it; more: plain values for its manifest"""
-        info = dict(model=asdict(model.config), config=as_dict(self.cfg), identity=self.identity,
+        info = dict(model.describe(), config=as_dict(self.cfg), identity=self.identity,
                     fingerprint=self.tokenizer.fingerprint, **more)
         checkpoint.save(self.cfg.out_dir, step.number, model, optimizer, info,
                         self.tokenizer.files() | (files or {}), self.cfg.keep_last,

@@ -108,13 +108,13 @@ def for_sampling(model, packed):
         raise UserError("--packed=true: for float32 on an x86 CPU only; leave it out")
     if not fp32:
         return model
-    shared = [*model.parameters(), *model.buffers(), model.vision]        # vision: used once, as it is
+    others = [child for name, child in model.named_children() if name != "blocks"]
+    shared = [*model.parameters(), *model.buffers(), *others]
     fast = copy.deepcopy(model, {id(x): x for x in shared})
     if fast.untied_head is None:
         fast.untied_head = nn.Linear(weight.shape[1], len(weight), bias=False, device="meta")
         fast.untied_head.weight = weight                      # the embedding; only this copy's logits ask it
-    seeing = set() if model.vision is None else set(model.vision.modules())
-    linears = [(module, name, child) for module in fast.modules() if module not in seeing
+    linears = [(module, name, child) for module in (fast, *fast.blocks.modules())
                for name, child in module.named_children() if isinstance(child, nn.Linear)]
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # packing one takes one thread
         for (module, name, _), fast_one in zip(linears, pool.map(
@@ -124,7 +124,7 @@ def for_sampling(model, packed):
 
 
 @torch.inference_mode()
-def generate(model, prompts, cfg, end=None, num_samples=1, seed=0, numbers=None, room=None, images=None):
+def generate(model, prompts, cfg, end=None, num_samples=1, seed=0, numbers=None, room=None, inputs=None):
     """
     Continue prompts (list of non-empty lists of ids, any lengths), num_samples of each; row p * num_samples +
     g is sample g of prompt p. A row stops after `end`, after max_new_tokens, or when the model's context is
@@ -132,8 +132,7 @@ def generate(model, prompts, cfg, end=None, num_samples=1, seed=0, numbers=None,
 
     numbers: of the prompts, from which the rows' random streams follow (default 0, 1, ...), so that other
     batches give a prompt the same samples; room: tokens that each row may get, at most max_new_tokens;
-    images: of each prompt, a list of uint8 tensors (S, S, 3), or of features (k, C) that model.vision has
-    made of them, in the order of their tokens. An image that occurs often, as one tensor, is computed once
+    inputs (P, T, C): in place of the embeddings of the prompts, padded on the right to the longest
 
     -> iterator of (rows, tokens, logps, kept): lists of the rows still going, in any order, and of what each
     got in this step; kept: see `sample_next`
@@ -143,16 +142,12 @@ def generate(model, prompts, cfg, end=None, num_samples=1, seed=0, numbers=None,
     if min(map(len, prompts)) < 1 or max(map(len, prompts)) > limit:
         raise ValueError(f"prompts of 1 to {limit} tokens (the model's seq_len), got "
                          f"{sorted(set(map(len, prompts)))}")
-    for n, (prompt, shown) in enumerate(zip(prompts, images if model.vision and images else ())):
-        if prompt.count(model.vision.token) != len(shown) * model.vision.tokens_per_image:
-            raise ValueError(f"prompt {n} has {prompt.count(model.vision.token)} tokens for {len(shown)} "
-                             f"images of {model.vision.tokens_per_image} each")
     model.eval()
     try:
         fast, G = for_sampling(model, cfg.packed), num_samples
         tokens = nn.utils.rnn.pad_sequence([torch.tensor(p) for p in prompts], batch_first=True)
         cache = fast.new_cache(len(prompts), min(limit, tokens.shape[1] + cfg.max_new_tokens))
-        hidden = fast(tokens.to(device), cache=cache, images=gather_images(images, device))   # (P, T, C)
+        hidden = fast(tokens.to(device), cache=cache, inputs=inputs)                          # (P, T, C)
         hidden = hidden[torch.arange(len(prompts)), lengths - 1].repeat_interleave(G, 0)
         if G > 1 or lengths.min() < lengths.max():
             cache.fork(lengths, G, min(limit - int(lengths.min()), cfg.max_new_tokens))
@@ -189,24 +184,14 @@ def generate(model, prompts, cfg, end=None, num_samples=1, seed=0, numbers=None,
         model.train(was_training)
 
 
-def gather_images(images, device):
-    """images: tensors of each row, see `generate` -> each once (U, ...), which of them (n,); or None"""
-    flat = [image for row in images or [] for image in row]
-    if not flat:
-        return None
-    place = {id(image): (n, image) for n, image in enumerate({id(image): image for image in flat}.values())}
-    which = torch.tensor([place[id(image)][0] for image in flat], device=device)
-    return torch.stack([image for _, image in place.values()]).to(device), which
-
-
-def complete(model, prompts, cfg, end=None, num_samples=1, seed=0, numbers=None, room=None, images=None):
+def complete(model, prompts, cfg, end=None, num_samples=1, seed=0, numbers=None, room=None, inputs=None):
     """
     Collect `generate` -> lists of one list per row: tokens (end token included), their log-probs, and the ids
     that top-k and top-p have kept for each, int32 tensors; no such tensors without top-k and top-p
     """
     completions, all_logps, all_kept = ([[] for _ in range(len(prompts) * num_samples)] for _ in range(3))
     for rows, tokens, logps, kept in generate(model, prompts, cfg, end, num_samples, seed, numbers, room,
-                                              images):
+                                              inputs):
         for i, (row, token, logp) in enumerate(zip(rows, tokens, logps)):
             completions[row].append(token)
             all_logps[row].append(logp)
@@ -285,34 +270,36 @@ def ask(env_step, text):
 
 
 def for_vocabulary(cfg, model, tokenizer):
-    """cfg, with what stands for nothing suppressed: rows of a head padded beyond the vocabulary, images"""
+    """cfg, with what is no token of a text suppressed: ids for other inputs, rows beyond the vocabulary"""
     for token in cfg.suppress:
         if not 0 <= token < tokenizer.vocab_size:
             raise UserError(f"--suppress={token}: no such token, expected 0 to {tokenizer.vocab_size - 1}")
-    image = () if model.vision is None else (model.vision.token,)
-    return replace(cfg, suppress=cfg.suppress + image + tuple(range(tokenizer.vocab_size, len(model.head))))
+    beyond = range(tokenizer.vocab_size, len(model.head))
+    return replace(cfg, suppress=(*cfg.suppress, *model.input_only, *beyond))
 
 
-def stream_tokens(model, tokenizer, ids, cfg=SamplingConfig(), seed=0, images=()):
+def stream_tokens(model, tokenizer, ids, cfg=SamplingConfig(), seed=0, inputs=None):
     """
     Yield the tokens that continue ids (list of int), until the end token, which is left out, or
     max_new_tokens. When the context is full the second half of it becomes the new prompt, so a model of 256
-    positions can write for as long as one likes. images: those whose tokens are in ids, see `generate`
+    positions can write for as long as one likes; it begins behind an input (`GPT.input_only`) that it would
+    cut. inputs (1, T, C): in place of the embeddings of ids
     """
     ids = list(ids) or tokenizer.begin or [tokenizer.end]     # no prompt: as after the end of a document
     limit, left, part = model.config.seq_len, cfg.max_new_tokens, 0
     cfg = for_vocabulary(cfg, model, tokenizer)
     while left > 0:
-        window = ids if len(ids) < limit else ids[-max(1, limit // 2):]
-        config, shown = replace(cfg, max_new_tokens=left), []
-        if images:                                            # a window begins behind an image that it cuts
-            k = model.vision.tokens_per_image
-            while window.count(model.vision.token) % k:
-                window = window[1:]
-            window = window or [tokenizer.end]
-            shown = images[len(images) - window.count(model.vision.token) // k:]
-        for _, (token,), *_ in generate(model, [window], config, tokenizer.end, seed=seed + 7919 * part,
-                                        images=[shown]):
+        window, given = ids, None
+        if len(ids) >= limit:
+            window = ids[-max(1, limit // 2):]
+            for token, length in model.input_only.items():
+                while window.count(token) % length:
+                    window = window[1:]
+        if inputs is not None and window:
+            written = model.embed.weight.detach()[ids[inputs.shape[1]:]]           # (T', C)
+            given = torch.cat([inputs, written[None]], dim=1)[:, -len(window):]
+        for _, (token,), *_ in generate(model, [window or [tokenizer.end]], replace(cfg, max_new_tokens=left),
+                                        tokenizer.end, seed=seed + 7919 * part, inputs=given):
             if token == tokenizer.end:
                 return
             ids.append(token)
@@ -321,13 +308,13 @@ def stream_tokens(model, tokenizer, ids, cfg=SamplingConfig(), seed=0, images=()
         part += 1
 
 
-def stream(model, tokenizer, prompt, cfg=SamplingConfig(), seed=0, images=()):
+def stream(model, tokenizer, prompt, cfg=SamplingConfig(), seed=0, inputs=None):
     """
     Yield pieces of text that continue prompt (str, or a list of ids), each as soon as its characters are
-    complete; see `stream_tokens`. images: see there, for a prompt of ids
+    complete; see `stream_tokens`. inputs: see there, for a prompt of ids
     """
     ids = tokenizer.begin + tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
     decoder = tokenizer.stream(continues=bool(prompt))
-    for token in stream_tokens(model, tokenizer, ids, cfg, seed, images):
+    for token in stream_tokens(model, tokenizer, ids, cfg, seed, inputs):
         yield decoder.put(token)
     yield decoder.end()

@@ -20,7 +20,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from common.config import parse_config  # noqa: E402  (the repository's root must be on the path first)
 from common.errors import UserError  # noqa: E402
-from common.vision import pillow  # noqa: E402
+from extras.images import pillow  # noqa: E402
 
 PACKAGE = "easy-vqa==1.0"
 

@@ -626,12 +626,12 @@ class Scripted(torch.nn.Module):
         self.config = ModelConfig(vocab_size=vocab_size, seq_len=seq_len)
         self.head, self.ids, self.fed = torch.eye(vocab_size), list(ids), []
 
-    def forward(self, tokens, cache, images=None):
+    def forward(self, tokens, cache, inputs=None):
         self.fed.append(tokens[0].tolist())
         cache.add(tokens.shape[1])
         return 100 * self.head[self.ids[len(self.fed) - 1]].expand(1, tokens.shape[1], -1)
 
-    vision, untied_head = None, "not asked"
+    input_only, blocks, untied_head = {}, torch.nn.ModuleList(), "not asked"
 
     def __deepcopy__(self, _):
         return self

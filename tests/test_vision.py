@@ -1,11 +1,12 @@
 """
-common/vision.py and what leads pixels there: features in the right places, gradients, what is frozen, ranks,
-kill and resume, generation, sample.py, mistakes.
+extras/images.py, but for rows (test_images.py): features in the right places, gradients, what is frozen,
+ranks, kill and resume, generation, sample.py, mistakes.
 """
 import json
 import os
 import random
 import re
+import shutil
 import signal
 from dataclasses import replace
 from types import SimpleNamespace
@@ -27,13 +28,12 @@ from test_stages import (
     start_and_signal,
 )
 
-from common.data import ChatData
 from common.errors import UserError
 from common.losses import linear_cross_entropy
 from common.model import GPT, ModelConfig
 from common.sampling import SamplingConfig, complete, stream, stream_tokens
 from common.tokenizer import encode_chat, load_tokenizer
-from common.vision import Vision, VisionConfig, load_image, pool
+from extras.images import ImageData, SeeingGPT, Shown, Vision, VisionConfig, load_image, pool
 
 Image = pytest.importorskip("PIL.Image", reason="the extra images")
 
@@ -47,9 +47,8 @@ PLAIN = SamplingConfig(temperature=0.0, max_new_tokens=8, suppress=(IMAGE,))
 
 def new_model(info=INFO, tower=None, **options):
     torch.manual_seed(1)
-    model = GPT(ModelConfig(vocab_size=BYTES.vocab_size, seq_len=64, n_layer=2, n_head=2, n_embd=16,
-                            **options))
-    model.vision = Vision(VisionConfig(tower="mine") if tower else TOWER, 16, info, tower)
+    config = ModelConfig(vocab_size=BYTES.vocab_size, seq_len=64, n_layer=2, n_head=2, n_embd=16, **options)
+    model = SeeingGPT(config, VisionConfig(tower="mine") if tower else TOWER, info, tower)
     with torch.no_grad():                                     # far from the small start, so that all counts
         for p in model.parameters():
             p.mul_(3)
@@ -199,10 +198,10 @@ def test_numbers_that_do_not_fit_are_an_error():
         model(tokens)
     with pytest.raises(ValueError, match="0 image tokens for 1 images of 4 each"):
         model(rows_with(0), images=(pictures(1), torch.tensor([0])))
-    model.vision = None
-    with pytest.raises(ValueError, match="images for a model without vision"):
-        model(tokens, images=(pictures(1), torch.tensor([0])))
-    assert model(tokens).shape == (2, 24, 16)
+    blind = GPT(model.config)
+    with pytest.raises(TypeError, match="images"):
+        blind(tokens, images=(pictures(1), torch.tensor([0])))
+    assert blind(tokens).shape == (2, 24, 16)
 
 
 def test_a_picture_that_occurs_often_is_computed_once():
@@ -301,9 +300,15 @@ def test_a_model_and_its_cost_count_the_vision():
     whole = model.vision.flops_per_image()
     model.vision.tower.requires_grad_(False)
     assert model.vision.flops_per_image() == whole / 3
+    model.images_per_token = 0.25
+    assert model.flops_per_token(64) == blind.flops_per_token(64) + model.vision.flops_per_image() / 4
+    model.images_per_token = 0.0
     model.requires_grad_(False)
     assert model.flops_per_token(64) < blind.flops_per_token(64)
-    assert next(iter(model.state_dict())).startswith("vision.")       # complete last in backward
+    # complete last in backward
+    names = [name for name, _ in model.named_parameters()]
+    of_vision = [f"vision.{name}" for name, _ in model.vision.named_parameters()]
+    assert names == of_vision + [name for name, _ in blind.named_parameters()] == list(model.state_dict())
 
 
 # -----------------------------------------------------------------------------
@@ -319,16 +324,16 @@ def test_batches_have_the_images_of_their_tokens(image_set):
         by_text.setdefault(row["messages"][1]["content"], set()).add(tuple(row["images"]))
     files = {name: load_image(image_set.parent / name, meta["images"])
              for row in rows for name in row["images"]}
-    data, seen = ChatData(str(image_set), "train", 150, 2, with_images=True), 0
-    for i in range(2 * data.num_samples):
-        tokens, targets, mask, docs = data.batch(i)
-        images = data.images(i)
+    data, seen = ImageData(str(image_set), "train", 150, 2), 0
+    for i in range(2 * data.num_rows):
+        batch = data.batch(i)
+        tokens, docs = batch.tokens, batch.docs
         n = int((tokens == IMAGE).sum()) // 4
-        assert not (mask & (targets == IMAGE)).any()
-        if images is None:
+        assert not (batch.mask & (batch.targets == IMAGE)).any()
+        if not batch.inputs:
             assert n == 0
             continue
-        pixels, which = images
+        pixels, which = batch.inputs["images"]
         assert len(which) == n and len(pixels) == len(set(which.tolist())) and pixels.dtype == torch.uint8
         shown = iter(pixels[which])
         for row, of_doc in zip(tokens, docs):
@@ -344,9 +349,9 @@ def test_batches_have_the_images_of_their_tokens(image_set):
 
 
 def test_with_mask_prompt_off_everything_but_images_is_learned(image_set):
-    data = ChatData(str(image_set), "train", 150, 4, mask_prompt=False, with_images=True)
-    tokens, targets, mask, docs = data.batch(0)
-    assert torch.equal(mask, (docs >= 0) & (targets != IMAGE)) and (targets == IMAGE).any()
+    batch = ImageData(str(image_set), "train", 150, 4, mask_prompt=False).batch(0)
+    is_image = batch.targets == IMAGE
+    assert torch.equal(batch.mask, (batch.docs >= 0) & ~is_image) and is_image.any()
 
 
 @pytest.mark.parametrize("name, array, message", [
@@ -354,11 +359,10 @@ def test_with_mask_prompt_off_everything_but_images_is_learned(image_set):
     ("train_images", np.zeros((11, 16, 16, 3), np.uint8), "holds 11 numbers, meta.json says 12"),
     ("train_image_ids", None, "does not fit its ids and offsets"),
     ("train_image_ids", "cut", "meta.json says"),
-    ("train_image_offsets", None, "does not fit its ids and offsets"),
+    ("train_image_offsets", None, "its offsets do not fit"),
     ("train_image_offsets", "moved", "does not fit its ids and offsets"),
     ("train_images", "missing", "no such file"), ("train_images", "cut", "damaged or truncated")])
 def test_damaged_images_are_refused(image_set, tmp_path, name, array, message):
-    import shutil
     shutil.copytree(image_set, tmp_path / "set")
     path = tmp_path / f"set/{name}.npy"
     if isinstance(array, np.ndarray):
@@ -376,8 +380,17 @@ def test_damaged_images_are_refused(image_set, tmp_path, name, array, message):
     else:
         np.save(path, np.load(path) + 12)
     with pytest.raises(UserError) as error:
-        ChatData(str(tmp_path / "set"), "train", 150, 1, with_images=True)
+        ImageData(str(tmp_path / "set"), "train", 150, 1)
     assert message in str(error.value)
+
+
+def test_a_set_whose_images_are_not_described_is_refused(image_set, tmp_path):
+    shutil.copytree(image_set, tmp_path / "set")
+    meta = json.loads((tmp_path / "set/meta.json").read_text())
+    del meta["images"]["mean"]
+    (tmp_path / "set/meta.json").write_text(json.dumps(meta))
+    with pytest.raises(UserError, match="meta.json: images lack mean; prepare the set again"):
+        ImageData(str(tmp_path / "set"), "train", 150, 1)
 
 
 # -----------------------------------------------------------------------------
@@ -408,36 +421,76 @@ def test_cached_generation_is_the_uncached_one_and_asks_the_tower_once(samples):
     prompts = [prompt_with(*images, text="abc"[:n % 4]) for n, images in enumerate(shown)]
     seen = []
     model.vision.tower.register_forward_hook(lambda tower, args, out: seen.append(len(out)))
-    replies, *_ = complete(model, prompts, PLAIN, num_samples=samples, images=shown)
+    inputs = model.inputs_of(prompts, shown)
+    replies, *_ = complete(model, prompts, PLAIN, num_samples=samples, inputs=inputs)
     assert seen == [3]                                        # three pictures, all at once
     for n, (ids, images) in enumerate(zip(prompts, shown)):
         expected = greedy(model, ids, images, 8)
         assert all(replies[n * samples + g] == expected for g in range(samples))
-    ours, other = (complete(model, prompts[:1], PLAIN, images=[[image]])[1][0] for image in (a, b))
+    ours, other = (complete(model, prompts[:1], PLAIN, inputs=model.inputs_of(prompts[:1], [[image]]))[1][0]
+                   for image in (a, b))
     assert max(abs(x - y) for x, y in zip(ours, other)) > 1e-3                    # it does look at them
 
 
-def test_streaming_gives_the_same_and_goes_on_past_the_context():
+def streamed_by_windows(model, ids, images, n, end):
+    """What stream_tokens should give: each window computed by itself, from the images that it holds whole"""
+    ids, start = list(ids), len(ids)
+    while len(ids) < start + n:
+        window = ids if len(ids) < 64 else ids[-32:]
+        while window.count(IMAGE) % 4:
+            window = window[1:]
+        window = window or [end]
+        shown = images[len(images) - window.count(IMAGE) // 4:]
+        cfg = replace(PLAIN, max_new_tokens=start + n - len(ids))
+        ids += complete(model, [window], cfg, end, inputs=model.inputs_of([window], [shown]))[0][0]
+    return ids[start:]
+
+
+def test_streaming_gives_the_same_and_goes_on_past_the_context(monkeypatch):
     model, (a, b, _) = new_model(), pictures(3)
     cfg, ids = replace(PLAIN, max_new_tokens=8), prompt_with(a, b)
-    assert list(stream_tokens(model, BYTES, ids, cfg, images=[a, b])) == \
-        complete(model, [ids], cfg, BYTES.end, images=[[a, b]])[0][0]
+    inputs = model.inputs_of([ids], [[a, b]])
+    assert list(stream_tokens(model, BYTES, ids, cfg, inputs=inputs)) == \
+        complete(model, [ids], cfg, BYTES.end, inputs=inputs)[0][0]
     expected = BYTES.decode(greedy(model, ids, [a, b], 8))
-    assert "".join(stream(model, BYTES, ids, cfg, images=[a, b])) == expected
-    asked, whole = [], model.vision.place
-    model.vision.place = lambda x, tokens, images: asked.append(
-        (tokens[0].tolist(), None if images is None else images[0][images[1]])) or whole(x, tokens, images)
+    assert "".join(stream(model, BYTES, ids, cfg, inputs=inputs)) == expected
+    windows, forward = [], SeeingGPT.forward
+
+    def spy(self, tokens, **given):
+        if tokens.shape[1] > 1:
+            windows.append((tokens[0], given["inputs"][0]))
+        return forward(self, tokens, **given)
+    monkeypatch.setattr(SeeingGPT, "forward", spy)
     model.embed.weight.data[BYTES.end] = 0                    # never the likeliest: it does not end
+    with torch.no_grad():
+        features = model.vision(torch.stack([a, b])).flatten(0, 1)                # (8, C)
     for start in range(8):                                    # a window may begin at any token of an image
-        asked.clear()
+        windows.clear()
         ids = [1] * (26 + start) + [IMAGE] * 8 + [2] * 20
         cfg = replace(PLAIN, max_new_tokens=40)
-        assert len(list(stream_tokens(model, BYTES, ids, cfg, images=[a, b]))) == 40
-        windows = [(tokens, shown) for tokens, shown in asked if len(tokens) > 1]
-        assert len(windows) >= 2
-        for tokens, shown in windows:
-            n = 0 if shown is None else len(shown)
-            assert tokens.count(IMAGE) == 4 * n and (n == 0 or torch.equal(shown[-1], b))
+        found = list(stream_tokens(model, BYTES, ids, cfg, inputs=model.inputs_of([ids], [[a, b]])))
+        assert len(windows) >= 2 and len(found) == 40
+        for tokens, given in windows:
+            is_image = tokens == IMAGE
+            n = int(is_image.sum())
+            assert n in (0, 4, 8) and torch.equal(given[is_image], features[8 - n:])
+            assert torch.equal(given[~is_image], model.embed.weight[tokens[~is_image]])
+        assert found == streamed_by_windows(model, ids, [a, b], 40, BYTES.end)
+    ids = [1] * 70 + [IMAGE] * 40                             # nothing is left of the first window but images
+    inputs = model.inputs_of([ids], [[a, b] * 5])
+    assert list(stream_tokens(model, BYTES, ids, cfg, inputs=inputs)) == \
+        streamed_by_windows(model, ids, [a, b] * 5, 40, BYTES.end)
+
+
+def test_an_image_larger_than_a_window_is_forgotten():
+    model, (a, _, _) = new_model({**INFO, "tokens_per_image": 16}), pictures(3)
+    model.embed.weight.data[BYTES.end] = 0
+    model.input_only = {IMAGE: 40}                            # as if one image took as much
+    cfg = replace(PLAIN, max_new_tokens=5)
+    ids = [1] * 50 + [IMAGE] * 16
+    inputs = model.inputs_of([ids], [[a]])
+    assert list(stream_tokens(model, BYTES, ids + [IMAGE] * 16, cfg, inputs=inputs)) == \
+        complete(model, [[BYTES.end]], cfg, BYTES.end)[0][0]
 
 
 def test_features_stand_for_their_pictures():
@@ -448,14 +501,16 @@ def test_features_stand_for_their_pictures():
         features = list(model.vision(torch.stack([a, b])))
     asked = []
     model.vision.tower.register_forward_hook(lambda *_: asked.append(1))
-    ours = complete(model, [ids], PLAIN, images=[features])[0]
-    assert not asked and ours == complete(model, [ids], PLAIN, images=[[a, b]])[0]
+    ours = complete(model, [ids], PLAIN, inputs=model.inputs_of([ids], [features]))[0]
+    assert not asked and ours == complete(model, [ids], PLAIN, inputs=model.inputs_of([ids], [[a, b]]))[0]
 
 
 def test_a_prompt_has_its_own_pictures():
     model, (a, _, _) = new_model(), pictures(3)
     with pytest.raises(ValueError, match="prompt 0 has 4 tokens for 0 images of 4 each"):
-        complete(model, [prompt_with(a), prompt_with()], PLAIN, images=[[], [a]])
+        model.inputs_of([prompt_with(a), prompt_with()], [[], [a]])
+    with pytest.raises(ValueError, match="4 image tokens for 0 images of 4 each"):
+        complete(model, [prompt_with(a)], PLAIN)
 
 
 def test_what_stands_for_an_image_is_never_sampled():
@@ -483,8 +538,8 @@ def sees(request, tmp_path, image_set):
 def test_layouts_give_the_same_also_where_a_rank_has_no_image(sees, image_set):
     """--seq_len=36: rows of one or two conversations, so that many micro-batches show nothing."""
     common = ["--num_steps=12", "--eval_every=6", "--seq_len=36", "--seed=1"]
-    data = [ChatData(str(image_set), "train", 36, 1, rank, 2, seed=1, with_images=True) for rank in (0, 1)]
-    none = [[d.images(i) is None for d in data] for i in range(48)]
+    data = [ImageData(str(image_set), "train", 36, 1, rank, 2, seed=1) for rank in (0, 1)]
+    none = [[not d.batch(i).inputs for d in data] for i in range(48)]
     assert {(True, False), (False, True), (True, True)} < set(map(tuple, none))
     for frozen in ([], ["--freeze_llm=true"]):
         name = "frozen " * bool(frozen)
@@ -696,10 +751,10 @@ def test_the_tower_looks_once_at_a_picture(seeing_run, image_set, monkeypatch, c
     model, tokenizer = script.load(str(seeing_run), "cpu")
     looks = []
     model.vision.tower.register_forward_hook(lambda tower, args, out: looks.append(len(out)))
-    images = script.load_images([str(image_set.parent / name) for name in ("0.png", "1.png")], model)
+    shown = Shown([str(image_set.parent / name) for name in ("0.png", "1.png")], model)
     turns, cfg = [], script.Config(chat=True, max_new_tokens=8, num_samples=3, temperature=0.0)
     for text in ("what", "what", "what"):
-        script.reply(model, tokenizer, turns, text, cfg, images)
+        script.reply(model, tokenizer, turns, text, cfg, shown)
     assert looks == [2] and capsys.readouterr().out.startswith("--- sample 1 of 3\nred,blu")
 
 
@@ -715,16 +770,17 @@ def test_a_conversation_keeps_its_picture_until_it_is_forgotten(seeing_run, imag
     assert [reply.strip() for reply in said.split("you> ")[1:]] == ["blue", "(forgotten)", "blue", ""]
     import sample as script
     asked = []
-    monkeypatch.setattr(script, "answer", lambda model, tokenizer, ids, cfg, seed, images:
-                        asked.append((ids, images)) or [1, 2])
+    monkeypatch.setattr(script, "answer", lambda model, tokenizer, ids, cfg, seed, inputs:
+                        asked.append((torch.tensor(ids) == IMAGE, inputs)) or [1, 2])
     model, tokenizer = script.load(str(seeing_run), "cpu")
-    images = script.load_images([str(image_set.parent / "1.png")], model)
+    shown = Shown([str(image_set.parent / "1.png")], model)
     cfg, turns = script.Config(chat=True, max_new_tokens=30), []
     for number in range(20):
-        script.reply(model, tokenizer, turns, f"who{number}?", cfg, images)
-    counts = [ids.count(IMAGE) for ids, _ in asked]
+        script.reply(model, tokenizer, turns, f"who{number}?", cfg, shown)
+    counts = [int(is_image.sum()) for is_image, _ in asked]
     assert counts == sorted(counts, reverse=True) and set(counts) == {4, 0}
-    assert all(len(shown) == (4 if count else 0) // 4 for (_, shown), count in zip(asked, counts))
+    for (is_image, inputs), count in zip(asked, counts):
+        assert inputs is None if count == 0 else torch.equal(inputs[0][is_image], shown.features[0])
 
 
 @pytest.mark.parametrize("content, message", [

@@ -22,7 +22,7 @@ from common.errors import show_user_errors  # noqa: E402
 from common.rewards import answer_of  # noqa: E402
 from common.sampling import SamplingConfig, complete, for_vocabulary  # noqa: E402
 from common.tokenizer import encode_chat  # noqa: E402
-from common.vision import load_image  # noqa: E402
+from extras.images import load_image  # noqa: E402
 from sample import load  # noqa: E402
 
 OUT = "out/vlm_demo"
@@ -67,8 +67,9 @@ def test(name):
                 pictures[path] = load_image(folder / path, model.vision.images)
         prompts = encode_chat(tokenizer, [chat[:1] for chat in batch], reply=True,
                               tokens_per_image=model.vision.tokens_per_image)
-        replies, *_ = complete(model, [ids for ids, _ in prompts], cfg, tokenizer.end,
-                               images=[[pictures[path]] for path in paths])
+        prompts = [ids for ids, _ in prompts]
+        inputs = model.inputs_of(prompts, [[pictures[path]] for path in paths])
+        replies, *_ = complete(model, prompts, cfg, tokenizer.end, inputs=inputs)
         right += [answer_of(tokenizer.decode(ids)) == chat[1]["content"] for ids, chat in zip(replies, batch)]
     open_ended = [r for r, chat in zip(right, chats) if chat[1]["content"] not in ("yes", "no")]
     return sum(right) / len(right), sum(open_ended) / len(open_ended)

@@ -1,0 +1,660 @@
+"""
+Images for a language model: a tower turns pixels into features, a projector turns these into
+embeddings.
+
+    model = SeeingGPT(ModelConfig(...), VisionConfig(), images)   # images: of the set's meta.json
+    hidden = model(tokens, images=(pixels, which))                # see Vision.place
+    complete(model, prompts, cfg, inputs=model.inputs_of(prompts, images))
+
+An image stands in the tokens as tokens_per_image copies of the token <image>, whose embeddings its
+features replace. The tower is the small vision transformer below (2010.11929), or a callable of
+yours: code, which no checkpoint holds, so it must be given again.
+
+`images` is a dict that `data/prepare.py images` writes and checkpoints keep, so that training and
+sampling treat pictures alike: image_size (pixels a side), tokens_per_image, resize (stretch, crop,
+pad), mean and std of red, green and blue (0 to 1), token (id of <image>).
+
+A set is made of .jsonl with a conversation a line, as for `chat`. A content may be a list of
+{"type": "text", "text": "..."} and {"type": "image", "path": "a.png"}, or a text in which each
+"<image>" stands for the next of the paths in "images": [...] of the message or of the row;
+{"type": "image"} without a path takes the next one too. Paths are relative to the file's folder.
+Without "images" the text "<image>" is text. Assistants show no images.
+
+Shapes: N images, S pixels a side, P patches, D channels of the tower, k tokens an image; B
+sequences, T positions, C channels of the model. Pictures are read with Pillow, the extra `images`.
+"""
+import hashlib
+import io
+import math
+import os
+import re
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from common.config import build
+from common.data import ChatData, open_array, to_device
+from common.errors import UserError
+from common.model import GPT
+from common.rewards import load_function
+from common.tokenizer import check_conversation, encode_user
+from data.readers import BadRow, Example, ExampleConfig, Kind, check_reply
+
+MARK = "<image>"
+UNREADABLE = "with unreadable images"
+INFO = ("image_size", "tokens_per_image", "resize", "mean", "std")
+
+
+# -----------------------------------------------------------------------------
+# tower and projector
+
+@dataclass(frozen=True)
+class VisionConfig:
+    tower: str = ""                    # path/to/file.py:function that returns a tower of your own
+    patch_size: int = 8                # pixels a side of a patch, a power of 2; for our own tower,
+    n_layer: int = 4                   # as what follows: its blocks
+    n_head: int = 4                    # heads, divides n_embd
+    n_embd: int = 128                  # channels
+
+    def check_continued(self, wanted):
+        """wanted: this config with what the user asked for; UserError where weights do not fit"""
+        for field in fields(self):
+            old, new = getattr(self, field.name), getattr(wanted, field.name)
+            if field.name != "tower" and new != old:
+                raise UserError(f"--vision.{field.name}={new}: the checkpoint has {old}, "
+                                "which cannot change")
+        self.check_tower(wanted.tower, "vision.tower")
+
+    def check_tower(self, tower, option):
+        """tower: as the user names it; UserError where the weights are another one's"""
+        if tower and not self.tower:
+            raise UserError(f"--{option}={tower}: the checkpoint has the usual tower; leave it out")
+        if self.tower and not tower:
+            raise UserError(f"--{option}: the checkpoint has a tower of your own, {self.tower} "
+                            f"when it was trained; give it, --{option}=path/to/file.py:name")
+
+
+class Vision(nn.Module):
+    """
+    forward(pixels (N, S, S, 3) uint8) -> (N, k, C): tower, mean of neighbouring features, RMSNorm,
+    linear map
+
+    make_tower() -> callable, an nn.Module or not, of normalised pixels (N, 3, S, S) that returns
+    (N, P, D); it is called once to learn its shape. None: `Tower`.
+    """
+    def __init__(self, config, n_embd, images, make_tower=None):
+        super().__init__()
+        self.config, self.images, self.token = config, images, images["token"]
+        self.image_size, self.tokens_per_image = images["image_size"], images["tokens_per_image"]
+        if make_tower and replace(config, tower="") != VisionConfig():
+            raise UserError("--vision.tower: is a tower of yours; patch_size, n_layer, n_head and "
+                            "n_embd are of the usual one; leave them out")
+        self.tower = self.guard(make_tower) if make_tower else Tower(config, self.image_size)
+        shape = self.guard(lambda: tuple(self.probe(lambda: self.tower(self.blank())).shape))
+        if len(shape) != 3 or shape[0] != 2 or shape[1] < self.tokens_per_image:
+            raise UserError(f"--vision: the tower gives {shape} for 2 images of {self.image_size} "
+                            f"pixels a side, expected (2, N, D) with N at least "
+                            f"{self.tokens_per_image}, the set's tokens_per_image")
+        self.shape = shape[1:]                                    # (P, D)
+        self.norm = nn.RMSNorm(shape[2], eps=1e-6)
+        self.out = nn.Linear(shape[2], n_embd)
+        # as large as the embeddings beside them in a new model
+        nn.init.normal_(self.out.weight, std=0.02 / math.sqrt(shape[2]))
+        nn.init.zeros_(self.out.bias)
+
+    def blank(self):
+        """-> two images as the tower gets them"""
+        return torch.ones(2, 3, self.image_size, self.image_size)
+
+    @torch.no_grad()
+    def probe(self, function):
+        """-> function(), in eval mode: what a tower counts in training stays as it is"""
+        was_training = self.training
+        self.eval()
+        try:
+            return function()
+        finally:
+            self.train(was_training)
+
+    def guard(self, function):
+        """-> function(), which runs the user's code; UserError where that raises"""
+        try:
+            return function()
+        except Exception as error:  # whatever the user's tower raises
+            message = " ".join(str(error).split())[:200]
+            raise UserError(f"--vision.tower={self.config.tower}: raised {type(error).__name__}: "
+                            f"{message}") from error
+
+    def check_ranks(self, world_size):
+        """UserError where training would move a buffer of the tower, which ranks do not share"""
+        if world_size == 1 or not getattr(self.tower, "training", False):
+            return
+        before = {name: buffer.clone() for name, buffer in self.tower.named_buffers()}
+        with torch.no_grad():
+            self.guard(lambda: self.tower(self.blank()))
+        for name, buffer in self.tower.named_buffers():
+            if not buffer.equal(before[name]):
+                raise UserError(f"--vision.tower={self.config.tower}: training moves its buffer "
+                                f"{name}, which ranks do not share; use another norm, "
+                                "--freeze_tower=true, or one rank")
+
+    def learns(self):
+        """-> whether the tower has a parameter that learns"""
+        tower = self.tower.parameters() if isinstance(self.tower, nn.Module) else ()
+        return any(p.requires_grad for p in tower)
+
+    def forward(self, pixels):
+        mean = torch.tensor(self.images["mean"], device=pixels.device)
+        std = torch.tensor(self.images["std"], device=pixels.device)
+        x = (pixels.float() / 255 - mean) / std                   # (N, S, S, 3)
+        x = self.tower(x.permute(0, 3, 1, 2).to(self.out.weight.dtype))           # (N, P, D)
+        x = pool(x, self.tokens_per_image).to(self.out.weight.dtype)
+        return self.out(self.norm(x))                             # (N, k, C)
+
+    def train(self, mode=True):
+        """As of any module, but a tower that does not learn stays in eval mode"""
+        super().train(mode)
+        if isinstance(self.tower, nn.Module) and not self.learns():
+            self.tower.eval()
+        return self
+
+    @torch.compiler.disable
+    def place(self, x, tokens, images):
+        """
+        -> x (B, T, C), the embeddings of tokens (B, T), those of <image> replaced. images: None
+        or pixels (U, S, S, 3) uint8 and which (n,) int64: the n images of tokens, row after row,
+        are pixels[which], so a picture that comes often is computed once; instead of pixels, what
+        `forward` has made of them (U, k, C). ValueError where the numbers do not fit
+        """
+        if images is None and tokens.shape[1] == 1:
+            return x                                              # a step of sampling
+        here, n = tokens == self.token, 0 if images is None else len(images[1])
+        if (found := int(here.sum())) != n * self.tokens_per_image:
+            raise ValueError(f"{found} image tokens for {n} images of {self.tokens_per_image} each")
+        if n == 0:
+            return x
+        pixels, which = images
+        features = pixels if pixels.is_floating_point() else self(pixels)
+        features = features[which].flatten(0, 1)                  # (n * k, C)
+        return x.masked_scatter(here[..., None], features.to(x.dtype))
+
+    def flops_per_image(self):
+        """FLOPs of an image in training: forward, and twice that backward where the tower learns"""
+        shape = (1, self.image_size, self.image_size, 3)
+        black = torch.zeros(shape, dtype=torch.uint8, device=self.out.weight.device)
+        with FlopCounterMode(display=False) as counter:
+            self.probe(lambda: self(black))
+        return counter.get_total_flops() * (3 if self.learns() else 1)
+
+    def info(self):
+        """-> plain values for a checkpoint, from which `Vision` is made again"""
+        return dict(config=asdict(self.config), images=self.images)
+
+
+def pool(x, k):
+    """Means of neighbours: x (N, P, D) -> (N, k, D), on a grid where P and k are squares"""
+    P = x.shape[1]
+    if P == k:
+        return x
+    side, small, x = math.isqrt(P), math.isqrt(k), x.transpose(1, 2)              # (N, D, P)
+    if side**2 == P and small**2 == k:
+        x = F.adaptive_avg_pool2d(x.unflatten(2, (side, side)), small).flatten(2)
+    else:
+        x = F.adaptive_avg_pool1d(x, k)
+    return x.transpose(1, 2)
+
+
+class Tower(nn.Module):
+    """
+    A vision transformer: pixels (N, 3, S, S) -> (N, P, D), row after row of patches. Small
+    convolutions that halve the sides embed the patches (2106.14881): shapes are learned sooner than
+    with one linear map
+    """
+    def __init__(self, c, image_size):
+        super().__init__()
+        for name in ("patch_size", "n_layer", "n_head", "n_embd"):
+            if getattr(c, name) < 1:
+                raise UserError(f"--vision.{name}={getattr(c, name)}: must be positive")
+        halvings = c.patch_size.bit_length() - 1
+        if halvings < 1 or c.patch_size != 1 << halvings or image_size % c.patch_size:
+            raise UserError(f"--vision.patch_size={c.patch_size}: must be a power of 2, at least "
+                            f"2, and divide the set's image_size, {image_size}")
+        if c.n_embd % c.n_head:
+            raise UserError(f"--vision.n_head={c.n_head}: must divide --vision.n_embd={c.n_embd}")
+        side = image_size // c.patch_size
+        # channels double up to n_embd
+        widths = [3, *(max(1, c.n_embd >> i) for i in reversed(range(halvings)))]
+        self.patch = nn.ModuleList(nn.Conv2d(a, b, 3, stride=2, padding=1)
+                                   for a, b in zip(widths, widths[1:]))
+        self.row = nn.Parameter(torch.randn(side, 1, c.n_embd) * 0.02)            # 2-D positions
+        self.column = nn.Parameter(torch.randn(1, side, c.n_embd) * 0.02)
+        self.blocks = nn.ModuleList(Block(c) for _ in range(c.n_layer))
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=0.02)
+
+    def forward(self, x):
+        for i, conv in enumerate(self.patch):
+            x = conv(F.gelu(x) if i else x)
+        x = x.flatten(2).transpose(1, 2)                          # (N, P, D)
+        x = x + (self.row + self.column).flatten(0, 1)
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+class Block(nn.Module):
+    """Attention of every patch to all, then an MLP, each behind a norm"""
+    def __init__(self, c):
+        super().__init__()
+        self.n_head = c.n_head
+        self.attn_norm, self.mlp_norm = nn.LayerNorm(c.n_embd), nn.LayerNorm(c.n_embd)
+        self.qkv, self.attn_out = nn.Linear(c.n_embd, 3 * c.n_embd), nn.Linear(c.n_embd, c.n_embd)
+        self.up, self.down = nn.Linear(c.n_embd, 4 * c.n_embd), nn.Linear(4 * c.n_embd, c.n_embd)
+
+    def forward(self, x):
+        # (N, P, 3, H, D / H), then (N, H, P, D / H) each
+        qkv = self.qkv(self.attn_norm(x)).unflatten(2, (3, self.n_head, -1))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        y = F.scaled_dot_product_attention(q, k, v)
+        x = x + self.attn_out(y.transpose(1, 2).flatten(2))       # (N, P, D)
+        return x + self.down(F.gelu(self.up(self.mlp_norm(x))))
+
+
+# -----------------------------------------------------------------------------
+# the model
+
+class SeeingGPT(GPT):
+    """
+    A GPT that takes images. config: ModelConfig; vision_config, images, make_tower: see Vision
+
+    images_per_token: of the data, for flops_per_token; about: what `size` says of the vision
+    """
+    optional = "vision."                                          # weights that a text model lacks
+    images_per_token, about = 0.0, ""
+
+    def __init__(self, config, vision_config, images, make_tower=None):
+        super().__init__(config)
+        vision = Vision(vision_config, self.config.n_embd, images, make_tower)
+        # first among the parameters, as its gradients are complete last; checkpoints of optimizers
+        # depend on the order
+        self._modules = {"vision": vision, **self._modules}
+        self.input_only = {vision.token: vision.tokens_per_image}
+
+    def forward(self, tokens, docs=None, cache=None, branch=None, images=None, inputs=None):
+        """As GPT.forward. images: those of tokens, see Vision.place"""
+        if inputs is None:
+            inputs = self.vision.place(self.embed(tokens), tokens, images)
+        hidden = super().forward(tokens, docs, cache, branch, inputs)
+        if self.training and torch.is_grad_enabled() and not hidden.requires_grad:
+            # the language model is frozen and no image is shown: there must be a backward all the
+            # same, in which other ranks wait for this one
+            hidden = hidden + 0 * self.vision.out.bias.sum()
+        return hidden
+
+    def inputs_of(self, prompts, images):
+        """
+        prompts: lists of ids; images: of each prompt, in the order of their tokens, a list of uint8
+        tensors (S, S, 3), or of features (k, C) that `vision` has made of them -> `inputs` for
+        sampling, (P, T, C). An image that occurs often, as one tensor, is computed once. ValueError
+        where numbers do not fit
+        """
+        k, device = self.vision.tokens_per_image, self.head.device
+        for n, (prompt, of_prompt) in enumerate(zip(prompts, images)):
+            found = prompt.count(self.vision.token)
+            if found != k * len(of_prompt):
+                raise ValueError(f"prompt {n} has {found} tokens for {len(of_prompt)} images "
+                                 f"of {k} each")
+        tokens = [torch.tensor(prompt, device=device) for prompt in prompts]
+        tokens = nn.utils.rnn.pad_sequence(tokens, batch_first=True)
+        flat, shown = sum(images, []), None
+        if flat:
+            unique = {id(image): image for image in flat}
+            numbers = {key: number for number, key in enumerate(unique)}
+            which = torch.tensor([numbers[id(image)] for image in flat], device=device)
+            shown = torch.stack(list(unique.values())).to(device), which
+        return self.vision.probe(lambda: self.vision.place(self.embed(tokens), tokens, shown))
+
+    def flops_per_token(self, T, head_frac=1.0):
+        of_images = self.images_per_token * self.vision.flops_per_image()
+        return super().flops_per_token(T, head_frac) + of_images
+
+    def size(self):
+        return f"{super().size()} ({self.about})"
+
+    def describe(self):
+        return dict(super().describe(), vision=self.vision.info())
+
+
+def tower_of(path, option):
+    """-> the function path/to/file.py:name; None, which is our tower, for no path"""
+    return load_function(option, path) if path else None
+
+
+def saved_model(config, info, tower):
+    """config: ModelConfig; info: a checkpoint's `Vision.info`; tower: as the user names it"""
+    vision_config = VisionConfig(**info["config"])
+    vision_config.check_tower(tower, "tower")
+    return SeeingGPT(config, vision_config, info["images"], tower_of(tower, "tower"))
+
+
+def new_model(run):
+    """-> function of a ModelConfig, for `run.model`; UserError where options do not fit"""
+    cfg, images, source = run.cfg, run.meta.get("images"), run.source
+    seen = source and source.manifest.get("vision")
+    if not images:
+        raise UserError(f"--data_dir={cfg.data_dir}: has no images, so --freeze_llm, "
+                        "--freeze_tower and --vision say nothing; leave them out")
+    if seen and seen["images"] != images:
+        raise UserError(f"{source.folder}: has seen images as {seen['images']}, "
+                        f"--data_dir={cfg.data_dir} has them as {images}; prepare them alike")
+    old = VisionConfig(**seen["config"]) if seen else VisionConfig()
+    # a tower is code: it runs where the user names it, not because a checkpoint does
+    config = build(old, {"tower": "", **cfg.vision}, "vision.")
+    if seen:
+        old.check_continued(config)
+
+    def make(model_config):
+        model = SeeingGPT(model_config, config, images, tower_of(config.tower, "vision.tower"))
+        model.images_per_token = run.train_data.images_per_token
+        for name, p in model.named_parameters():
+            in_tower, in_vision = name.startswith("vision.tower."), name.startswith("vision.")
+            if cfg.freeze_tower and in_tower or cfg.freeze_llm and not in_vision:
+                p.requires_grad_(False)
+        model.train().vision.check_ranks(run.world_size)
+        vision = sum(p.numel() for p in model.vision.parameters())
+        learned = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        stay = cfg.freeze_llm and not source or cfg.freeze_tower and not seen and not config.tower
+        P, D = model.vision.shape
+        model.about = (f"vision: {vision:,} of the parameters{'' if seen else ', random'}; "
+                       f"{learned:,} learn{', some random ones stay so' if stay else ''}; "
+                       f"{P} features of {D} channels a picture")
+        return model
+    return make
+
+
+# -----------------------------------------------------------------------------
+# the set in training
+
+class ImageData(ChatData):
+    """
+    ChatData of a set with images, which the batches hold as inputs; no target stands for an image.
+    images_per_token: how many there are
+
+    train_images.npy         pictures (N, S, S, 3) uint8, each once
+    train_image_ids.npy      the pictures that stand in the tokens, in order
+    train_image_offsets.npy  where each conversation's begin among these
+    """
+    images = True
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        info = self.meta["images"]
+        if lacking := {*INFO, "token"} - info.keys():
+            raise UserError(f"{self.data_dir}/meta.json: images lack {min(lacking)}; "
+                            "prepare the set again")
+        self.image, S = info["token"], info["image_size"]
+        self.pixels = open_array(self.file("images"), self.counts["pictures"], (S, S, 3))
+        self.image_ids = open_array(self.file("image_ids"), self.counts["images"])
+        n = len(self.image_ids)
+        self.image_offsets = self.open_offsets("image_offsets", len(self.lengths), n, least=0)
+        shown = np.diff(self.image_offsets)                       # (conversations,)
+        is_image = np.asarray(self.tokens) == self.image
+        positions = np.add.reduceat(is_image, self.offsets[:-1], dtype=np.int64)
+        fits = (positions == info["tokens_per_image"] * shown).all()
+        if not fits or (self.image_ids >= len(self.pixels)).any():
+            raise UserError(f"{self.file('images')}: does not fit its ids and offsets; "
+                            "prepare the set again")
+        self.images_per_token = n / self.num_tokens
+
+    def batch(self, i):
+        """-> Batch; inputs: images as Vision.place takes them, or nothing where there are none"""
+        batch = super().batch(i)
+        batch.mask &= batch.targets != self.image
+        rows, _ = self.examples(i)
+        ids = np.concatenate([self.image_ids[self.image_offsets[e]:self.image_offsets[e + 1]]
+                              for _, examples in rows for e in examples])
+        if len(ids):
+            pictures, which = np.unique(ids, return_inverse=True)
+            images = to_device(self.device, self.pixels[pictures], which)
+            batch.inputs = dict(images=tuple(images))
+        return batch
+
+
+# -----------------------------------------------------------------------------
+# pictures
+
+class Shown:
+    """
+    Pictures that sample.py shows before a text or in the first turn, looked at once. ids: of their
+    tokens; UserError where the model has no vision or a picture cannot be read
+    """
+    def __init__(self, paths, model):
+        if not isinstance(model, SeeingGPT):
+            raise UserError(f"--image={paths[0]}: the model has no vision; train one on a set with "
+                            "images")
+        self.model, vision, pixels = model, model.vision, []
+        for path in paths:
+            try:
+                pixels.append(load_image(path, vision.images))
+            except ValueError as error:
+                raise UserError(f"--image={path}: {error}") from None
+        with torch.inference_mode():
+            self.features = list(vision(torch.stack(pixels).to(model.head.device)))
+        self.ids = [vision.token] * vision.tokens_per_image * len(paths)
+
+    def user(self, tokenizer, text):
+        """-> ids of a turn of the pictures and the text"""
+        content = [dict(type="image") for _ in self.features] + [dict(type="text", text=text)]
+        return encode_user(tokenizer, content, self.model.vision.tokens_per_image, begin=False)
+
+    def inputs(self, ids):
+        """-> `inputs` for sampling; None where ids show no pictures (any more)"""
+        if self.model.vision.token in ids:
+            return self.model.inputs_of([ids], [self.features])
+        return None
+
+
+def pillow():
+    """-> the package that reads pictures; UserError where it is missing"""
+    try:
+        from PIL import Image, ImageOps
+        return Image, ImageOps
+    except ImportError:
+        raise UserError("Pillow is missing, which reads pictures: pip install pillow, "
+                        'or this package with its extra "images"') from None
+
+
+def load_image(source, images):
+    """source: path or binary file -> (S, S, 3) uint8, resized as `images` says; ValueError"""
+    Image, ImageOps = pillow()
+    S = images["image_size"]
+    # stretched, the middle as large as fits, all of it with black beside it
+    fit = dict(stretch=Image.Image.resize, crop=ImageOps.fit, pad=ImageOps.pad)[images["resize"]]
+    try:
+        with Image.open(source) as file:
+            # as the camera was held
+            image = ImageOps.exif_transpose(file)
+            # modes that Pillow would clip to white
+            if image.mode[0] in "IF":
+                raise ValueError(f"pixels of mode {image.mode}; "
+                                 "convert it to 8 bits a channel first")
+            # what is transparent lies on white
+            if image.mode != "RGB":
+                image = image.convert("RGBA")
+                white = Image.new("RGBA", image.size, "white")
+                image = Image.alpha_composite(white, image).convert("RGB")
+            image = fit(image, (S, S), Image.Resampling.BICUBIC)
+            return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(S, S, 3)
+    except FileNotFoundError:
+        raise ValueError("no such file") from None
+    except Exception as error:  # Pillow raises many kinds at what is damaged, huge or no picture
+        # without the address of a buffer
+        why = re.sub(r" <_io\..*>", "", " ".join(str(error).split()))[:80]
+        raise ValueError(f"not a picture that can be read ({why})") from None
+
+
+# -----------------------------------------------------------------------------
+# rows of a set, for data/prepare.py
+
+@dataclass(frozen=True)
+class ImagesConfig(ExampleConfig):
+    out_dir: str = "out/images"        # folder to write, must not exist
+    max_len: int = 0                   # maximum length in tokens, tags and images too; 0 = no limit
+    image_size: int = 64               # pixels a side that every picture is resized to
+    tokens_per_image: int = 16         # positions that an image takes
+    resize: Literal["stretch", "crop", "pad"] = "stretch"  # to a square: all, middle, all on black
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)  # of red, green and blue (0 to 1), taken off
+    std: tuple[float, ...] = (0.5, 0.5, 0.5)  # what the channels are divided by then
+
+
+class ImageChats(Kind):
+    """Conversations whose pictures are stored beside the tokens; see `Kind`"""
+    name, unit = "chat", "conversations"
+
+    def __init__(self, cfg, tokenizer):
+        super().__init__(cfg, tokenizer)
+        pillow()
+        self.info = images_info(cfg, tokenizer.special["image"])
+        self.meta = dict(images=self.info)
+
+    def parse(self, row, folder):
+        return check_reply(with_paths(row, folder))
+
+    def encode(self, rows):
+        chats = self.template(rows, tokens_per_image=self.cfg.tokens_per_image)
+        return [Example([chat]) for chat in chats]
+
+    def store(self, array):
+        """Every picture of the split once, and which of them each conversation shows, in order"""
+        S = self.info["image_size"]
+        pixels = array("_images", np.uint8, (S, S, 3))
+        ids, offsets = array("_image_ids", np.uint32), array("_image_offsets", np.uint64)
+        offsets.write([0])
+        # numbers of the pictures, by 16 bytes of their file's hash
+        known = {}
+
+        def number(path):
+            content = read_picture(path)
+            key = hashlib.sha256(content).digest()[:16]
+            if key not in known:
+                try:
+                    image = load_image(io.BytesIO(content), self.info)
+                except ValueError as error:
+                    raise BadRow(f"{path}: {error}", UNREADABLE) from None
+                known[key] = pixels.count
+                pixels.write(image.numpy()[None])
+            return known[key]
+
+        def add(row, example):
+            (tokens, _), = example.replies
+            # those before a cut
+            shown = tokens.count(self.info["token"]) // self.info["tokens_per_image"]
+            ids.write([number(path) for path in paths_of(row)[:shown]])
+            offsets.write([ids.count])
+        return add
+
+    def counts(self, images, ids, _):
+        """images, ids: the arrays of `store` -> what meta.json counts of a split"""
+        return dict(images=ids.count, pictures=images.count)
+
+
+def read_picture(path):
+    """-> bytes of the file; BadRow"""
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except (OSError, ValueError) as error:  # ValueError: no file is called so
+        why = getattr(error, "strerror", error)
+        raise BadRow(f"{path}: cannot be read ({why})", UNREADABLE) from None
+
+
+def images_info(cfg, token):
+    """-> "images" of meta.json; UserError where numbers do not fit. token: id of <image>"""
+    info = {name: getattr(cfg, name) for name in INFO}
+    for name in ("image_size", "tokens_per_image"):
+        if info[name] < 1:
+            raise UserError(f"--{name}={info[name]}: must be at least 1")
+    for name, expected, least in (("mean", "three numbers", -math.inf),
+                                  ("std", "three numbers, above 0", 0)):
+        if len(info[name]) != 3 or min(info[name]) <= least:
+            raise UserError(f"--{name}={','.join(map(str, info[name]))}: expected {expected}")
+        info[name] = list(info[name])
+    return dict(info, token=token)
+
+
+class Paths:
+    """The "images" of a message or row, which are taken one after the other; ValueError"""
+
+    def __init__(self, holder):
+        self.all, self.taken = holder.get("images") if isinstance(holder, dict) else None, 0
+        if self.all is None:
+            return
+        if not isinstance(self.all, list) or not all(isinstance(path, str) for path in self.all):
+            raise ValueError('"images" is a list of paths')
+
+    def take(self):
+        self.taken += 1
+        if self.taken > len(self.all):
+            raise ValueError(f'more "{MARK}" than the {len(self.all)} in "images"')
+        return self.all[self.taken - 1]
+
+    def check_all_taken(self):
+        if self.all and self.taken < len(self.all):
+            raise ValueError(f'fewer "{MARK}" than the {len(self.all)} in "images"')
+
+
+def with_paths(row, folder):
+    """row: of a .jsonl in folder -> messages whose images are parts with a path; ValueError"""
+    messages = row["messages"] if isinstance(row, dict) and "messages" in row else row
+    if not isinstance(messages, list):
+        raise ValueError('expected [messages] or {"messages": [...]}')
+    of_row, result = Paths(row), []
+    for message in messages:
+        own = Paths(message)
+        if isinstance(message, dict):
+            paths = of_row if own.all is None else own
+            content = parts_of(message.get("content"), paths, folder)
+            message = {key: value for key, value in message.items() if key != "images"}
+            message["content"] = content
+        own.check_all_taken()
+        result.append(message)
+    of_row.check_all_taken()
+    check_conversation(result, with_images=True)
+    return result
+
+
+def parts_of(content, paths, folder):
+    """A content as the row has it -> text, or list of parts. paths: of its images without a path"""
+    marks = paths.all is not None
+    if isinstance(content, str) and marks and MARK in content:
+        first, *texts = content.split(MARK)
+        content = [dict(type="text", text=first)]
+        for text in texts:
+            content += [dict(type="image"), dict(type="text", text=text)]
+    if not isinstance(content, list):
+        return content
+    parts, texts = [], []
+    for part in content:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind == "text":
+            texts.append(part.get("text"))
+        if kind == "image":
+            path = paths.take() if marks and "path" not in part else part.get("path")
+            if not isinstance(path, str):
+                raise ValueError('an image is {"type": "image", "path": "..."}')
+            part = {**part, "path": os.path.join(folder, path)}
+        parts.append(part)
+    only_text = len(texts) == len(parts) and all(isinstance(text, str) for text in texts)
+    return "".join(texts) if only_text else parts
+
+
+def paths_of(messages):
+    """-> paths of the images in messages from `with_paths`, in order"""
+    return [part["path"] for message in messages if isinstance(message["content"], list)
+            for part in message["content"] if part["type"] == "image"]
