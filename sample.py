@@ -19,14 +19,15 @@ from typing import Literal
 
 import torch
 
-from common import checkpoint, dist, hf
+from common import checkpoint, dist
+from common.chat import encode_chat, encode_user
 from common.config import parse_config
 from common.errors import UserError
 from common.logger import printable
 from common.model import GPT, ModelConfig
 from common.rewards import load_function
 from common.sampling import SamplingConfig, complete, for_vocabulary, stream, stream_tokens  # noqa: F401
-from common.tokenizer import encode_chat, encode_user, load_tokenizer
+from common.tokenizer import load_tokenizer
 from common.vision import Vision, VisionConfig, load_image
 
 
@@ -54,29 +55,31 @@ def load(path, device, dtype=torch.float32, tower=""):
     path: run, checkpoint or Hugging Face folder; tower: path/to/file.py:function, where the model has one of
     yours -> model in eval mode on device, its tokenizer
     """
-    origin = hf if hf.is_folder(path) else checkpoint
-    saved = origin.read_manifest(folder := origin.find(path))
-    model = GPT(ModelConfig(**saved["model"]))
-    if vision := saved.get("vision"):
+    return load_source(checkpoint.source(path), device, dtype, tower)
+
+
+def load_source(source, device, dtype=torch.float32, tower=""):
+    """`load`, of a checkpoint.Source"""
+    model = GPT(ModelConfig(**source.manifest["model"]))
+    if vision := source.manifest.get("vision"):
         config = VisionConfig(**vision["config"])
         config.check_tower(tower, "tower")
         model.vision = Vision(config, model.config.n_embd, vision["images"],
                               load_function("tower", tower) if tower else None)
-    origin.load_weights(folder, model)
-    return model.to(device, dtype).eval(), load_tokenizer(folder)
+    source.load(model)
+    return model.to(device, dtype).eval(), load_tokenizer(source.folder)
 
 
-def check_roles(path, model, tokenizer):
+def check_roles(source, model, tokenizer):
     """UserError where the model has never seen the tokens for roles; a note where it may not have"""
-    origin = hf if hf.is_folder(path) else checkpoint
-    learned = origin.read_manifest(origin.find(path)).get("identity", {}).get("kind")   # by a stage of ours
-    known = tokenizer.extra and tokenizer.extra["markers"]                              # by a folder's model
+    learned = source.manifest.get("identity", {}).get("kind")         # by a stage of ours
+    known = tokenizer.extra and tokenizer.extra["markers"]            # by a folder's model
     ignorant = tokenizer.extra and not known and not learned          # of a folder that is no export of ours
     if ignorant or max(encode_user(tokenizer, "")) >= model.config.vocab_size:
-        raise UserError(f"--chat=true: {path} knows no tokens for roles; train_sft.py teaches them")
+        raise UserError(f"--chat=true: {source.folder} knows no tokens for roles; train_sft.py teaches them")
     if learned == "text" and not known:
-        print(f"note: {path} was last trained on text, not on conversations; train_sft.py teaches answers",
-              file=sys.stderr)
+        print(f"note: {source.folder} was last trained on text, not on conversations; train_sft.py teaches "
+              "answers", file=sys.stderr)
 
 
 def load_images(paths, model):
@@ -180,9 +183,10 @@ if __name__ == "__main__":
         raise UserError("--system and --show_tags: only with --chat=true")
     if cfg.interactive and cfg.prompt:
         raise UserError("--interactive=true: asks for prompts itself; leave --prompt out")
-    model, tokenizer = load(cfg.init_from, device, getattr(torch, cfg.dtype), cfg.tower)
+    source = checkpoint.source(cfg.init_from)
+    model, tokenizer = load_source(source, device, getattr(torch, cfg.dtype), cfg.tower)
     if cfg.chat:
-        check_roles(cfg.init_from, model, tokenizer)
+        check_roles(source, model, tokenizer)
     if any(not 0 <= i < model.config.vocab_size for i in cfg.suppress):
         raise UserError(f"--suppress={cfg.suppress}: ids must be below the vocabulary's "
                         f"{model.config.vocab_size}")

@@ -14,8 +14,8 @@ import os
 from dataclasses import dataclass
 from typing import Literal
 
+from common.chat import check_conversation
 from common.errors import UserError
-from common.tokenizer import check_conversation
 from common.vision import load_image
 
 MARK = "<image>"

@@ -48,15 +48,10 @@ import numpy as np
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from common.config import parse_config  # noqa: E402  (the repository's root must be on the path first)
+from common.chat import check_conversation, encode_chat  # noqa: E402  (the root must be on the path first)
+from common.config import parse_config  # noqa: E402
 from common.errors import UserError, show_user_errors  # noqa: E402
-from common.tokenizer import (  # noqa: E402
-    check_conversation,
-    encode_chat,
-    load_tokenizer,
-    token_byte_counts,
-    train_sentencepiece,
-)
+from common.tokenizer import load_tokenizer, token_byte_counts, train_sentencepiece  # noqa: E402
 from common.vision import pillow  # noqa: E402
 from data.images import (  # noqa: E402
     BadImage,

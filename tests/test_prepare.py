@@ -18,9 +18,10 @@ import numpy as np
 import pytest
 from conftest import ROOT, launch, run
 
+from common.chat import encode_chat
 from common.data import ChatData, PairData, PromptData, TokenData
 from common.errors import UserError
-from common.tokenizer import encode_chat, load_tokenizer
+from common.tokenizer import load_tokenizer
 
 spec = importlib.util.spec_from_file_location("prepare", ROOT / "data" / "prepare.py")
 prepare = sys.modules["prepare"] = importlib.util.module_from_spec(spec)

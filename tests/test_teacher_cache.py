@@ -1,4 +1,4 @@
-"""common/teacher_cache.py: two runs that make one cache at once, places that no teacher was asked about."""
+"""extras/teacher_cache.py: two runs that make one cache at once, places that no teacher was asked about."""
 import contextlib
 from types import SimpleNamespace
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from common.errors import UserError
-from common.teacher_cache import open_cache, write_cache
+from extras.teacher_cache import open_cache, write_cache
 
 V, K, N = 11, 4, 40
 LOGITS = torch.randn(N, V, generator=torch.Generator().manual_seed(0))
@@ -16,12 +16,13 @@ def rows():
     """A set of N tokens, 8 a micro-batch; the last one is no target."""
     def batch(i):
         mask = torch.arange(8 * i, 8 * i + 8)[None] < N - 1
-        return torch.zeros(1, 8, dtype=torch.int64), None, mask, None
-    return SimpleNamespace(tokens=range(N), num_samples=5, micro_batch_size=1, world_size=1, batch=batch,
-                           places=lambda i: torch.arange(8 * i, 8 * i + 8)[None])
+        return SimpleNamespace(mask=mask)
+    return SimpleNamespace(tokens=range(N), num_rows=5, num_batches=5, batch=batch,
+                           limit=lambda num_rows: None,
+                           file_offsets=lambda i: torch.arange(8 * i, 8 * i + 8)[None])
 
 
-def ask(split, i, tokens, docs):
+def ask(split, i, batch):
     return lambda at: LOGITS[8 * i + at]
 
 
@@ -40,10 +41,10 @@ def test_two_runs_that_make_one_cache_at_once_leave_a_whole_one(tmp_path):
     """The second starts and ends while the first is half way; both then read what a run alone has written."""
     write(tmp_path / "alone")
 
-    def interrupted(split, i, tokens, docs):
+    def interrupted(split, i, batch):
         if i == 2:
             write(tmp_path / "shared")
-        return ask(split, i, tokens, docs)
+        return ask(split, i, batch)
     write(tmp_path / "shared", interrupted)
     expected, info = taught(tmp_path / "alone")
     actual, theirs = taught(tmp_path / "shared")
@@ -54,10 +55,10 @@ def test_two_runs_that_make_one_cache_at_once_leave_a_whole_one(tmp_path):
 
 
 def test_a_killed_run_that_was_making_a_cache_does_not_disturb_the_next(tmp_path):
-    def killed(split, i, tokens, docs):
+    def killed(split, i, batch):
         if i == 2:
             raise KeyboardInterrupt
-        return ask(split, i, tokens, docs)
+        return ask(split, i, batch)
     with pytest.raises(KeyboardInterrupt):
         write(tmp_path / "cache", killed)
     assert open_cache(str(tmp_path / "cache"), "key", V, torch.device("cpu")) is None

@@ -27,12 +27,13 @@ from test_stages import (
     start_and_signal,
 )
 
+from common.chat import encode_chat
 from common.data import ChatData
 from common.errors import UserError
 from common.losses import linear_cross_entropy
 from common.model import GPT, ModelConfig
 from common.sampling import SamplingConfig, complete, stream, stream_tokens
-from common.tokenizer import encode_chat, load_tokenizer
+from common.tokenizer import load_tokenizer
 from common.vision import Vision, VisionConfig, load_image, pool
 
 Image = pytest.importorskip("PIL.Image", reason="the extra images")

@@ -2,7 +2,7 @@
 data_dir = "out/gym_demo/prompts"
 out_dir = "out/gym_demo/grpo"
 init_from = "out/gym_demo/sft"
-reward = ["data/gym.py:reward"]
+reward = ["extras/gym.py:reward"]
 num_steps = 300
 batch_size = 16                        # prompts per step
 num_samples = 16

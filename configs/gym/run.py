@@ -13,14 +13,13 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "data")]
+sys.path.insert(0, str(ROOT))
 
-import gym  # noqa: E402  (data/gym.py; the root must be on the path first)
-
-from common import dist  # noqa: E402
+from common import dist  # noqa: E402  (the root must be on the path first)
+from common.chat import encode_chat  # noqa: E402
 from common.errors import show_user_errors  # noqa: E402
 from common.sampling import SamplingConfig, complete, for_vocabulary  # noqa: E402
-from common.tokenizer import encode_chat  # noqa: E402
+from extras import gym  # noqa: E402
 from sample import load  # noqa: E402
 
 OUT = "out/gym_demo"
@@ -37,7 +36,7 @@ def run(*command):
 
 def prepare():
     if not (ROOT / OUT / "task").exists():
-        run("data/gym.py", *TASK, f"--out_dir={OUT}/task")
+        run("extras/gym.py", *TASK, f"--out_dir={OUT}/task")
     for kind, ending in (("chat", ""), ("prompts", "_prompts")):
         if not (ROOT / OUT / kind).exists():
             run("data/prepare.py", kind, f"--input={OUT}/task/train{ending}.jsonl",
