@@ -16,6 +16,7 @@ from typing import Literal
 import torch
 
 from common import checkpoint, dist, losses
+from common.chat import encode_user
 from common.config import parse_config
 from common.data import PromptData, sampled_rows
 from common.errors import UserError
@@ -23,7 +24,6 @@ from common.model import GPT
 from common.rewards import load_function, score, summarize
 from common.run import RunConfig, begin
 from common.sampling import SamplingConfig, for_vocabulary, rollout
-from common.tokenizer import encode_user
 
 # -----------------------------------------------------------------------------
 # config: these, and the options of every stage in common/run.py; --help prints all
