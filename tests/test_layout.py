@@ -82,7 +82,7 @@ def test_common_imports_in_one_direction(path):
 @pytest.mark.parametrize("path", PRODUCT, ids=by_name)
 def test_extras_are_imported_only_where_they_are_asked_for(path):
     users = {name for name in top_imports(path) if name.split(".")[0] in ("extras", "data", "demos")}
-    allowed = {"extras": ("extras",), "data": ("data", "extras"), "demos": ("extras", "data", "demos")}
+    allowed = {"extras": ("extras", "data"), "data": ("data", "extras"), "demos": ("extras", "data", "demos")}
     home = path.relative_to(ROOT).parts[0]
     assert {name for name in users if name.split(".")[0] not in allowed.get(home, ())} == set()
 
