@@ -110,7 +110,7 @@ def answer_logps(model, rows, sampling_cfg):
     """-> log-probs (N,) of the learned tokens under the distribution that they were sampled from"""
     hidden = model(rows.tokens, rows.docs, branch=rows.branch)[rows.mask]  # (N, C)
     return losses.token_logps(hidden, model.head, rows.targets[rows.mask], sampling_cfg.temperature,
-                              suppress=sampling_cfg.suppress, kept=rows.support)
+                              suppress=sampling_cfg.suppress, support=rows.support)
 
 
 def check_options(cfg):

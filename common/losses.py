@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from common.dist import compute_dtype
-from common.errors import UserError
 
 
 def chunked(loss_of, hidden, weight, *rows, mask=None, chunk_size=0):
@@ -176,12 +175,12 @@ class _Chunked(torch.autograd.Function):
 # -----------------------------------------------------------------------------
 # log-probabilities of given tokens
 
-def token_logps(hidden, weight, targets, temperature=1.0, chunk_size=0, suppress=(), kept=None):
+def token_logps(hidden, weight, targets, temperature=1.0, chunk_size=0, suppress=(), support=None):
     """
     log softmax(hidden @ weight.T / temperature)[target] of every position.
 
     hidden (B, T, C), weight (V, C), targets (B, T) int64; suppress: ids without probability, as in
-    sampling; kept: the only ids with probability, where top-k or top-p has cut the sampler's
+    sampling; support: the only ids with probability, where top-k or top-p has cut the sampler's
     distribution: ids of all positions, one after the other, and how many each has (B * T,) -> (B,
     T) float32, differentiable in hidden and weight; the logits of a chunk are computed again in
     backward.
@@ -192,12 +191,12 @@ def token_logps(hidden, weight, targets, temperature=1.0, chunk_size=0, suppress
     def exclude(x, value, here):
         """Put value, in place, where these positions of x (n, V) have no probability"""
         x.index_fill_(1, suppress, value)
-        if kept:
-            support, n_ids = kept                  # n_ids: of each position
+        if support:
+            ids, n_ids = support                   # n_ids: of each position
             start = int(n_ids[:here.start].sum())
             row = torch.arange(len(x), device=x.device).repeat_interleave(n_ids[here])
             out = torch.ones_like(x, dtype=torch.bool)
-            out[row, support[start:start + len(row)].long()] = False
+            out[row, ids[start:start + len(row)].long()] = False
             x.masked_fill_(out, value)
 
     logps = _TokenLogps.apply(hidden, weight, targets.reshape(-1), temperature, exclude,
@@ -236,24 +235,6 @@ class _TokenLogps(torch.autograd.Function):
         needs = ctx.needs_input_grad[:2]
         _, *gradients = over_chunks(step, hidden, weight, *how, needs, fused=False)
         return *gradients, *[None] * 5
-
-
-def critical_ids(ids, vocab_size, device):
-    """ids: those of the option --critical_ids -> (N,) int64; UserError where one is no token's"""
-    for i in ids:
-        if not 0 <= i < vocab_size:
-            raise UserError(f"--critical_ids={i}: no such token, expected 0 to {vocab_size - 1}")
-    return torch.tensor(ids, dtype=torch.int64, device=device)
-
-
-def critical_weights(targets, critical_ids, alpha):
-    """
-    Weight alpha on targets listed in critical_ids, 1 elsewhere: the loss becomes sum(w nll) /
-    sum(w).
-
-    targets (B, T), critical_ids (N,) int64, alpha float -> (B, T) float32
-    """
-    return torch.where(torch.isin(targets, critical_ids), float(alpha), 1.0)
 
 
 # -----------------------------------------------------------------------------

@@ -15,7 +15,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from common import losses
 from common.losses import (
     chunked,
-    critical_weights,
     dpo_loss,
     group_advantages,
     grpo_token_loss,
@@ -453,7 +452,7 @@ def test_token_logps_among_the_kept_ids_of_each_position(batch, chunk, suppress)
     counts = torch.tensor([len(ids) for ids in kept])
     h, w = leaf(hidden), leaf(weight)
     logps = token_logps(h, w, targets, 0.7, chunk_size=chunk, suppress=suppress,
-                        kept=(torch.cat(kept), counts))
+                        support=(torch.cat(kept), counts))
     logps.backward(upstream)
     h64, w64 = leaf(hidden.double()), leaf(weight.double())
     expected = torch.stack([(w64[ids.long()] @ x / 0.7).log_softmax(-1)[0]
@@ -462,7 +461,7 @@ def test_token_logps_among_the_kept_ids_of_each_position(batch, chunk, suppress)
     assert_close((logps.detach(), h.grad, w.grad),
                  tuple(x.float() for x in (expected.detach(), h64.grad, w64.grad)))
     assert not logps.flatten()[counts == 1].any()                       # one id left: certain
-    outside = token_logps(hidden, weight, (targets + 1) % V, 0.7, kept=(torch.cat(kept), counts)).flatten()
+    outside = token_logps(hidden, weight, (targets + 1) % V, 0.7, support=(torch.cat(kept), counts)).flatten()
     lost = torch.tensor([(t + 1) % V not in ids for t, ids in zip(targets.flatten().tolist(), kept)])
     assert ((outside == -torch.inf) == lost).all()
 
@@ -477,20 +476,6 @@ def test_the_logps_of_all_ids_but_the_suppressed_ones_are_a_distribution(batch):
 
 # -----------------------------------------------------------------------------
 # the denominators
-
-def test_critical_weights_give_the_weighted_mean_of_a_hand_computed_table():
-    targets = torch.tensor([[2, 0, 1], [1, 1, 2]])
-    weights = critical_weights(targets, torch.tensor([1, 5]), alpha=3.0)
-    assert weights.tolist() == [[1, 1, 3], [3, 3, 1]] and weights.dtype == torch.float32
-    no_ids = torch.tensor([], dtype=torch.int64)
-    assert critical_weights(targets, no_ids, alpha=3.0).tolist() == [[1, 1, 1], [1, 1, 1]]
-    # probabilities 1/2, 1/4, 1/4 everywhere: nll = ln 2 for token 0, 2 ln 2 for the others
-    hidden, weight = torch.ones(2, 3, 1), torch.tensor([[0.5], [0.25], [0.25]]).log()
-    mask = torch.tensor([[True, True, True], [True, False, True]])
-    loss = linear_cross_entropy(hidden, weight, targets, mask, weights) / (weights * mask).sum()
-    # w nll / ln 2 = 2, 1, 6; 6, -, 2 -> 17 over w = 1 + 1 + 3 + 3 + 1
-    assert loss.item() == pytest.approx(17 / 9 * 0.6931471805599453, rel=1e-6)
-
 
 def ragged_gradients(model, tokens, targets, mask, num_micro, mean_of_means=False):
     """Gradients of (embed, matrix) when the batch is cut into num_micro parts."""
