@@ -134,7 +134,7 @@ def plan(name, side):
     """-> [(tree, command), ...], one after the other, that make the result of a side"""
     if not name.startswith(("cross", "resume")):
         return [(side, VARIANTS[name])]
-    whole = VARIANTS[name] + "--schedule=constant --num_steps=6 "
+    whole = f"{VARIANTS[name]} --schedule=constant --num_steps=6 "
     first, second = whole + "--num_steps=3 ", whole + "--resume=true "
     if name.startswith("resume"):
         return [(side, first), (side, second)]
@@ -236,7 +236,8 @@ def difference(a, b):
         return 0
     if not isinstance(a, (int, float, torch.Tensor)):
         return math.inf
-    gap = (torch.as_tensor(a).double() - torch.as_tensor(b).double()).abs().max().item()
+    a, b = (torch.as_tensor(x, dtype=torch.float64) for x in (a, b))
+    gap = (a - b).abs().max().item()
     return gap if gap > 0 else math.inf                       # nan
 
 
