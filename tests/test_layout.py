@@ -29,7 +29,7 @@ FIXED = {"torch", "numpy", "tiktoken", "sentencepiece"}
 MAY_IMPORT = {
     "errors": "", "schedule": "", "config": "errors", "dist": "errors", "data": "errors",
     "logger": "dist errors", "checkpoint": "dist errors", "tokenizer": "errors", "chat": "",
-    "attention": "errors", "moe": "dist", "model": "attention moe dist errors", "losses": "dist errors",
+    "layers": "errors", "attention": "errors", "moe": "layers dist", "model": "attention layers moe dist errors", "losses": "dist errors",
     "optim": "", "zero1": "dist", "sampling": "errors", "rewards": "dist errors",
     "run": "checkpoint chat config data dist errors logger model optim sampling schedule tokenizer zero1",
 }
