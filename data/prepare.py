@@ -48,7 +48,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from common.config import parse_config  # noqa: E402
 from common.errors import UserError, show_user_errors  # noqa: E402
-from common.tokenizer import load_tokenizer, token_byte_counts, train_sentencepiece  # noqa: E402
+from common.tokenizer import load_tokenizer  # noqa: E402
 from data.readers import (  # noqa: E402
     BLOCK,
     ID_FILES,
@@ -70,6 +70,7 @@ from data.readers import (  # noqa: E402
     read_txt,
     texts_of,
 )
+from data.train_tokenizer import train_sentencepiece  # noqa: E402
 
 # characters that --val_frac moves a border at most, to the start of a line
 NEAR = 1000
@@ -125,6 +126,11 @@ class Progress:
         tokens = sum(writer.tokens.count for writer in writers.values())
         print(f"{path} | {tokens:,} tokens | {tokens / (now - self.start):,.0f} tok/s",
               file=sys.stderr, flush=True)
+
+
+def token_byte_counts(tokenizer):
+    """-> (V,) uint16: bytes of text each token stands for, to turn nats per token into bits per byte"""
+    return np.array([len(b) for b in tokenizer.token_bytes], dtype=np.uint16)
 
 
 class ArrayWriter:

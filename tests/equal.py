@@ -28,7 +28,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 TIMINGS = {"ms", "tok_per_s", "mfu", "eta", "rollout_s", "reward_s", "update_s"}
 # words of a command that differ in the working tree, such as {"common/hf.py": "extras/hf.py"}
-MOVED = {}
+MOVED = {"common/hf.py": "extras/hf.py"}
 
 # @out: what a variant makes; @in: write_inputs(); @NAME: what the earlier tree made of variant NAME
 LOOP = ("--out_dir=@out --num_steps=5 --batch_size=8 --micro_batch_size=4 --lr=1e-2 --device=cpu "

@@ -11,7 +11,8 @@ from test_tokenizer import (
 )
 
 from common.chat import encode_chat
-from common.tokenizer import SPECIAL_TOKENS, Tokenizer, train_sentencepiece
+from common.tokenizer import SPECIAL_TOKENS, Tokenizer
+from data.train_tokenizer import train_sentencepiece
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,8 @@ from common.sampling import (
     stream,
     uniforms,
 )
-from common.tokenizer import Tokenizer, train_sentencepiece
+from common.tokenizer import Tokenizer
+from data.train_tokenizer import train_sentencepiece
 from train_grpo import Rollout, answer_logps, learned_rows
 
 PLAIN = SamplingConfig(temperature=1.0)

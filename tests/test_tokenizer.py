@@ -20,9 +20,9 @@ from common.tokenizer import (
     SPECIAL_TOKENS,
     Tokenizer,
     load_tokenizer,
-    token_byte_counts,
-    train_sentencepiece,
 )
+from data.prepare import token_byte_counts
+from data.train_tokenizer import train_sentencepiece
 
 TEXTS = {
     "empty": "",
