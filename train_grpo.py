@@ -16,14 +16,13 @@ from typing import Literal
 import torch
 
 from common import checkpoint, dist, losses
-from common.chat import encode_user
 from common.config import parse_config
 from common.data import PromptData, sampled_rows
 from common.errors import UserError
 from common.model import GPT
 from common.rewards import load_function, score, summarize
 from common.run import RunConfig, begin
-from common.sampling import SamplingConfig, for_vocabulary, rollout
+from common.sampling import SamplingConfig, answer_prompts, for_vocabulary
 
 # -----------------------------------------------------------------------------
 # config: these, and the options of every stage in common/run.py; --help prints all
@@ -78,11 +77,10 @@ def collect(model, tokenizer, data, i, G, sampling_cfg, rewards, env_step, cfg):
     """-> Rollout of micro-batch i: G answers to each of its prompts"""
     ids, numbers, valid = data.batch(i)
     prompts = [data.prompt(k).tolist() for k in ids]
-
-    def encode_feedback(text):  # after an end token that was sampled
-        return tokenizer.markers["end"][1:] + encode_user(tokenizer, text, begin=False)
-    answers = rollout(model, tokenizer, prompts, sampling_cfg, G, data.seed, numbers, env_step,
-                      encode_feedback)
+    answers = answer_prompts(model, prompts, sampling_cfg, tokenizer.end, G, data.seed, numbers)
+    if env_step:
+        from extras.environment import continue_turns
+        continue_turns(env_step, answers, model, tokenizer, prompts, sampling_cfg, data.seed, numbers)
     start = time.perf_counter()
     texts, pieces = map(list, zip(*(answer.texts(tokenizer) for answer in answers)))
     rows = [data.row(k) for k in ids for _ in range(G)]

@@ -211,62 +211,18 @@ class Answer:
     ended: bool                        # not cut by max_new_tokens or the context
 
     def texts(self, tokenizer):
-        """-> the answer as text with all tags, without its end token; a list of the texts of its N tokens"""
+        """-> the answer as text with all tags, without its end token; the texts of its N tokens"""
         whole = self.tokens[:-1] if self.tokens[-1] == tokenizer.end else self.tokens
-        return tokenizer.decode(whole, show_special=True), [
-            tokenizer.decode([token], show_special=True)
-            for token, own in zip(self.tokens, self.learned) if own]
+        own = [token for token, is_own in zip(self.tokens, self.learned) if is_own]
+        pieces = [tokenizer.decode([token], show_special=True) for token in own]
+        return tokenizer.decode(whole, show_special=True), pieces
 
 
-def rollout(model, tokenizer, prompts, cfg, num_samples=1, seed=0, numbers=None, env_step=None, say=None):
-    """
-    num_samples Answers to each of prompts (lists of ids), row p * num_samples + g is sample g of prompt p.
-
-    With env_step(text) -> (done, feedback) an answer has turns: when the model has ended one, env_step gets
-    the whole conversation as text, and unless it is done, say(feedback) -> ids follow and the model goes on.
-    max_new_tokens counts all tokens after the prompt. Later turns have random streams of their own.
-    """
-    answers, G = [], num_samples
-    for tokens, logps, support in zip(*complete(model, prompts, cfg, tokenizer.end, G, seed, numbers)):
-        answers.append(Answer(tokens, [True] * len(tokens), logps, support, tokens[-1] == tokenizer.end))
-    going, turn = (list(range(len(answers))) if env_step else []), 0
-    while going := [i for i in going if answers[i].ended]:
-        contexts, rooms, again, turn = [], [], [], turn + 1
-        for i in going:
-            a, prompt = answers[i], prompts[i // G]
-            done, feedback = ask(env_step, tokenizer.decode([*prompt, *a.tokens], show_special=True))
-            if done:
-                continue
-            a.ended, ids = False, say(feedback)
-            room = min(cfg.max_new_tokens, model.config.seq_len - len(prompt)) - len(a.tokens) - len(ids)
-            if room > 0:
-                a.tokens, a.learned = a.tokens + ids, a.learned + [False] * len(ids)
-                contexts.append([*prompt, *a.tokens])
-                rooms.append(room)
-                again.append(i)
-        if not again:
-            break
-        streams = [(i // G if numbers is None else int(numbers[i // G])) * G + i % G for i in again]
-        more = complete(model, contexts, cfg, tokenizer.end, 1, seed + turn * 1_000_000_007, streams, rooms)
-        for i, tokens, logps, support in zip(again, *more):
-            a = answers[i]
-            a.tokens, a.learned = a.tokens + tokens, a.learned + [True] * len(tokens)
-            a.logps, a.support, a.ended = a.logps + logps, a.support + support, tokens[-1] == tokenizer.end
-        going = again
-    return answers
-
-
-def ask(env_step, text):
-    """-> (done, feedback) of the user's function; UserError shows what it raised or returned instead"""
-    try:
-        result = env_step(text)
-    except Exception as error:  # whatever the user's function raises
-        raise UserError(f"--env: raised {type(error).__name__}: {' '.join(str(error).split())}; the "
-                        f"conversation was {text!r}") from error
-    if not isinstance(result, (tuple, list)) or len(result) != 2 or \
-            not result[0] and not isinstance(result[1], str):
-        raise UserError(f"--env: returned {result!r}, expected (done, feedback), feedback a text")
-    return result
+def answer_prompts(model, prompts, cfg, end, num_samples=1, seed=0, numbers=None, room=None):
+    """-> Answers, num_samples to each of prompts; arguments as of `generate`"""
+    samples = complete(model, prompts, cfg, end, num_samples, seed, numbers, room)
+    return [Answer(tokens, [True] * len(tokens), logps, support, tokens[-1] == end)
+            for tokens, logps, support in zip(*samples)]
 
 
 def for_vocabulary(cfg, model, tokenizer):

@@ -17,16 +17,17 @@ from common.losses import token_logps
 from common.model import GPT, ModelConfig
 from common.sampling import (
     SamplingConfig,
+    answer_prompts,
     complete,
     for_vocabulary,
     generate,
-    rollout,
     sample_next,
     stream,
     uniforms,
 )
 from common.tokenizer import Tokenizer
 from data.train_tokenizer import train_sentencepiece
+from extras.environment import continue_turns
 from train_grpo import Rollout, answer_logps, learned_rows
 
 PLAIN = SamplingConfig(temperature=1.0)
@@ -422,6 +423,14 @@ def test_packed_weights_are_refused_where_there_are_no_such_products():
 # -----------------------------------------------------------------------------
 # conversations with an environment
 
+def rollout(model, tokenizer, prompts, cfg, num_samples=1, seed=0, numbers=None, env_step=None):
+    """As train_grpo.py has its answers"""
+    answers = answer_prompts(model, prompts, cfg, tokenizer.end, num_samples, seed, numbers)
+    if env_step:
+        continue_turns(env_step, answers, model, tokenizer, prompts, cfg, seed, numbers)
+    return answers
+
+
 def say(tokenizer):
     return lambda text: encode_chat(tokenizer, [[dict(role="user", content=text)]], reply=True)[0][0]
 
@@ -433,7 +442,7 @@ def test_a_model_uses_a_calculator_and_the_answer_has_both_turns():
     ids = [tokenizer.encode(text) + [tokenizer.end] for text in turns]
     model = Scripted(ids[0] + ids[1], tokenizer.vocab_size)
     cfg = replace(PLAIN, temperature=0.0)
-    answer, = rollout(model, tokenizer, [prompt], cfg, env_step=calculator, say=say(tokenizer))
+    answer, = rollout(model, tokenizer, [prompt], cfg, env_step=calculator)
     feedback = say(tokenizer)("42")
     assert answer.tokens == ids[0] + feedback + ids[1] and answer.ended
     assert answer.learned == [True] * len(ids[0]) + [False] * len(feedback) + [True] * len(ids[1])
@@ -454,7 +463,7 @@ def test_what_the_environment_says_counts_but_is_not_learned():
     with torch.no_grad():
         model.head[tokenizer.end] += 2 * model.head.std()               # now and then an answer ends
     prompts = [say(tokenizer)(text) for text in ("one", "three", "4")]
-    answers = rollout(model, tokenizer, prompts, cfg, 40, 3, [5, 1, 9], env_step, say(tokenizer))
+    answers = rollout(model, tokenizer, prompts, cfg, 40, 3, [5, 1, 9], env_step)
     turns = [sum(not own for own in a.learned) // len(say(tokenizer)("go")) for a in answers]
     assert set(turns) >= {0, 1, 2} and {a.ended for a in answers} == {True, False}
     for a, n in zip(answers, turns):
@@ -463,8 +472,7 @@ def test_what_the_environment_says_counts_but_is_not_learned():
         a, prompt = answers[i], prompts[i // 40]
         whole = torch.tensor(logps_of(model, prompt, a.tokens, suppress=cfg.suppress))
         torch.testing.assert_close(whole[torch.tensor(a.learned)], torch.tensor(a.logps), atol=2e-5, rtol=0)
-        alone = rollout(model, tokenizer, [prompt], cfg, 40, 3, [[5, 1, 9][i // 40]], env_step,
-                        say(tokenizer))[i % 40]
+        alone = rollout(model, tokenizer, [prompt], cfg, 40, 3, [[5, 1, 9][i // 40]], env_step)[i % 40]
         assert alone.tokens == a.tokens                                 # in another batch
     learned = one_row(prompts, answers)
     rows, sampled = learned, learned.sampler_logps
@@ -482,7 +490,7 @@ def test_an_environment_that_fails_is_shown_with_the_conversation(env_step, mess
     tokenizer = Tokenizer("bytes")
     model = Scripted([65, tokenizer.end], tokenizer.vocab_size)
     with pytest.raises(UserError, match=message):
-        rollout(model, tokenizer, [say(tokenizer)("hi")], PLAIN, env_step=env_step, say=say(tokenizer))
+        rollout(model, tokenizer, [say(tokenizer)("hi")], PLAIN, env_step=env_step)
 
 
 def naive_probs(logits, cfg, seen):

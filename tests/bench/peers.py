@@ -20,7 +20,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from common import dist, losses, optim
 from common.model import GPT
-from common.sampling import SamplingConfig, complete, rollout
+from common.sampling import SamplingConfig, answer_prompts, complete
 from common.zero1 import ShardedOptimizer
 from train_grpo import Rollout, answer_logps, learned_rows
 
@@ -248,7 +248,7 @@ def our_step(model, prompts):
     stage = SimpleNamespace(drop_flat_groups=False, mask_truncated=False)
 
     def step():
-        answers = rollout(model, SimpleNamespace(end=None), prompts, cfg, G)
+        answers = answer_prompts(model, prompts, cfg, None, G)
         rewards = torch.tensor([float(len(set(a.tokens))) for a in answers]).view(P, G)
         valid = torch.ones(P, dtype=torch.bool)
         rows = learned_rows(Rollout(prompts, answers, valid, rewards, rewards[..., None], 0.0), stage,
