@@ -1,13 +1,13 @@
 # make demo    own environment, every stage, a table, samples, a page with curves  (Python 3.11 or newer)
 # make demo-vlm  own environment, a model that answers questions about pictures
 # make gym     own environment, GRPO on a task of reasoning-gym
-# make test    own environment, ruff, the whole test suite
+# make test    own environment, ruff, the tests that guard a promise (make test-all: the long ones too)
 # make bench   speed and memory, as ratios against named references
 
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: demo demo-vlm gym test bench clean
+.PHONY: demo demo-vlm gym test test-all bench clean
 
 .venv/installed: requirements.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -34,6 +34,10 @@ gym: .venv/installed
 	$(BIN)/python demos/gym/run.py
 
 test: .venv/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/python -m pytest -q -n 2 --durations=10 -m "not slow"
+
+test-all: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest -q -n 2 --durations=10
 

@@ -20,12 +20,13 @@ from typing import Literal
 import torch
 
 from common import checkpoint, dist
+from common.chat import encode_chat, encode_user
 from common.config import parse_config
 from common.errors import UserError
 from common.logger import printable
 from common.model import GPT, ModelConfig
 from common.sampling import SamplingConfig, complete, for_vocabulary, stream, stream_tokens  # noqa: F401
-from common.tokenizer import encode_chat, encode_user, load_tokenizer
+from common.tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,11 @@ def load(path, device, dtype=torch.float32, tower=""):
     path: run, checkpoint or Hugging Face folder; tower: path/to/file.py:function, where the model has one of
     yours -> model in eval mode on device, its tokenizer
     """
-    source = checkpoint.source(path)
+    return load_source(checkpoint.source(path), device, dtype, tower)
+
+
+def load_source(source, device, dtype=torch.float32, tower=""):
+    """`load`, of a checkpoint.Source"""
     config, vision = ModelConfig(**source.manifest["model"]), source.manifest.get("vision")
     if vision:
         from extras.images import saved_model
@@ -63,16 +68,16 @@ def load(path, device, dtype=torch.float32, tower=""):
     return model.to(device, dtype).eval(), load_tokenizer(source.folder)
 
 
-def check_roles(path, model, tokenizer):
+def check_roles(source, model, tokenizer):
     """UserError where the model has never seen the tokens for roles; a note where it may not have"""
-    learned = checkpoint.source(path).manifest.get("identity", {}).get("kind")          # by a stage of ours
-    known = tokenizer.extra and tokenizer.extra["markers"]                              # by a folder's model
+    learned = source.manifest.get("identity", {}).get("kind")         # by a stage of ours
+    known = tokenizer.extra and tokenizer.extra["markers"]            # by a folder's model
     ignorant = tokenizer.extra and not known and not learned          # of a folder that is no export of ours
     if ignorant or max(encode_user(tokenizer, "")) >= model.config.vocab_size:
-        raise UserError(f"--chat=true: {path} knows no tokens for roles; train_sft.py teaches them")
+        raise UserError(f"--chat=true: {source.folder} knows no tokens for roles; train_sft.py teaches them")
     if learned == "text" and not known:
-        print(f"note: {path} was last trained on text, not on conversations; train_sft.py teaches answers",
-              file=sys.stderr)
+        print(f"note: {source.folder} was last trained on text, not on conversations; train_sft.py teaches "
+              "answers", file=sys.stderr)
 
 
 def answer(model, tokenizer, ids, cfg, seed, inputs=None):
@@ -167,9 +172,10 @@ if __name__ == "__main__":
         raise UserError("--system and --show_tags: only with --chat=true")
     if cfg.interactive and cfg.prompt:
         raise UserError("--interactive=true: asks for prompts itself; leave --prompt out")
-    model, tokenizer = load(cfg.init_from, device, getattr(torch, cfg.dtype), cfg.tower)
+    source = checkpoint.source(cfg.init_from)
+    model, tokenizer = load_source(source, device, getattr(torch, cfg.dtype), cfg.tower)
     if cfg.chat:
-        check_roles(cfg.init_from, model, tokenizer)
+        check_roles(source, model, tokenizer)
     if any(not 0 <= i < model.config.vocab_size for i in cfg.suppress):
         raise UserError(f"--suppress={cfg.suppress}: ids must be below the vocabulary's "
                         f"{model.config.vocab_size}")

@@ -16,6 +16,7 @@ from typing import Literal
 import torch
 
 from common import checkpoint, dist, losses
+from common.chat import encode_user
 from common.config import parse_config
 from common.data import PromptData, sampled_rows
 from common.errors import UserError
@@ -23,7 +24,6 @@ from common.model import GPT
 from common.rewards import load_function, score, summarize
 from common.run import RunConfig, begin
 from common.sampling import SamplingConfig, for_vocabulary, rollout
-from common.tokenizer import encode_user
 
 # -----------------------------------------------------------------------------
 # config: these, and the options of every stage in common/run.py; --help prints all
@@ -110,7 +110,7 @@ def answer_logps(model, rows, sampling_cfg):
     """-> log-probs (N,) of the learned tokens under the distribution that they were sampled from"""
     hidden = model(rows.tokens, rows.docs, branch=rows.branch)[rows.mask]  # (N, C)
     return losses.token_logps(hidden, model.head, rows.targets[rows.mask], sampling_cfg.temperature,
-                              suppress=sampling_cfg.suppress, kept=rows.support)
+                              suppress=sampling_cfg.suppress, support=rows.support)
 
 
 def check_options(cfg):

@@ -227,7 +227,7 @@ class Source:
 def source(path):
     """path: a run (its latest whole checkpoint), a checkpoint, or a folder of transformers -> Source"""
     if is_transformers_folder(path):
-        from common import hf
+        from extras import hf
         return hf.source(path)
     return checkpoint_source(find(path))
 

@@ -481,7 +481,7 @@ def sampled_rows(prompts, answers, learn, device):
     index = [(i, n) for i, answer in own for n in range(len(answer.logps))]
     index = torch.tensor(index, dtype=torch.int64).view(-1, 2)
     logps = torch.tensor([logp for _, answer in own for logp in answer.logps], device=device)
-    support = [ids for _, answer in own for ids in answer.kept] or None
+    support = [ids for _, answer in own for ids in answer.support] or None
     if support:
         sizes = torch.tensor([len(ids) for ids in support], device=device)
         support = torch.cat(support).to(device), sizes

@@ -27,12 +27,13 @@ from typing import Literal
 import torch
 
 from common import checkpoint, dist, optim, sampling, schedule
+from common.chat import encode_user
 from common.config import as_dict, asked, build
 from common.data import read_meta
 from common.errors import UserError
 from common.logger import Logger, check_run_directory
 from common.model import ModelConfig
-from common.tokenizer import encode_user, load_tokenizer
+from common.tokenizer import load_tokenizer
 from common.zero1 import ShardedOptimizer
 
 

@@ -42,7 +42,7 @@ def sample_next(logits, cfg, u, seen=None):
     """
     One token per row. logits (B, V) float32; u (B,) uniform in [0, 1), decides the draw; seen (B, V) bool,
     tokens that the repetition penalty applies to -> tokens (B,) int64, logps (B,) under the distribution that
-    was sampled from (greedy: under the softmax at temperature 1), and what top-k and top-p have kept: None or
+    was sampled from (greedy: under the softmax at temperature 1), and what top-k and top-p have left: None or
     ids (B, k), most likely first, and how many of each row's count (B,)
     """
     if cfg.suppress:
@@ -134,8 +134,8 @@ def generate(model, prompts, cfg, end=None, num_samples=1, seed=0, numbers=None,
     batches give a prompt the same samples; room: tokens that each row may get, at most max_new_tokens;
     inputs (P, T, C): in place of the embeddings of the prompts, padded on the right to the longest
 
-    -> iterator of (rows, tokens, logps, kept): lists of the rows still going, in any order, and of what each
-    got in this step; kept: see `sample_next`
+    -> iterator of (rows, tokens, logps, support): lists of the rows still going, in any order, and of what each
+    got in this step; support: what it was drawn from, see `sample_next`
     """
     was_training, device, limit = model.training, model.head.device, model.config.seq_len
     lengths = torch.tensor([len(p) for p in prompts])
@@ -163,9 +163,9 @@ def generate(model, prompts, cfg, end=None, num_samples=1, seed=0, numbers=None,
             for row in rows:
                 seen[row, prompts[row // G]] = True
         for n in range(cfg.max_new_tokens):
-            tokens, logps, kept = sample_next(fast.logits(hidden).float(), cfg, u[:, n], seen)
+            tokens, logps, support = sample_next(fast.logits(hidden).float(), cfg, u[:, n], seen)
             values = tokens.tolist()
-            yield rows, values, logps.tolist(), kept
+            yield rows, values, logps.tolist(), support
             going = [i for i, row in enumerate(rows) if values[i] != end and n + 1 < room[row]]
             if not going:
                 return
@@ -187,18 +187,18 @@ def generate(model, prompts, cfg, end=None, num_samples=1, seed=0, numbers=None,
 def complete(model, prompts, cfg, end=None, num_samples=1, seed=0, numbers=None, room=None, inputs=None):
     """
     Collect `generate` -> lists of one list per row: tokens (end token included), their log-probs, and the ids
-    that top-k and top-p have kept for each, int32 tensors; no such tensors without top-k and top-p
+    that top-k and top-p have left for each, int32 tensors; no such tensors without top-k and top-p
     """
-    completions, all_logps, all_kept = ([[] for _ in range(len(prompts) * num_samples)] for _ in range(3))
-    for rows, tokens, logps, kept in generate(model, prompts, cfg, end, num_samples, seed, numbers, room,
+    completions, all_logps, supports = ([[] for _ in range(len(prompts) * num_samples)] for _ in range(3))
+    for rows, tokens, logps, support in generate(model, prompts, cfg, end, num_samples, seed, numbers, room,
                                               inputs):
         for i, (row, token, logp) in enumerate(zip(rows, tokens, logps)):
             completions[row].append(token)
             all_logps[row].append(logp)
-            if kept:
-                ids, counts = kept
-                all_kept[row].append(ids[i, :counts[i]].int().cpu())
-    return completions, all_logps, all_kept
+            if support:
+                ids, counts = support
+                supports[row].append(ids[i, :counts[i]].int().cpu())
+    return completions, all_logps, supports
 
 
 @dataclass
@@ -207,7 +207,7 @@ class Answer:
     tokens: list                       # all, int
     learned: list                      # bool each: the model's own
     logps: list                        # (N,) float, the sampler's
-    kept: list                         # (N,) tensors of ids, as `complete` has them, or []
+    support: list                      # (N,) tensors of ids, as `complete` has them, or []
     ended: bool                        # not cut by max_new_tokens or the context
 
     def texts(self, tokenizer):
@@ -227,8 +227,8 @@ def rollout(model, tokenizer, prompts, cfg, num_samples=1, seed=0, numbers=None,
     max_new_tokens counts all tokens after the prompt. Later turns have random streams of their own.
     """
     answers, G = [], num_samples
-    for tokens, logps, kept in zip(*complete(model, prompts, cfg, tokenizer.end, G, seed, numbers)):
-        answers.append(Answer(tokens, [True] * len(tokens), logps, kept, tokens[-1] == tokenizer.end))
+    for tokens, logps, support in zip(*complete(model, prompts, cfg, tokenizer.end, G, seed, numbers)):
+        answers.append(Answer(tokens, [True] * len(tokens), logps, support, tokens[-1] == tokenizer.end))
     going, turn = (list(range(len(answers))) if env_step else []), 0
     while going := [i for i in going if answers[i].ended]:
         contexts, rooms, again, turn = [], [], [], turn + 1
@@ -248,10 +248,10 @@ def rollout(model, tokenizer, prompts, cfg, num_samples=1, seed=0, numbers=None,
             break
         streams = [(i // G if numbers is None else int(numbers[i // G])) * G + i % G for i in again]
         more = complete(model, contexts, cfg, tokenizer.end, 1, seed + turn * 1_000_000_007, streams, rooms)
-        for i, tokens, logps, kept in zip(again, *more):
+        for i, tokens, logps, support in zip(again, *more):
             a = answers[i]
             a.tokens, a.learned = a.tokens + tokens, a.learned + [True] * len(tokens)
-            a.logps, a.kept, a.ended = a.logps + logps, a.kept + kept, tokens[-1] == tokenizer.end
+            a.logps, a.support, a.ended = a.logps + logps, a.support + support, tokens[-1] == tokenizer.end
         going = again
     return answers
 

@@ -19,8 +19,8 @@ from typing import Literal
 
 import numpy as np
 
+from common.chat import check_conversation, encode_chat
 from common.errors import UserError
-from common.tokenizer import check_conversation, encode_chat
 
 # characters of text or bytes of rows that are in memory at once
 BLOCK = 1 << 20

@@ -1,7 +1,7 @@
 """
 Tasks of reasoning-gym (github.com/open-thought/reasoning-gym): a program asks, and scores the answers.
 
-    python data/gym.py --task=spell_backward --params='{"max_word_len": 5}' --out_dir=out/gym
+    python extras/gym.py --task=spell_backward --params='{"max_word_len": 5}' --out_dir=out/gym
 
 Writes train_prompts.jsonl, val_prompts.jsonl and test_prompts.jsonl for `data/prepare.py prompts`, with
 `reward` here, and train.jsonl, ... with reasoning-gym's own answers for `data/prepare.py chat`, where the

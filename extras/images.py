@@ -37,12 +37,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from common.chat import check_conversation, encode_user
 from common.config import build
 from common.data import ChatData, open_array, to_device
 from common.errors import UserError
 from common.model import GPT
 from common.rewards import load_function
-from common.tokenizer import check_conversation, encode_user
 from data.readers import BadRow, Example, ExampleConfig, Kind, check_reply
 
 MARK = "<image>"

@@ -20,8 +20,8 @@ ROOT = Path(__file__).parent.parent
 
 def _context():
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "numpy", "launch", *(
-        f"common.{path.stem}" for path in (ROOT / "common").glob("[a-z]*.py"))])
+    context.set_forkserver_preload(["torch", "numpy", "launch", "common.run", "common.losses",
+                                    "common.rewards", "extras.images"])
     return context
 
 

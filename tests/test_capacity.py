@@ -6,12 +6,12 @@ import sys
 
 import pytest
 import torch
-from common.estimate import bytes_per_parameter, measure
 from conftest import ROOT, run
 
 from common import optim
 from common.model import GPT, ModelConfig
 from common.zero1 import ShardedOptimizer
+from extras.capacity import bytes_per_parameter, measure
 
 
 def number(text, pattern):
@@ -115,12 +115,12 @@ def test_bytes_per_parameter_are_those_of_the_optimizer_s_buffers(dtype, optimiz
 
 
 def test_the_table_of_largest_models_is_arithmetic():
-    result = subprocess.run([sys.executable, "-m", "common.estimate", "--memory_gib=16", "--ranks=1,4",
+    result = subprocess.run([sys.executable, "-m", "extras.capacity", "--memory_gib=16", "--ranks=1,4",
                              "--free_frac=0.5"], cwd=ROOT, text=True, capture_output=True, timeout=100)
     rows = {tuple(line.split()[:2]): line.split()[2:] for line in result.stdout.splitlines()[2:]}
     assert rows["float32", "1"] == ["16.00", "0.54"]          # 8 * 2^30 / 16 = 0.537e9
     assert rows["float32", "4"] == ["10.00", "0.86"]          # 4 + 4 + 8 / 4
     assert rows["bfloat16", "4"] == ["9.00", "0.95"]          # 2 + 4 + 12 / 4
-    result = subprocess.run([sys.executable, "-m", "common.estimate", "--ranks=0"], cwd=ROOT, text=True,
+    result = subprocess.run([sys.executable, "-m", "extras.capacity", "--ranks=0"], cwd=ROOT, text=True,
                             capture_output=True, timeout=100)
     assert result.returncode == 2 and "expected positive numbers" in result.stderr

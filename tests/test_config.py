@@ -315,11 +315,23 @@ def test_help_lists_a_field_that_a_subclass_sets_anew_once():
 
 
 @pytest.mark.parametrize("command", [
-    *(["-m", f"common.{name}"] for name in ("plot", "hf", "estimate")), ["data/lines.py"], ["data/gym.py"],
-    ["data/vqa.py"], *(["data/prepare.py", kind] for kind in ("text", "chat", "pairs", "prompts", "images",
-                                                              "tokenizer"))], ids=" ".join)
+    *(["-m", f"extras.{name}"] for name in ("plot", "hf", "capacity")), ["data/lines.py"],
+    ["extras/gym.py"], ["data/vqa.py"],
+    *(["data/prepare.py", kind] for kind in ("text", "chat", "pairs", "prompts", "images", "tokenizer"))],
+    ids=" ".join)
 def test_every_command_has_help_that_fits(command):
     result = subprocess.run([sys.executable, *command, "--help"], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "\nOptions (--name=value; the default is shown):\n" in result.stdout
     assert max(map(len, result.stdout.splitlines())) <= 110
+
+
+@pytest.mark.parametrize("command, new", [
+    (["-m", "common.hf", "export"], "python -m extras.hf"), (["-m", "common.plot", "out/x"], "extras.plot"),
+    (["-m", "common.estimate"], "python -m extras.capacity"), (["data/gym.py"], "python extras/gym.py"),
+    (["-c", "from common.rewards import load_function\nload_function('reward', 'data/gym.py:reward')"],
+     "--reward=extras/gym.py:reward")], ids=str)
+def test_a_command_that_has_moved_names_the_new_one(command, new):
+    result = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode and result.stderr.startswith("error: ") and new in result.stderr
+    assert result.stderr.count("\n") == 1

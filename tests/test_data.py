@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from common.data import (
+    Batch,
     Branches,
     ChatData,
     PairData,
@@ -1040,3 +1041,26 @@ def test_an_id_outside_the_vocabulary_in_a_prompt_is_refused(tmp_path):
                                             f"vocabulary has {vocab_size}; prepare the set again"
     tokens[-1] -= 1
     open_prompts(make_prompt_set(tmp_path / "good", train=tokens))
+
+
+# -----------------------------------------------------------------------------
+# critical tokens
+
+def test_critical_weights_give_the_weighted_mean_of_a_hand_computed_table(counting):
+    targets = torch.tensor([[2, 0, 1], [1, 1, 2]])
+    weights = open_data(counting, critical_ids=(1, 5), critical_alpha=3).weights(targets)
+    assert weights.tolist() == [[1, 1, 3], [3, 3, 1]] and weights.dtype == torch.float32
+    assert open_data(counting).weights(targets) is None
+    # probabilities 1/2, 1/4, 1/4 everywhere: nll = ln 2 for token 0, 2 ln 2 for the others
+    hidden, weight = torch.ones(2, 3, 1), torch.tensor([[0.5], [0.25], [0.25]]).log()
+    mask = torch.tensor([[True, True, True], [True, False, True]])
+    batch = Batch(targets, targets, mask, None, weights)
+    loss = linear_cross_entropy(hidden, weight, targets, mask, weights) / batch.n_targets
+    # w nll / ln 2 = 2, 1, 6; 6, -, 2 -> 17 over w = 1 + 1 + 3 + 3 + 1
+    assert loss.item() == pytest.approx(17 / 9 * 0.6931471805599453, rel=1e-6)
+
+
+@pytest.mark.parametrize("ids", [(5, VOCAB), (-1,)])
+def test_critical_ids_are_ids(counting, ids):
+    assert refusal(open_data, counting, critical_ids=ids) == \
+        f"--critical_ids={ids[-1]}: no such token, expected 0 to {VOCAB - 1}"

@@ -13,8 +13,7 @@ from conftest import ROOT, run
 from test_stages import SEES, STAGES, make_stage
 from test_stages import losses as step_losses
 
-from common import losses, optim
-from common import model as model_module
+from common import attention, losses, optim
 from common.model import GPT, ModelConfig
 from common.sampling import SamplingConfig, complete
 from common.zero1 import ShardedOptimizer
@@ -81,13 +80,13 @@ def test_loss_and_gradients_equal_the_cpus(kind, T, layout):
 
 @pytest.mark.parametrize("layout", ["documents", "branches"])
 def test_documents_in_one_kernel_equal_one_call_each(monkeypatch, layout):
-    if not model_module.varlen_kernel(torch.device("cuda"), torch.bfloat16, 32):
+    if not attention.varlen_kernel(torch.device("cuda"), torch.bfloat16, 32):
         pytest.skip("no such kernel in torch before 2.11, or on GPUs before Ampere")
     torch.manual_seed(0)
     model = GPT(CONFIG).cuda()
     tokens, *rest = batch(400, layout)
-    calls, kernel = [], model_module.varlen_attn
-    monkeypatch.setattr(model_module, "varlen_attn", lambda *a, **k: calls.append(1) or kernel(*a, **k))
+    calls, kernel = [], attention.varlen_attn
+    monkeypatch.setattr(attention, "varlen_attn", lambda *a, **k: calls.append(1) or kernel(*a, **k))
     with torch.autocast("cuda", torch.bfloat16):
         loss, one = loss_and_gradients(model, (tokens, *rest))
         assert len(calls) == CONFIG.n_layer
@@ -97,8 +96,8 @@ def test_documents_in_one_kernel_equal_one_call_each(monkeypatch, layout):
                     for x in (other, torch.where(docs == 0, other, 7)))
         assert torch.equal(a, b)
         model.zero_grad()
-        monkeypatch.setattr(model_module, "varlen_kernel", lambda *args: False)
-        monkeypatch.setattr(model_module, "DENSE_MASK_LEN_GPU", 0)
+        monkeypatch.setattr(attention, "varlen_kernel", lambda *args: False)
+        monkeypatch.setattr(attention, "DENSE_MASK_LEN_GPU", 0)
         loss_each, each = loss_and_gradients(model, (tokens, *rest))
     assert loss == pytest.approx(loss_each, rel=1e-3)
     assert max(relative(one[name], g) for name, g in each.items()) < 0.03

@@ -1,6 +1,6 @@
 """
-data/gym.py: questions of reasoning-gym are the same each time and held apart, its own scores are the rewards,
-the files go through preparation and training, and mistakes are told in one line.
+extras/gym.py: questions of reasoning-gym are the same each time and held apart, its own scores are the
+rewards, the files go through preparation and training, and mistakes are told in one line.
 """
 import json
 import re
@@ -9,10 +9,8 @@ import sys
 import pytest
 from conftest import ROOT, run
 
-sys.path.insert(0, str(ROOT / "extras"))
-import gym  # noqa: E402  (data/gym.py)
-
-from common.errors import UserError  # noqa: E402
+from common.errors import UserError
+from extras import gym
 
 SPLITS = ("train", "val", "test")
 SMALL = ("--train=60", "--val=10", "--test=10")
@@ -28,7 +26,7 @@ def reasoning_gym():
 def made(reasoning_gym, tmp_path_factory):
     """The folder of a small task's files."""
     folder = tmp_path_factory.mktemp("gym") / "out"
-    run("data/gym.py", *CHAIN_SUM, f"--out_dir={folder}")
+    run("extras/gym.py", *CHAIN_SUM, f"--out_dir={folder}")
     return folder
 
 
@@ -57,7 +55,7 @@ def test_files_hold_each_splits_questions_with_answers_that_score_in_full(made):
 
 
 def test_questions_follow_from_task_parameters_and_seed(made, tmp_path):
-    run("data/gym.py", *CHAIN_SUM, f"--out_dir={tmp_path}/out")
+    run("extras/gym.py", *CHAIN_SUM, f"--out_dir={tmp_path}/out")
     for path in made.iterdir():
         assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes()
     assert splits_of() == splits_of() != splits_of(seed=7)
@@ -104,7 +102,7 @@ def test_an_answer_that_a_scorer_cannot_read_gets_nothing(reasoning_gym):
 
 
 def test_a_task_without_answers_gives_prompts_alone(reasoning_gym, tmp_path):
-    result = run("data/gym.py", "--task=graph_color", f"--out_dir={tmp_path}/out", *SMALL)
+    result = run("extras/gym.py", "--task=graph_color", f"--out_dir={tmp_path}/out", *SMALL)
     assert "prompts only, as graph_color has no answers to learn from" in result.stdout
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(
         f"{split}_prompts.jsonl" for split in SPLITS)
@@ -118,7 +116,7 @@ def test_preparation_and_training_take_the_files(made, tmp_path):
     run("train_sft.py", f"--data_dir={tmp_path}/chat", f"--out_dir={tmp_path}/sft", "--seq_len=128", *small,
         "--model.n_layer=1", "--model.n_head=2", "--model.n_embd=16")
     run("train_grpo.py", f"--data_dir={tmp_path}/prompts", f"--init_from={tmp_path}/sft",
-        f"--out_dir={tmp_path}/grpo", "--reward=data/gym.py:reward", "--seq_len=128", "--max_new_tokens=8",
+        f"--out_dir={tmp_path}/grpo", "--reward=extras/gym.py:reward", "--seq_len=128", "--max_new_tokens=8",
         "--num_samples=2", *small)
     rows = rows_of(tmp_path / "grpo/metrics.jsonl")
     assert [0 <= row["reward"] <= 1 for row in rows if "reward" in row] == [True] * 2
@@ -141,13 +139,13 @@ def test_preparation_and_training_take_the_files(made, tmp_path):
     (["--task=arc_agi"], "--task=arc_agi: its entries cannot be kept as JSON: "),
     (["--val=0"], "expected at least 1 each")], ids=str)
 def test_a_mistake_is_one_line_and_nothing_is_written(reasoning_gym, tmp_path, options, message):
-    result = run("data/gym.py", f"--out_dir={tmp_path}/out", *SMALL, *options, check=False)
+    result = run("extras/gym.py", f"--out_dir={tmp_path}/out", *SMALL, *options, check=False)
     assert result.returncode == 2 and re.fullmatch(r"error: .*\n", result.stderr) and message in result.stderr
     assert not list(tmp_path.iterdir())
 
 
 def test_an_existing_folder_is_left_alone(tmp_path):
-    result = run("data/gym.py", f"--out_dir={tmp_path}", check=False)
+    result = run("extras/gym.py", f"--out_dir={tmp_path}", check=False)
     assert result.returncode == 2 and re.fullmatch(r"error: .* already there.*\n", result.stderr)
     assert not list(tmp_path.iterdir())
 

@@ -1,5 +1,5 @@
 """
-common/hf.py against transformers: the logits of every family, there and back again, files in several pieces,
+extras/hf.py against transformers: the logits of every family, there and back again, files in several pieces,
 fields that are not supported, and a run that is exported.
 """
 import json
@@ -12,9 +12,9 @@ import torch
 from conftest import ROOT, run
 
 import sample
-from common import hf
 from common.errors import UserError
 from common.model import GPT, ModelConfig
+from extras import hf
 
 transformers = pytest.importorskip("transformers", reason="the authority on these folders; a dev extra")
 pytest.importorskip("safetensors", reason="the extra hf")
@@ -69,7 +69,7 @@ def load(folder):
 
 
 def export(model, folder, **how):
-    hf.write(str(folder), asdict(model.config), model.state_dict(), 3, {}, **how)
+    hf.write(str(folder), model.config, model.state_dict(), 3, {}, **how)
     return str(folder)
 
 
@@ -350,7 +350,7 @@ def test_a_run_is_exported_from_the_command_line(tmp_path):
         "--model.n_kv_head=2", "--model.n_embd=16", "--model.qk_norm=true", "--model.attn_bias=false")
 
     def command(*options):
-        return subprocess.run([sys.executable, "-m", "common.hf", *options], cwd=ROOT, capture_output=True,
+        return subprocess.run([sys.executable, "-m", "extras.hf", *options], cwd=ROOT, capture_output=True,
                               text=True, timeout=100)
     options = ["export", f"--init_from={tmp_path}/run", f"--hf_dir={tmp_path}/out"]
     result = command(*options)
@@ -360,8 +360,8 @@ def test_a_run_is_exported_from_the_command_line(tmp_path):
     x = tokens(16, 256)
     torch.testing.assert_close(logits(theirs, x), logits(ours, x), atol=1e-5, rtol=0)
     assert theirs.config.eos_token_id == 256
-    for arguments, message in ((options, "already there"), (options[:2], "expected: python -m common.hf"),
-                               (["import"], "expected: python -m common.hf")):
+    for arguments, message in ((options, "already there"), (options[:2], "expected: python -m extras.hf"),
+                               (["import"], "expected: python -m extras.hf")):
         result = command(*arguments)
         assert result.returncode == 2 and message in result.stderr and result.stderr.count("\n") == 1
 
@@ -451,14 +451,14 @@ def test_a_run_of_ours_that_is_exported_and_imported_still_talks(chat_set, tmp_p
         "--eval_seqs=0", "--lr=1e-2", "--device=cpu")
     for options in (["export", f"--init_from={tmp_path}/sft", f"--hf_dir={tmp_path}/folder"],
                     ["import", f"--hf_dir={tmp_path}/folder", f"--out_dir={tmp_path}/imported"]):
-        subprocess.run([sys.executable, "-m", "common.hf", *options], cwd=ROOT, check=True, timeout=100)
+        subprocess.run([sys.executable, "-m", "extras.hf", *options], cwd=ROOT, check=True, timeout=100)
     said = [run("sample.py", f"--init_from={tmp_path}/{name}", "--chat=true", "--prompt=3", "--temperature=0",
                 "--max_new_tokens=9", "--show_tags=true").stdout for name in ("sft", "folder", "imported")]
     assert said[0].strip() and said[0] == said[1] == said[2]
 
 
 def test_a_folder_that_is_not_there_is_named(tmp_path):
-    result = subprocess.run([sys.executable, "-m", "common.hf", "import", f"--hf_dir={tmp_path}/none",
+    result = subprocess.run([sys.executable, "-m", "extras.hf", "import", f"--hf_dir={tmp_path}/none",
                              f"--out_dir={tmp_path}/out"], cwd=ROOT, stderr=subprocess.PIPE, text=True)
     assert result.returncode == 2 and f"{tmp_path}/none/config.json: missing" in result.stderr
     assert not (tmp_path / "out").exists()

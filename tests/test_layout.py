@@ -15,7 +15,9 @@ from common.sampling import SamplingConfig
 ROOT = Path(__file__).parent.parent
 STAGES = sorted(ROOT.glob("train_*.py"))
 SCRIPTS = [*STAGES, ROOT / "sample.py"]
-COMMON = sorted((ROOT / "common").glob("*.py"))
+# but what only gives the new name of a module that has moved
+COMMON = [path for path in sorted((ROOT / "common").glob("*.py"))
+          if not path.read_text().startswith("raise SystemExit")]
 EXTRAS = sorted((ROOT / "extras").glob("*.py"))
 DATA = sorted((ROOT / "data").glob("*.py"))
 DEMOS = sorted((ROOT / "demos").rglob("*.py"))
@@ -27,7 +29,7 @@ FIXED = {"torch", "numpy", "tiktoken", "sentencepiece"}
 MAY_IMPORT = {
     "errors": "", "schedule": "", "config": "errors", "dist": "errors", "data": "errors",
     "logger": "dist errors", "checkpoint": "dist errors", "tokenizer": "errors", "chat": "",
-    "attention": "errors", "moe": "dist", "model": "attention moe dist errors", "losses": "dist errors",
+    "layers": "errors", "attention": "errors", "moe": "layers dist", "model": "attention layers moe dist errors", "losses": "dist errors",
     "optim": "", "zero1": "dist", "sampling": "errors", "rewards": "dist errors",
     "run": "checkpoint chat config data dist errors logger model optim sampling schedule tokenizer zero1",
 }
@@ -80,7 +82,7 @@ def test_common_imports_in_one_direction(path):
 @pytest.mark.parametrize("path", PRODUCT, ids=by_name)
 def test_extras_are_imported_only_where_they_are_asked_for(path):
     users = {name for name in top_imports(path) if name.split(".")[0] in ("extras", "data", "demos")}
-    allowed = {"extras": ("extras",), "data": ("data", "extras"), "demos": ("extras", "data", "demos")}
+    allowed = {"extras": ("extras", "data"), "data": ("data", "extras"), "demos": ("extras", "data", "demos")}
     home = path.relative_to(ROOT).parts[0]
     assert {name for name in users if name.split(".")[0] not in allowed.get(home, ())} == set()
 

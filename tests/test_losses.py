@@ -1,8 +1,10 @@
 """losses.py against plain float64 logits, cross_entropy and log_softmax, formulas by hand, and trl."""
 import copy
 import math
+import re
 from collections import defaultdict
 from decimal import Decimal, localcontext
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from common import losses
 from common.losses import (
-    critical_weights,
+    chunked,
     dpo_loss,
     group_advantages,
     grpo_token_loss,
@@ -207,7 +210,8 @@ def textbook(hidden, weight, targets, chunk_size):
 
 @pytest.mark.parametrize("loss, holds_all", [
     (linear_cross_entropy, False), (lambda *args, **kwargs: token_logps(*args, **kwargs).sum(), False),
-    (textbook, True)], ids=["linear_cross_entropy", "token_logps", "textbook"])
+    (lambda *args, **kwargs: chunked(smoothed, *args, **kwargs), False),
+    (textbook, True)], ids=["linear_cross_entropy", "token_logps", "chunked", "textbook"])
 def test_the_logits_are_never_held_whole_in_forward_or_backward(loss, holds_all):
     n_vocab, n_embd, seq_len, chunk = 211, 16, 300, 32
     h, w = leaf(torch.randn(2, seq_len, n_embd)), leaf(torch.randn(n_vocab, n_embd))
@@ -215,6 +219,163 @@ def test_the_logits_are_never_held_whole_in_forward_or_backward(loss, holds_all)
         loss(h, w, torch.randint(n_vocab, (2, seq_len)), chunk_size=chunk).backward()
     allowed = max(chunk * n_vocab, n_vocab * n_embd, 2 * seq_len * n_embd)
     assert (watch.largest > allowed) == holds_all, f"{watch.largest} numbers, {allowed} allowed"
+
+
+# -----------------------------------------------------------------------------
+# chunked: losses written in plain PyTorch
+
+def cross_entropy(logits, targets):
+    return F.cross_entropy(logits, targets, reduction="none")
+
+
+def smoothed(logits, targets):
+    """Label smoothing and a z-loss"""
+    nll = F.cross_entropy(logits, targets, reduction="none", label_smoothing=0.1)
+    return nll + 1e-2 * logits.logsumexp(-1)**2
+
+
+def focal(logits, targets):
+    logp = logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    return -(1 - logp.exp())**2 * logp
+
+
+def whole(loss_of, hidden, weight, *rows, mask):
+    """All logits at once, in float64 -> sums, and gradients of 0.37 times the first, in float32"""
+    h, w = leaf(hidden.double()), leaf(weight.double())
+    losses = loss_of((h @ w.T)[mask], *(row[mask] for row in rows))
+    sums = [x.sum() for x in (losses if isinstance(losses, tuple) else (losses,))]
+    (0.37 * sums[0]).backward()
+    return [x.detach().float() for x in (*sums, h.grad, w.grad)]
+
+
+def in_chunks(loss_of, hidden, weight, *rows, **options):
+    h, w = leaf(hidden), leaf(weight)
+    sums = chunked(loss_of, h, w, *rows, **options)
+    sums = sums if isinstance(sums, tuple) else (sums,)
+    assert all(x.shape == () and x.dtype == torch.float32 for x in sums)
+    assert [x.requires_grad for x in sums] == [True] + [False] * (len(sums) - 1)
+    (0.37 * sums[0]).backward()
+    return [*(x.detach() for x in sums), h.grad, w.grad]
+
+
+@pytest.mark.parametrize("chunk", CHUNKS)
+@pytest.mark.parametrize("loss_of", [cross_entropy, smoothed, focal])
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_loss_in_plain_torch_equals_that_of_whole_logits(batch, loss_of, masked, chunk):
+    mask = torch.rand(B, T) < 0.6 if masked else torch.ones(B, T, dtype=torch.bool)
+    result = in_chunks(loss_of, *batch, mask=mask if masked else None, chunk_size=chunk)
+    assert_close(result, whole(loss_of, *batch, mask=mask))
+
+
+def test_cross_entropy_in_plain_torch_equals_the_one_made_by_hand(batch):
+    mask = torch.rand(B, T) < 0.6
+    h, w = leaf(batch[0]), leaf(batch[1])
+    (0.37 * linear_cross_entropy(h, w, batch[2], mask)).backward()
+    assert_close(in_chunks(cross_entropy, *batch, mask=mask)[1:], [h.grad, w.grad])
+
+
+@pytest.mark.parametrize("chunk", CHUNKS)
+def test_several_sums_and_rows_of_several_numbers(batch, chunk):
+    """As a distillation of one's own: the gradient is that of the first sum."""
+    teacher, weights = torch.randn(B, T, V).softmax(-1), torch.rand(B, T)
+    mask = torch.rand(B, T) < 0.6
+
+    def loss_of(logits, targets, teacher, weights):
+        ce = cross_entropy(logits, targets) * weights
+        kl = F.kl_div(logits.log_softmax(-1), teacher.to(logits.dtype), reduction="none").sum(-1)
+        return 0.3 * ce + 0.7 * kl, ce, kl
+    rows = batch[2], teacher, weights
+    result = in_chunks(loss_of, *batch[:2], *rows, mask=mask, chunk_size=chunk)
+    assert len(result) == 5
+    assert_close(result, whole(loss_of, *batch[:2], *rows, mask=mask))
+
+
+def test_where_nothing_counts_all_sums_and_gradients_are_0(batch):
+    def loss_of(logits, targets):
+        return smoothed(logits, targets), cross_entropy(logits, targets)
+    result = in_chunks(loss_of, *batch, mask=torch.zeros(B, T, dtype=torch.bool))
+    assert [x.shape for x in result] == [(), (), (B, T, C), (V, C)]
+    assert not any(x.any() for x in result)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 0.01), (torch.float16, 0.001)],
+                         ids=str)
+@pytest.mark.parametrize("hidden_dtype", [torch.float32, "autocast's"])
+def test_a_loss_in_plain_torch_under_autocast_is_close_to_float32(dtype, tolerance, hidden_dtype):
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(4, 32, 64), torch.randn(97, 64) * 0.1
+    targets = torch.randint(97, (4, 32))
+    hidden_dtype = dtype if hidden_dtype == "autocast's" else hidden_dtype
+    hidden = hidden.to(dtype).float()                          # what the reference gets, too
+    seen = []
+
+    def loss_of(logits, targets):
+        seen.append(logits.dtype)
+        return smoothed(logits, targets)
+    expected = whole(smoothed, hidden, weight, targets, mask=torch.ones(4, 32, dtype=torch.bool))
+    with torch.autocast("cpu", dtype):
+        result = in_chunks(loss_of, hidden.to(hidden_dtype), weight, targets, chunk_size=50)
+    assert [x.dtype for x in result] == [torch.float32, hidden_dtype, torch.float32]
+    assert set(seen) == {torch.float32}
+    for actual, wanted in zip(result, expected):
+        assert (actual.float() - wanted).norm() < tolerance * wanted.norm()
+
+
+def test_a_loss_in_plain_torch_without_gradients(batch):
+    w = leaf(batch[1])
+    expected = whole(smoothed, *batch, mask=torch.ones(B, T, dtype=torch.bool))[0]
+    with torch.no_grad(), Watch() as watch:
+        loss = chunked(smoothed, batch[0], w, batch[2], chunk_size=4)
+    assert not loss.requires_grad and watch.products == 6               # one a chunk: ceil(21 / 4)
+    assert_close(loss, expected)
+    assert not chunked(smoothed, *batch).requires_grad                  # all is frozen
+
+
+@pytest.mark.parametrize("frozen", ["hidden", "weight"])
+def test_a_loss_in_plain_torch_of_a_frozen_input(batch, frozen):
+    h, w = leaf(batch[0]), leaf(batch[1])
+    (h if frozen == "hidden" else w).requires_grad_(False)
+    (0.37 * chunked(smoothed, h, w, batch[2], chunk_size=4)).backward()
+    _, d_hidden, d_weight = whole(smoothed, *batch, mask=torch.ones(B, T, dtype=torch.bool))
+    if frozen == "hidden":
+        assert h.grad is None
+        assert_close(w.grad, d_weight)
+    else:
+        assert w.grad is None
+        assert_close(h.grad, d_hidden)
+
+
+def test_a_second_backward_through_a_loss_in_plain_torch_is_refused(batch):
+    loss = chunked(smoothed, leaf(batch[0]), leaf(batch[1]), batch[2])
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="second backward"):
+        loss.backward()
+
+
+def test_a_loss_that_is_not_one_per_position_is_refused(batch):
+    for loss_of, shape in ((F.cross_entropy, r"\(\)"), (lambda logits, _: logits, r"\(21, 13\)"),
+                           (lambda logits, _: (cross_entropy(logits, _), logits.sum()), r"\(\)")):
+        with pytest.raises(ValueError, match=rf"loss_of returned shape {shape}, expected \(21,\)"):
+            chunked(loss_of, *batch)
+
+
+def page():
+    return (Path(__file__).parents[1] / "docs/losses.md").read_text(encoding="utf-8")
+
+
+def test_the_example_of_the_documentation_runs(batch):
+    hidden, weight, targets = batch
+    mask, h, w = torch.rand(B, T) < 0.6, leaf(hidden), leaf(weight)
+    block, = re.findall(r"```python\n(.*?)```", page(), re.DOTALL)
+    names = dict(F=F, losses=losses, hidden=h, targets=targets, mask=mask,
+                 model=SimpleNamespace(head=w))
+    exec(block, names)
+    names["loss_sum"].backward()
+    logits = (hidden.double() @ weight.double().T)[mask]
+    expected = 0.9 * cross_entropy(logits, targets[mask]) - 0.1 * logits.log_softmax(-1).mean(-1)
+    expected = (expected + 1e-4 * logits.logsumexp(-1)**2).sum()
+    assert_close(names["loss_sum"].detach(), expected.float())
+    assert h.grad[mask].any() and w.grad.any()
 
 
 # -----------------------------------------------------------------------------
@@ -291,7 +452,7 @@ def test_token_logps_among_the_kept_ids_of_each_position(batch, chunk, suppress)
     counts = torch.tensor([len(ids) for ids in kept])
     h, w = leaf(hidden), leaf(weight)
     logps = token_logps(h, w, targets, 0.7, chunk_size=chunk, suppress=suppress,
-                        kept=(torch.cat(kept), counts))
+                        support=(torch.cat(kept), counts))
     logps.backward(upstream)
     h64, w64 = leaf(hidden.double()), leaf(weight.double())
     expected = torch.stack([(w64[ids.long()] @ x / 0.7).log_softmax(-1)[0]
@@ -300,7 +461,7 @@ def test_token_logps_among_the_kept_ids_of_each_position(batch, chunk, suppress)
     assert_close((logps.detach(), h.grad, w.grad),
                  tuple(x.float() for x in (expected.detach(), h64.grad, w64.grad)))
     assert not logps.flatten()[counts == 1].any()                       # one id left: certain
-    outside = token_logps(hidden, weight, (targets + 1) % V, 0.7, kept=(torch.cat(kept), counts)).flatten()
+    outside = token_logps(hidden, weight, (targets + 1) % V, 0.7, support=(torch.cat(kept), counts)).flatten()
     lost = torch.tensor([(t + 1) % V not in ids for t, ids in zip(targets.flatten().tolist(), kept)])
     assert ((outside == -torch.inf) == lost).all()
 
@@ -315,20 +476,6 @@ def test_the_logps_of_all_ids_but_the_suppressed_ones_are_a_distribution(batch):
 
 # -----------------------------------------------------------------------------
 # the denominators
-
-def test_critical_weights_give_the_weighted_mean_of_a_hand_computed_table():
-    targets = torch.tensor([[2, 0, 1], [1, 1, 2]])
-    weights = critical_weights(targets, torch.tensor([1, 5]), alpha=3.0)
-    assert weights.tolist() == [[1, 1, 3], [3, 3, 1]] and weights.dtype == torch.float32
-    no_ids = torch.tensor([], dtype=torch.int64)
-    assert critical_weights(targets, no_ids, alpha=3.0).tolist() == [[1, 1, 1], [1, 1, 1]]
-    # probabilities 1/2, 1/4, 1/4 everywhere: nll = ln 2 for token 0, 2 ln 2 for the others
-    hidden, weight = torch.ones(2, 3, 1), torch.tensor([[0.5], [0.25], [0.25]]).log()
-    mask = torch.tensor([[True, True, True], [True, False, True]])
-    loss = linear_cross_entropy(hidden, weight, targets, mask, weights) / (weights * mask).sum()
-    # w nll / ln 2 = 2, 1, 6; 6, -, 2 -> 17 over w = 1 + 1 + 3 + 3 + 1
-    assert loss.item() == pytest.approx(17 / 9 * 0.6931471805599453, rel=1e-6)
-
 
 def ragged_gradients(model, tokens, targets, mask, num_micro, mean_of_means=False):
     """Gradients of (embed, matrix) when the batch is cut into num_micro parts."""

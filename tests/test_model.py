@@ -7,27 +7,24 @@ import functools
 import inspect
 import math
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from common.errors import UserError
-from common.model import (
+from common.attention import (
     DENSE_MASK_LEN,
     DENSE_MASK_LEN_GPU,
-    GPT,
-    ModelConfig,
-    RMSNorm,
-    Rotate,
-    Segments,
-    SwiGLUInCache,
+    Documents,
+    attend,
+    by_documents,
     documents,
-    rope_frequencies,
-    swiglu,
+    sdpa,
     varlen_kernel,
 )
+from common.errors import UserError
+from common.layers import RMSNorm, Rotate, SwiGLUInCache, rope_frequencies, swiglu
+from common.model import GPT, ModelConfig
 
 TINY = ModelConfig(vocab_size=50, n_layer=2, n_head=4, n_kv_head=2, n_embd=32, d_ff=48, seq_len=24)
 HEADS = {"MHA": 4, "GQA": 2, "MQA": 1}
@@ -53,7 +50,7 @@ def gradients(model):
 @pytest.fixture(params=["mask", "segments"])
 def path(request, monkeypatch):
     """Packed rows, whatever their length, with one mask for all or with a call for each document."""
-    monkeypatch.setattr("common.model.DENSE_MASK_LEN", {"mask": 10**9, "segments": 0}[request.param])
+    monkeypatch.setattr("common.attention.DENSE_MASK_LEN", {"mask": 10**9, "segments": 0}[request.param])
     return request.param
 
 
@@ -601,7 +598,7 @@ def alone(model):
 def test_documents_in_long_rows_are_computed_as_each_alone_and_as_with_a_mask(monkeypatch, heads):
     model = tiny_model(n_kv_head=HEADS[heads], qk_norm=True)
     expected, segments = alone(model), logits_and_gradients(model, [long_rows()])
-    monkeypatch.setattr("common.model.DENSE_MASK_LEN", 150)
+    monkeypatch.setattr("common.attention.DENSE_MASK_LEN", 150)
     for logits, grads in (segments, logits_and_gradients(model, [long_rows()])):
         torch.testing.assert_close(logits, expected[0], atol=1e-5, rtol=1e-5)
         assert_gradients_close(grads, expected[1], 1e-5)
@@ -609,15 +606,16 @@ def test_documents_in_long_rows_are_computed_as_each_alone_and_as_with_a_mask(mo
 
 
 def test_only_longer_rows_than_a_mask_is_made_for_are_computed_document_by_document(monkeypatch):
-    calls, attend = [], Segments.attend
-    monkeypatch.setattr(Segments, "attend", lambda self, *args: calls.append(self.lengths)
-                        or attend(self, *args))
+    calls = []
+    monkeypatch.setattr("common.attention.sdpa", lambda q, *args: calls.append(q.shape[2])
+                        or sdpa(q, *args))
     docs, model = (torch.arange(DENSE_MASK_LEN + 1) // 100)[None], tiny_model()
     with torch.no_grad():
         model(random_tokens(1, DENSE_MASK_LEN), docs[:, :-1])
-        assert calls == []
+        assert calls == [DENSE_MASK_LEN] * 2             # once a layer
+        calls.clear()
         model(random_tokens(1, DENSE_MASK_LEN + 1), docs)
-    assert calls == [[100, DENSE_MASK_LEN - 99]] * 2     # once a layer
+    assert calls == [100, DENSE_MASK_LEN - 99] * 2
 
 
 def test_another_document_in_long_rows_changes_no_bit():
@@ -691,10 +689,10 @@ def on_gpu(monkeypatch):
     def varlen_attn(*args, **kwargs):
         calls.append(args)
         return varlen_reference(*args, **kwargs)
-    monkeypatch.setattr("common.model.varlen_attn", varlen_attn, raising=False)
-    monkeypatch.setattr("common.model.VARLEN", True)
+    monkeypatch.setattr("common.attention.varlen_attn", varlen_attn, raising=False)
+    monkeypatch.setattr("common.attention.VARLEN", True)
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (8, 0))
-    monkeypatch.setattr("common.model.varlen_kernel",
+    monkeypatch.setattr("common.attention.varlen_kernel",
                         lambda device, dtype, D: varlen_kernel(OnGPU.device, OnGPU.dtype, D))
     return calls
 
@@ -719,9 +717,12 @@ def test_where_the_kernel_cannot_be_used_each_document_has_a_call(on_gpu, monkey
     elif lacking == "the GPU":
         monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (7, 5))
     else:
-        monkeypatch.setattr("common.model.VARLEN", False)
+        monkeypatch.setattr("common.attention.VARLEN", False)
     logits, _ = logits_and_gradients(model, [long_rows()])
     assert on_gpu == []
+    if lacking == "dropout":                                  # in evaluation it is there
+        logits_and_gradients(model.eval(), [long_rows()])
+        assert len(on_gpu) == 2
     distance = (logits - alone(model.eval())[0]).abs().max()
     assert distance > 0.1 if lacking == "dropout" else distance < 1e-5
 
@@ -733,18 +734,17 @@ def test_the_kernel_of_torch_takes_and_gives_what_is_expected(monkeypatch):
     for name, parameter in inspect.signature(varlen_reference).parameters.items():
         assert real[name].kind == parameter.kind, name
     assert list(real)[:7] == list(inspect.signature(varlen_reference).parameters)[:7]
-    segments = Segments(torch.tensor([[1, 0, 0, 1, 0], [1, 0, 1, 0, 0]]).bool(), kernel=True)
-    assert segments.borders.tolist() == [0, 3, 5, 7, 10] and segments.lengths == [3, 2, 2, 3]
-    places, borders, longest = segments.keys
-    segments.borders = segments.borders.to("meta")
-    segments.keys = places, borders.to("meta"), longest
+    monkeypatch.setattr("common.attention.by_documents", lambda *args: (True, 0))
+    layout = Documents(TINY.resolved(), torch.tensor([[1, 1, 1, 2, 2], [2, 2, 3, 3, 3]]), None, None, 0.0)
+    assert layout.borders.tolist() == [0, 3, 5, 7, 10] and layout.lengths == [3, 2, 2, 3]
+    layout.borders, layout.key_borders = layout.borders.to("meta"), layout.key_borders.to("meta")
     for K in (2, 4):
-        qk = torch.empty(2, 5, 4 + K, 8, dtype=torch.bfloat16, device="meta", requires_grad=True)
-        v = torch.empty(2, 5, K, 8, dtype=torch.bfloat16, device="meta", requires_grad=True)
-        y = segments.attend(qk, v, 4, 0.0)
-        assert y.shape == (2, 5, 32) and y.dtype == torch.bfloat16
+        q, k, v = (torch.empty(2, 5, heads, 8, dtype=torch.bfloat16, device="meta", requires_grad=True)
+                   for heads in (4, K, K))
+        y = attend(*(x.transpose(1, 2) for x in (q, k, v)), layout)
+        assert y.shape == (2, 4, 5, 8) and y.dtype == torch.bfloat16
         y.sum().backward()
-        assert qk.grad.shape == qk.shape and v.grad.shape == v.shape
+        assert all(x.grad.shape == x.shape for x in (q, k, v))
 
 
 # -----------------------------------------------------------------------------
@@ -789,11 +789,10 @@ def each_branch_alone(model):
 def test_a_branch_continues_the_positions_of_its_trunk():
     docs = torch.tensor([[5, 5, 5, 6, 6, 7, 8, 8, 9], [1, 2, 3, 3, 3, 4, 4, 4, 4]])
     branch = torch.tensor([[0, 0, 0, 1, 1, 1, 0, 0, 1], [0, 1, 0, 0, 0, 0, 0, 0, 0]]).bool()
-    first, positions, number, trunk = documents(docs, branch)
-    assert first.int().tolist() == [[1, 0, 0, 1, 0, 1, 1, 0, 1], [1, 1, 1, 0, 0, 1, 0, 0, 0]]
+    positions, start, trunk_start = documents(docs, branch)
     assert positions.tolist() == [[0, 1, 2, 3, 4, 3, 0, 1, 2], [0, 1, 0, 1, 2, 0, 1, 2, 3]]
-    assert number.tolist() == [[1, 1, 1, 2, 2, 3, 4, 4, 5], [1, 2, 3, 3, 3, 4, 4, 4, 4]]
-    assert trunk.tolist() == [[1, 1, 1, 1, 1, 1, 4, 4, 4], [1, 1, 3, 3, 3, 4, 4, 4, 4]]
+    assert start.tolist() == [[0, 0, 0, 3, 3, 5, 6, 6, 8], [0, 1, 2, 2, 2, 5, 5, 5, 5]]
+    assert trunk_start.tolist() == [[0, 0, 0, 0, 0, 0, 6, 6, 6], [0, 0, 2, 2, 2, 5, 5, 5, 5]]
 
 
 @pytest.mark.parametrize("heads", HEADS)
@@ -849,7 +848,7 @@ def test_activation_checkpointing_of_branches_changes_no_bit(path):
 
 
 def test_a_compiled_model_computes_branches_in_one_graph_to_the_same_result(monkeypatch):
-    monkeypatch.setattr("common.model.DENSE_MASK_LEN", 0)
+    monkeypatch.setattr("common.attention.DENSE_MASK_LEN", 0)
     model = tiny_model(n_layer=1)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     tokens, docs, branch = trees()
@@ -860,7 +859,7 @@ def test_a_compiled_model_computes_branches_in_one_graph_to_the_same_result(monk
 
 @pytest.mark.parametrize("heads", HEADS)
 def test_one_kernel_for_trunks_and_branches_gives_the_same_as_each_alone(on_gpu, monkeypatch, heads):
-    monkeypatch.setattr("common.model.DENSE_MASK_LEN", 0)
+    monkeypatch.setattr("common.attention.DENSE_MASK_LEN", 0)
     model = tiny_model(n_kv_head=HEADS[heads])
     logits, grads = in_trees(model)
     assert len(on_gpu) == 2                                   # once a layer
@@ -870,16 +869,14 @@ def test_one_kernel_for_trunks_and_branches_gives_the_same_as_each_alone(on_gpu,
 
 
 def test_a_gpu_without_that_kernel_has_a_mask_for_rows_that_are_not_too_long(monkeypatch):
-    model = tiny_model(attn_dropout=0.1).bfloat16().eval()
-    assert model.attending_documents() == (False, DENSE_MASK_LEN)
-    del model.embed
-    model.embed = SimpleNamespace(weight=OnGPU())
+    where = OnGPU.device, OnGPU.dtype, 8
+    assert by_documents(torch.device("cpu"), torch.bfloat16, 8, 0.0) == (False, DENSE_MASK_LEN)
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (8, 0))
-    monkeypatch.setattr("common.model.VARLEN", True)
-    assert model.attending_documents() == (True, DENSE_MASK_LEN)
-    assert model.train().attending_documents() == (False, DENSE_MASK_LEN_GPU)    # no dropout in the kernel
-    monkeypatch.setattr("common.model.VARLEN", False)
-    assert model.eval().attending_documents() == (False, DENSE_MASK_LEN_GPU)
+    monkeypatch.setattr("common.attention.VARLEN", True)
+    assert by_documents(*where, 0.0) == (True, DENSE_MASK_LEN)
+    assert by_documents(*where, 0.1) == (False, DENSE_MASK_LEN_GPU)              # no dropout in the kernel
+    monkeypatch.setattr("common.attention.VARLEN", False)
+    assert by_documents(*where, 0.0) == (False, DENSE_MASK_LEN_GPU)
 
 
 # -----------------------------------------------------------------------------

@@ -1,5 +1,5 @@
 """
-Mixture of experts in model.py against a loop over tokens, and its load-balance loss against hand-made tables
+common/moe.py against a loop over tokens, and its load-balance loss against hand-made tables
 (PITFALLS 15). The layouts of ranks and micro-batches are in test_zero1.py and test_stages.py, the logits of
 Qwen's models in test_hf.py.
 """
@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from common.errors import UserError
-from common.model import GPT, ModelConfig, MoE, load_balance
+from common.model import GPT, ModelConfig
+from common.moe import MoE, load_balance
 from common.optim import Muon, parameter_groups
 from common.sampling import SamplingConfig, complete
 
@@ -226,6 +227,22 @@ def test_sum_and_gradient_do_not_depend_on_micro_batches(parts):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-8)
     assert torch.tensor(stats["expert_frac"]).allclose(torch.tensor(whole_stats["expert_frac"]))
     assert stats["balance"] == pytest.approx(whole_stats["balance"], rel=1e-5)
+
+
+def test_the_balance_adds_up_until_it_is_asked_for():
+    """Two forwards, then one loss: neither's balance is lost. Bit for bit the sum of each one's."""
+    def gradient(ask):
+        model, total = tiny_model(), 0.0
+        for rows in random_tokens(2).split(1):
+            model(rows)
+            if ask:
+                total = total + model.balance_loss()
+        total = total if ask else model.balance_loss()
+        total.backward()
+        assert model.balance_loss() == 0.0
+        return [total.detach()] + [router.grad for router in routers(model)]
+    for once, each in zip(gradient(False), gradient(True)):
+        assert once.equal(each) and once.any()
 
 
 def test_documents_in_a_row_balance_like_each_alone_and_padding_does_not_count():

@@ -6,8 +6,8 @@ import sys
 import pytest
 from conftest import ROOT
 
-from common import plot
 from common.errors import UserError
+from extras import plot
 
 
 def write(folder, records):
@@ -46,7 +46,7 @@ def test_a_last_line_cut_short_is_left_out_and_another_one_named(tmp_path):
 
 
 def command(*options):
-    return subprocess.run([sys.executable, "-m", "common.plot", *map(str, options)], cwd=ROOT, text=True,
+    return subprocess.run([sys.executable, "-m", "extras.plot", *map(str, options)], cwd=ROOT, text=True,
                           capture_output=True, timeout=100)
 
 
@@ -64,7 +64,7 @@ def test_runs_are_drawn_from_the_command_line(tmp_path):
 
 def test_mistakes_are_answered_by_a_line(tmp_path, monkeypatch):
     one = write(tmp_path / "one", RECORDS)
-    for options, message in ((["--smooth=2"], "expected: python -m common.plot RUN"),
+    for options, message in ((["--smooth=2"], "expected: python -m extras.plot RUN"),
                              ([tmp_path / "none"], "metrics.jsonl: No such file"),
                              ([write(tmp_path / "empty", [])], "nothing to draw yet"),
                              ([one, f"--out={tmp_path}/x.doc"], "Format 'doc' is not supported"),

@@ -18,9 +18,10 @@ import numpy as np
 import pytest
 from conftest import ROOT, launch, run
 
+from common.chat import encode_chat
 from common.data import ChatData, PairData, PromptData, TokenData
 from common.errors import UserError
-from common.tokenizer import encode_chat, load_tokenizer
+from common.tokenizer import load_tokenizer
 
 spec = importlib.util.spec_from_file_location("prepare", ROOT / "data" / "prepare.py")
 prepare = sys.modules["prepare"] = importlib.util.module_from_spec(spec)
@@ -660,7 +661,7 @@ def test_a_set_holds_each_conversation_as_the_template_encodes_it(monkeypatch, t
         tokenizer.vocab_size, tokenizer.end, tokenizer.pad)
     assert meta["fingerprint"] == load_tokenizer("set").fingerprint == tokenizer.fingerprint
     batch = ChatData("set", "train", 256, 100).batch(0)
-    tokens, targets, mask = batch.tokens, batch.targets, batch.mask
+    targets, mask = batch.targets, batch.mask
     assert targets[mask].unique().tolist() == sorted({i for ids, counts in expected
                                                       for i, learn in zip(ids, counts) if learn})
 

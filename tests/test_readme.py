@@ -1,14 +1,27 @@
-"""What the README tells people to type works, on small budgets, and what it says of the tree is true."""
+"""What README and docs tell people to type works, on small budgets, and what they say of the tree is true."""
+import functools
 import re
+import runpy
 import shlex
 import subprocess
 import sys
+import tomllib
 
 import pytest
 from conftest import ROOT, launch, run
 
-TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"<!-- runnable -->\n```bash\n(.*?)```", TEXT, re.S)
+from common.config import parse_config
+
+# pages whose commands build on those before them come first, in this order
+ORDER = ["README.md", *(f"docs/{name}.md" for name in (
+    "data", "chat", "images", "preferences", "rewards", "distillation"))]
+ORDER += sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("docs/*.md")
+                if str(path.relative_to(ROOT)) not in ORDER)
+ORDER += ["CONTRIBUTING.md"]
+PAGES = {name: (ROOT / name).read_text(encoding="utf-8") for name in ORDER}
+TEXT = "\n".join(PAGES.values())
+RUNNABLE = r"<!-- runnable -->\n```bash\n(.*?)```"
+BLOCKS = {name: re.findall(RUNNABLE, text, re.S) for name, text in PAGES.items()}
 # options that make a command small; appended, so they win
 SMALL = {"train_pretrain.py": ["--num_steps=3", "--eval_seqs=4", "--batch_size=2"],
          "train_sft.py": ["--num_steps=2", "--eval_seqs=2", "--batch_size=2"],
@@ -16,12 +29,27 @@ SMALL = {"train_pretrain.py": ["--num_steps=3", "--eval_seqs=4", "--batch_size=2
          "train_grpo.py": ["--num_steps=1", "--eval_seqs=2", "--batch_size=2", "--num_samples=2"],
          "train_kd.py": ["--num_steps=1", "--eval_seqs=2", "--batch_size=2"],
          "sample.py": ["--max_new_tokens=20"]}
+FOLDERS = ("common", "configs", "data", "demos", "extras", "tests")
+
+
+def lines_of(blocks):
+    return "".join(blocks).replace("\\\n", " ").strip().splitlines()
+
+
+def commands():
+    """What test_the_commands_run_in_their_order leaves out: lines of bash blocks, `python ...` in a text"""
+    for page, text in PAGES.items():
+        rest = re.sub(RUNNABLE, "", text, flags=re.S)
+        blocks = re.findall(r"```bash\n(.*?)```", rest, re.S)
+        spans = re.findall(r"`((?:python|torchrun|make) [^`]+)`", re.sub(r"```.*?```", "", rest, flags=re.S))
+        for line in [*lines_of(blocks), *(" ".join(span.split()) for span in spans)]:
+            yield pytest.param(line, id=f"{page}: {line[:60]}")
 
 
 def test_the_commands_run_in_their_order(tmp_path):
-    for name in ("common", "configs", "data", *(path.name for path in ROOT.glob("*.py"))):
-        (tmp_path / name).symlink_to(ROOT / name)             # so that out/ is made here
-    for line in "".join(BLOCKS).replace("\\\n", " ").strip().splitlines():
+    for path in [*(ROOT / name for name in FOLDERS), *ROOT.glob("*.py")]:
+        (tmp_path / path.name).symlink_to(path)               # so that out/ is made here
+    for line in lines_of(block for blocks in BLOCKS.values() for block in blocks):
         program, script, *options = shlex.split(line)
         assert program == "python"
         result = launch([script, *options, *SMALL.get(script, [])], cwd=tmp_path)
@@ -29,12 +57,61 @@ def test_the_commands_run_in_their_order(tmp_path):
 
 
 def test_there_are_runnable_blocks():
-    assert len(BLOCKS) == 8
+    expected = {"README.md": 2, "CONTRIBUTING.md": 1}
+    for name in ORDER[1:7]:
+        expected[name] = 1
+    assert expected.items() <= {name: len(blocks) for name, blocks in BLOCKS.items()}.items()
+
+
+@pytest.mark.parametrize("line", list(commands()))
+def test_a_command_that_is_not_run_is_understood(line):
+    """Its program exists and takes these options."""
+    for command in line.split(" && "):
+        program, *args = shlex.split(command, comments=True)
+        if program == "torchrun":
+            while args[0].startswith("--"):
+                del args[0]
+        if program == "make":
+            assert re.search(rf"^{args[0]}:", (ROOT / "Makefile").read_text(), re.M)
+        elif program == "pip":
+            assert args[:2] == ["install", "-r"] and (ROOT / args[2]).exists()
+        elif program in ("git", "cd", "."):
+            assert args
+        elif program == "python3":
+            assert args == ["-m", "venv", ".venv"]
+        elif args[0] == "-c":
+            compile(args[1], "-c", "exec")
+        elif args[:2] == ["-m", "pytest"]:
+            assert all((ROOT / arg).exists() for arg in args if arg.startswith("tests/"))
+        else:
+            assert program in ("python", "torchrun")
+            check_options(*args)
+
+
+def check_options(script, *options):
+    if script == "-m":
+        script, *options = options
+        script = script.replace(".", "/") + ".py"
+    assert (ROOT / script).exists(), script
+    if script.startswith(("demos/", "tests/")):               # programs without options
+        assert not [option for option in options if option.startswith("-")]
+    elif not options or "--help" in options:
+        assert launch([script, *options]).returncode == 0
+    elif "Config" in names_of(script):
+        parse_config(names_of(script)["Config"], options)
+    else:                                                     # refused is what is appended, nothing before it
+        result = launch([script, *options, "--no_such_option=1"])
+        assert result.returncode == 2 and "--no_such_option" in result.stderr, result.stderr
+
+
+@functools.cache
+def names_of(script):
+    return runpy.run_path(str(ROOT / script))
 
 
 @pytest.mark.parametrize("kind", ["text", "chat", "pairs", "prompts", "images"])
 def test_the_two_lines_of_each_format_are_what_prepare_takes(kind, tmp_path):
-    lines = re.search(rf"<!-- format: {kind} -->\n```json\n(.*?)```", TEXT, re.S)[1]
+    (lines,) = re.findall(rf"<!-- format: {kind} -->\n```json\n(.*?)```", TEXT, re.S)
     assert lines.count("\n") == 2
     (tmp_path / "rows.jsonl").write_text(lines)
     if kind == "images":
@@ -44,18 +121,32 @@ def test_the_two_lines_of_each_format_are_what_prepare_takes(kind, tmp_path):
     assert ": 2 " in out, out
 
 
-def test_the_stage_table_says_how_long_each_script_is():
-    rows = re.findall(r"^\| `([\w/]+\.py)` \| (\d+) \|", TEXT, re.M)
-    assert len(rows) == 7
-    for name, lines in rows:
-        assert abs(len((ROOT / name).read_text().splitlines()) - int(lines)) <= 5, name
+def test_the_stage_table_names_every_script_with_its_data_and_page():
+    table = re.search(r"## Stages\n(.*?)\n\n", PAGES["README.md"].replace("\n\n|", "\n|"), re.S)[1]
+    rows = [line.split(" | ") for line in table.splitlines()[2:] if line.startswith("| `")]
+    scripts = {row[0].strip("| `") for row in rows}
+    assert scripts == {path.name for path in [*ROOT.glob("train_*.py"), ROOT / "sample.py"]}
+    kinds = set(re.findall(r"`data/prepare.py (\w+)`", table))
+    assert kinds == {"text", "chat", "images", "pairs", "prompts"}
+    assert all(re.search(r"\]\(docs/\w+\.md", row[-1]) for row in rows)
 
 
-def test_options_that_the_readme_names_exist():
+def test_what_changes_no_result_is_proved_by_tests_that_exist():
+    listed = subprocess.run([sys.executable, "-m", "pytest", "-q", "--collect-only", "tests/test_stages.py"],
+                            cwd=ROOT, capture_output=True, text=True, timeout=100).stdout.splitlines()
+    table = re.search(r"## What does not change your results\n(.*?)\n## ", PAGES["README.md"], re.S)[1]
+    rows = [line.split(" | ") for line in table.splitlines() if line.startswith("| ")][1:]
+    assert len(rows) == 5
+    for row in rows:
+        words = row[2].strip("`\"").split(" and ")
+        assert [name for name in listed if all(word in name for word in words)], row[2]
+
+
+def test_options_that_the_pages_name_exist():
     """Everything written --name or --name=..., in text and tables, is an option of some command."""
     known = set()
-    for path in [*ROOT.glob("*.py"), *ROOT.glob("common/*.py"), *ROOT.glob("data/*.py"),
-                 *ROOT.glob("demos/*/*.py")]:
+    for path in [*ROOT.glob("*.py"), *(ROOT / "demos").glob("*/*.py"),
+                 *(path for name in ("common", "data", "extras") for path in (ROOT / name).glob("*.py"))]:
         source = path.read_text()
         for config in re.findall(r"class \w*Config\b.*?:\n((?: +.*\n|\n)+)", source):
             known |= set(re.findall(r"^ +(\w+): ", config, re.M))
@@ -64,8 +155,16 @@ def test_options_that_the_readme_names_exist():
     assert not [name for name in named if name.split(".")[-1] not in known | {"model", "vision"}]
 
 
+def test_extras_that_the_pages_name_exist():
+    with open(ROOT / "pyproject.toml", "rb") as file:
+        extras = tomllib.load(file)["project"]["optional-dependencies"]
+    (installed,) = re.findall(r"\.\[([\w,]+)\]", TEXT)
+    named = set(re.findall(r"the\s+extra\s+`(\w+)`", TEXT)) | set(installed.split(","))
+    assert named == set(extras) - {"test"}
+
+
 def test_the_python_example_streams(tmp_path):
-    """The example under "More text from Python", on a model made here."""
+    """The example under "A model from Python", on a model made here."""
     code = re.search(r"```python\n(from sample .*?)```", TEXT, re.S)[1]
     (tmp_path / "t.txt").write_text("To be, or not to be, that is the question.\n" * 20)
     run("data/prepare.py", "text", f"--input={tmp_path}/t.txt", f"--out_dir={tmp_path}/set")
@@ -101,6 +200,35 @@ def test_the_example_tower_is_one():
     assert vision(torch.zeros(2, 32, 32, 3, dtype=torch.uint8)).shape == (2, 4, 12)
 
 
-def test_files_that_the_readme_names_exist():
-    names = set(re.findall(r"\b(?:common|data|configs|tests)/[\w/]+\.(?:py|md)\b|(?<![\w/])\w+\.py\b", TEXT))
+def test_files_that_the_pages_name_exist():
+    folders = "|".join((*FOLDERS, "docs"))
+    names = set(re.findall(rf"(?<![\w/])(?:{folders})/[\w/]+\.(?:py|md|png)\b", TEXT))
+    # without blocks: commands have a test above, the tree in CONTRIBUTING.md below
+    bare = re.sub(r"^```.*?^```", "", TEXT, flags=re.S | re.M)
+    names |= set(re.findall(r"(?<![\w/])\w+\.py\b", bare))
     assert not [name for name in names if not (ROOT / name).exists()]
+
+
+def test_the_tree_names_every_file_of_common_and_extras():
+    tree = re.search(r"```\n(train_pretrain .*?)```", PAGES["CONTRIBUTING.md"], re.S)[1]
+    for folder in ("common", "extras"):
+        part = re.search(rf"^{folder}/ .*\n((?:  .*\n)+)", tree, re.M)[1]
+        files = {path.name for path in (ROOT / folder).glob("[a-z]*.py")}
+        assert set(re.findall(r"\w+\.py", part)) == files
+
+
+def anchors(text):
+    """The names that GitHub gives to headings"""
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", text, flags=re.S), re.M)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", [*PAGES, "CHANGELOG.md"])
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)]+)\)", (ROOT / page).read_text(encoding="utf-8")):
+        if target.startswith("https://"):
+            continue
+        name, _, anchor = target.partition("#")
+        path = (ROOT / page).parent / name if name else ROOT / page
+        assert path.exists(), target
+        assert not anchor or anchor in anchors(path.read_text(encoding="utf-8")), target

@@ -11,6 +11,7 @@ import sentencepiece
 import torch
 from some_rewards import calculator
 
+from common.chat import encode_chat
 from common.errors import UserError
 from common.losses import token_logps
 from common.model import GPT, ModelConfig
@@ -24,7 +25,7 @@ from common.sampling import (
     stream,
     uniforms,
 )
-from common.tokenizer import Tokenizer, encode_chat, train_sentencepiece
+from common.tokenizer import Tokenizer, train_sentencepiece
 from train_grpo import Rollout, answer_logps, learned_rows
 
 PLAIN = SamplingConfig(temperature=1.0)

@@ -720,7 +720,7 @@ def test_a_teacher_can_be_a_function_of_yours(kd, teacher_run):
 def test_a_teacher_can_be_a_folder_of_transformers(kd, teacher_run):
     """The same teacher, exported: the same losses."""
     pytest.importorskip("safetensors", reason="the extra hf")
-    subprocess.run([sys.executable, "-m", "common.hf", "export", f"--init_from={teacher_run}",
+    subprocess.run([sys.executable, "-m", "extras.hf", "export", f"--init_from={teacher_run}",
                     f"--hf_dir={kd.folder / 'hf'}"], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     kd("run", "--num_steps=4", "--schedule=constant")
     for steps in (2, 4):

@@ -28,11 +28,12 @@ from test_stages import (
     start_and_signal,
 )
 
+from common.chat import encode_chat
 from common.errors import UserError
 from common.losses import linear_cross_entropy
 from common.model import GPT, ModelConfig
 from common.sampling import SamplingConfig, complete, stream, stream_tokens
-from common.tokenizer import encode_chat, load_tokenizer
+from common.tokenizer import load_tokenizer
 from extras.images import ImageData, SeeingGPT, Shown, Vision, VisionConfig, load_image, pool
 
 Image = pytest.importorskip("PIL.Image", reason="the extra images")

@@ -336,7 +336,7 @@ def experts(c):
             logits = model(row) @ model.head.T                          # (B, T, V)
             nll = F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="sum")
             ((nll + model.balance_loss()) / 48).backward()
-        unused.append(int((model.routed_so_far[0, 1:] == 0).sum()))
+        unused.append(int((model.routing.so_far[0, 1:] == 0).sum()))
         stats.append(model.router_stats())
         optimizer.step(1.0)
     return dict(weights=weights_of(model), unused=unused, stats=stats)

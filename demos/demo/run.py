@@ -28,10 +28,10 @@ import report  # noqa: E402  (beside this file)
 import torch  # noqa: E402
 
 from common import dist  # noqa: E402
+from common.chat import encode_chat  # noqa: E402
 from common.dist import short_time  # noqa: E402
 from common.errors import show_user_errors  # noqa: E402
 from common.sampling import SamplingConfig, complete  # noqa: E402
-from common.tokenizer import encode_chat  # noqa: E402
 from sample import load  # noqa: E402
 
 OUT = Path("out/demo")

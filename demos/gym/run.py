@@ -13,14 +13,13 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "extras")]
+sys.path.insert(0, str(ROOT))
 
-import gym  # noqa: E402  (extras/gym.py; the root must be on the path first)
-
-from common import dist  # noqa: E402
+from common import dist  # noqa: E402  (the root must be on the path first)
+from common.chat import encode_chat  # noqa: E402
 from common.errors import show_user_errors  # noqa: E402
 from common.sampling import SamplingConfig, complete, for_vocabulary  # noqa: E402
-from common.tokenizer import encode_chat  # noqa: E402
+from extras import gym  # noqa: E402
 from sample import load  # noqa: E402
 
 OUT = "out/gym_demo"

@@ -18,10 +18,10 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from common import dist  # noqa: E402  (the root must be on the path first)
+from common.chat import encode_chat  # noqa: E402
 from common.errors import show_user_errors  # noqa: E402
 from common.rewards import answer_of  # noqa: E402
 from common.sampling import SamplingConfig, complete, for_vocabulary  # noqa: E402
-from common.tokenizer import encode_chat  # noqa: E402
 from extras.images import load_image  # noqa: E402
 from sample import load  # noqa: E402
 

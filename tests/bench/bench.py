@@ -8,6 +8,8 @@ Speed and memory as ratios against named references, both measured in the same r
                            parameters, and with 32 experts
     profile                where the time of those steps goes
     loss_128, loss_512     linear_cross_entropy against plain logits + F.cross_entropy, V = 50,304
+    chunked                cross-entropy in plain PyTorch through losses.chunked against
+                           linear_cross_entropy, which is made by hand
     kd                     linear_kd_loss against plain logits of both models, cross_entropy and kd_loss,
                            V = 151,936, 1024 tokens
     packing                target tokens a second of packed conversations against padded ones; needs the set
@@ -143,6 +145,29 @@ def bench_loss(name, C, N):
               f"{plain / ours:.2f}x; the three matrix products alone {products * 1000:.0f} ms")
 
 
+def chunked_cross_entropy(hidden, weight, targets):
+    def loss_of(logits, targets):
+        return F.cross_entropy(logits, targets, reduction="none")
+    return losses.chunked(loss_of, hidden, weight, targets)
+
+
+def bench_chunked():
+    for V, C, N in ((6400, 512, 2048), (50304, 128, 768), (50304, 512, 2048)):
+        nothing, ours, plain = (int(child("memory", kind, C, N, V)) / 2**20
+                                for kind in ("nothing", "ours", "chunked"))
+        inputs = loss_inputs(C, N, V)
+
+        def backward(loss):
+            inputs[0].grad = inputs[1].grad = None
+            loss(*inputs).backward()
+        hand_s, plain_s = alternate(lambda: backward(losses.linear_cross_entropy),
+                                    lambda: backward(chunked_cross_entropy))
+        print(f"chunked: V = {V:,}, {N} tokens x {C} channels: "
+              f"plain PyTorch {plain_s * 1000:.0f} ms, by hand {hand_s * 1000:.0f} ms, {plain_s / hand_s:.2f}x; peak memory above inputs: "
+              f"plain PyTorch {plain - nothing:.0f} MiB, by hand {ours - nothing:.0f} MiB, "
+              f"{(plain - nothing) / (ours - nothing):.2f}x")
+
+
 def child_loss(C, N):
     inputs = loss_inputs(int(C), int(N))
     hidden, weight, logits = inputs[0].detach(), inputs[1].detach(), torch.empty(int(N), 50304)
@@ -160,11 +185,12 @@ def child_loss(C, N):
                      products))
 
 
-def child_memory(kind, C, N):
+def child_memory(kind, C, N, V=50304):
     """Peak RSS of a fresh process. Weight and gradient buffers are there from the start, as in training."""
-    hidden, weight, targets = loss_inputs(int(C), int(N))
+    hidden, weight, targets = loss_inputs(int(C), int(N), int(V))
     hidden.grad, weight.grad = torch.zeros_like(hidden), torch.zeros_like(weight)
-    loss = {"ours": losses.linear_cross_entropy, "plain": plain_cross_entropy}.get(kind)
+    loss = {"ours": losses.linear_cross_entropy, "plain": plain_cross_entropy,
+            "chunked": chunked_cross_entropy}.get(kind)
     if loss:
         loss(hidden, weight, targets).backward()
     print(peak_memory())
@@ -429,6 +455,7 @@ BENCHES = {"step_26m": lambda: bench_step("step_26m", MODEL_26M, 8),
            "moe": bench_moe, "profile": bench_profile,
            "loss_128": lambda: bench_loss("loss_128", 128, 768),
            "loss_512": lambda: bench_loss("loss_512", 512, 2048),
+           "chunked": bench_chunked,
            "kd": bench_kd, "packing": bench_packing, "pairs": bench_pairs, "loader": bench_loader,
            "optimizer": bench_optimizer, "malloc": bench_malloc, "generate": bench_generate,
            **{name: of_peers(f"bench_{name}") for name in ("transformers", "rollout", "sft_step", "dpo_step",

@@ -18,8 +18,7 @@ import torch
 from bench import alternate, training_step  # puts the root on the path
 from peers import llama, their_step
 
-from common import losses
-from common import model as model_module
+from common import attention, losses
 from common.model import GPT, ModelConfig
 from common.sampling import SamplingConfig, complete
 
@@ -74,9 +73,9 @@ def bench_documents():
     docs = (torch.rand(BATCH, MODEL_124M.seq_len, device="cuda") < 4 / MODEL_124M.seq_len).cumsum(dim=1)
     steps = [our_step(), our_step(docs=docs)]
     whole, one = alternate(*map(timed, steps), repeats=5)
-    model_module.DENSE_MASK_LEN, before = MODEL_124M.seq_len, model_module.DENSE_MASK_LEN
+    attention.DENSE_MASK_LEN, before = MODEL_124M.seq_len, attention.DENSE_MASK_LEN
     whole_2, mask = alternate(*map(timed, steps), repeats=5)
-    model_module.DENSE_MASK_LEN = before
+    attention.DENSE_MASK_LEN = before
     print(f"documents: about 5 in a row of 1024: in one kernel {one / whole:.2f} of the time of whole rows, "
           f"under a mask {mask / whole_2:.2f}")
 
@@ -100,9 +99,9 @@ def bench_branches(P=16, G=8, prompt=256, answer=256):
             update(model(shared, docs, branch=place > 0)[place > 0])
 
     def in_calls():
-        kernel, model_module.varlen_kernel = model_module.varlen_kernel, lambda *args: False
+        kernel, attention.varlen_kernel = attention.varlen_kernel, lambda *args: False
         in_one_row()
-        model_module.varlen_kernel = kernel
+        attention.varlen_kernel = kernel
 
     def in_rows():
         with torch.autocast("cuda", torch.bfloat16):

@@ -22,7 +22,7 @@ from common import dist, losses, optim
 from common.model import GPT
 from common.sampling import SamplingConfig, complete, rollout
 from common.zero1 import ShardedOptimizer
-from train_grpo import answer_logps, as_branches
+from train_grpo import Rollout, answer_logps, learned_rows
 
 P, G, NEW = 4, 8, 64                   # prompts, samples of each, new tokens
 
@@ -245,15 +245,15 @@ def our_step(model, prompts):
     optimizer = ShardedOptimizer(optim.parameter_groups(model))
     optimizer.lr = 1e-6
     cfg = SamplingConfig(max_new_tokens=NEW, temperature=1.0, packed=True)
-    stage = SimpleNamespace(num_samples=G, drop_flat_groups=False, mask_truncated=False)
+    stage = SimpleNamespace(drop_flat_groups=False, mask_truncated=False)
 
     def step():
         answers = rollout(model, SimpleNamespace(end=None), prompts, cfg, G)
         rewards = torch.tensor([float(len(set(a.tokens))) for a in answers]).view(P, G)
-        rows, _, kept, index = as_branches(
-            dict(prompts=prompts, answers=answers, counts=torch.ones(P, dtype=torch.bool), rewards=rewards,
-                 ended=torch.ones(P * G, dtype=torch.bool)), stage, torch.device("cpu"))
-        logps = answer_logps(model, rows, kept, cfg)
+        valid = torch.ones(P, dtype=torch.bool)
+        rows = learned_rows(Rollout(prompts, answers, valid, rewards, rewards[..., None], 0.0), stage,
+                            torch.device("cpu"))
+        logps = answer_logps(model, rows, cfg)
         now = rows.padded(logps)
         loss = losses.grpo_token_loss(now, now.detach(), None, losses.group_advantages(rewards).flatten(),
                                       rows.padded(torch.ones_like(logps)) > 0)

@@ -1,0 +1,1 @@
+raise SystemExit("error: this is extras.capacity now: python -m extras.capacity ...")

@@ -1,0 +1,1 @@
+raise SystemExit("error: now python extras/gym.py ..., and --reward=extras/gym.py:reward")
