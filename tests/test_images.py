@@ -81,7 +81,7 @@ ROWS = {
 def test_three_ways_to_show_a_picture(folder, row):
     result = prepare([row])
     assert stored() == (["<user>see <image><image>?<end><assistant><answer>x</answer><end>"], [["red"]], 1)
-    assert result.stdout.endswith("vocabulary of 266, 1 images of 1 pictures\n")
+    assert result.stdout.endswith("images 1, pictures 1, vocabulary 266\n")
     tokens, mask = np.load("set/train.npy"), np.load("set/train_mask.npy")
     assert not mask[tokens == IMAGE].any() and mask.sum() == 4
     meta = json.loads((folder / "set/meta.json").read_text())

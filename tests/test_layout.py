@@ -14,7 +14,7 @@ STAGES = sorted(ROOT.glob("train_*.py"))
 SCRIPTS = [*STAGES, ROOT / "sample.py"]
 COMMON = sorted((ROOT / "common").glob("*.py"))
 PREPARE = ROOT / "data/prepare.py"
-DATA = [PREPARE, *(ROOT / f"data/{name}.py" for name in ("lines", "gym", "images", "vqa"))]
+DATA = [PREPARE, *(ROOT / f"data/{name}.py" for name in ("readers", "lines", "gym", "images", "vqa"))]
 FIXED = {"torch", "numpy", "tiktoken", "sentencepiece"}
 
 
