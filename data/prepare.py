@@ -66,8 +66,8 @@ from data.readers import (  # noqa: E402
     inputs_of,
     read_ids,
     read_rows,
-    read_texts,
     read_txt,
+    text_of,
     texts_of,
 )
 from data.train_tokenizer import train_sentencepiece  # noqa: E402
@@ -346,8 +346,12 @@ def divide(path, home, kind, draw, report):
     if path.endswith(TXT_FILES):
         yield from divide_txt(path, home, val_frac)
         return
+    if path.endswith(ID_FILES):
+        pieces = read_ids(path)
+    else:
+        pieces = read_rows(path, report, text_of, "text")
     previous, split = None, home
-    for number, piece in read_ids(path) if path.endswith(ID_FILES) else read_texts(path, report):
+    for number, piece, *_ in pieces:
         if val_frac and number != previous:
             split = "val" if draw.random() < val_frac else home
         previous = number
@@ -397,7 +401,9 @@ class ExampleWriter(SetWriter):
         """item: (row, Example). BadRow, and nothing is added, where `Kind.store` raises it"""
         row, example = item
         self.store(row, example)
-        for ids, learn in example.parts():
+        for ids, learn in (example.prompt, *example.replies):
+            if not ids:
+                continue
             self.tokens.write(ids)
             self.mask.write(learn)
             self.offsets.write([self.tokens.count])
@@ -419,9 +425,9 @@ def examples_of(path, home, kind, draw, report):
     """Yield (split, "file:line", (row, Example)) of a file's rows, many tokenized in one call."""
     cfg, folder = kind.cfg, os.path.dirname(path)
     rows = read_rows(path, report, lambda row: kind.parse(row, folder), kind.name)
-    for block in blocks(rows, lambda row: row[1]):
-        examples = kind.encode([row for _, _, row in block])
-        for (number, _, row), example in zip(block, examples):
+    for block in blocks(rows, lambda row: row[2]):
+        examples = kind.encode([row for _, row, _ in block])
+        for (number, row, _), example in zip(block, examples):
             split = "val" if cfg.val_frac and draw.random() < cfg.val_frac else home
             where = f"{path}:{number}"
             if cut_to_fit(example, where, kind, report):
@@ -438,23 +444,22 @@ def cut_to_fit(example, where, kind, report):
         cut = ", or --long_rows=cut" if example.replies else ""
         raise UserError(f"{where}: {length} tokens, more than --max_len={most}; raise it, "
                         f"or leave such rows out with --long_rows=skip{cut}")
-    if long_rows == "skip":
-        report.skip(f"longer than {most} tokens", where)
-        return False
     room = max(0, most - len(example.prompt[0]))
     replies = [(ids[:room], learn[:room]) for ids, learn in example.replies]
-    if not all(any(learn) for _, learn in replies):
-        report.skip(f"without a reply in the first {most} tokens", where)
+    if long_rows == "skip":
+        reason = f"longer than {most} tokens"
+    elif not all(any(learn) for _, learn in replies):
+        reason = f"without a reply in the first {most} tokens"
     elif replies[0][0][-1] == kind.tokenizer.special["image"]:
         # the last token is only a target: images end before it
-        report.skip(f"with an image across the first {most} tokens", where)
+        reason = f"with an image across the first {most} tokens"
     elif len(replies) == 2 and replies[0] == replies[1]:
-        report.skip(f"with two replies alike in the first {most} tokens", where)
+        reason = f"with two replies alike in the first {most} tokens"
     else:
-        report.skip(f"cut to {most} tokens", where)
+        reason = f"cut to {most} tokens"
         example.replies = replies
-        return True
-    return False
+    report.skip(reason, where)
+    return example.replies is replies
 
 
 def prepare_examples(cfg, kind_class):
@@ -488,15 +493,14 @@ def prepare_prompts(cfg):
 def read_lines(paths, fields):
     """Yield the lines of text that a vocabulary is learned from."""
     for path in paths:
-        if path.endswith(ROW_FILES):
-            rows = read_rows(path, Report("error"), lambda row: texts_of(row, fields))
-            texts = (text for _, _, texts in rows for text in texts)
-        elif path.endswith(TXT_FILES):
-            texts = (text for _, text in read_txt(path))
+        if path.endswith(TXT_FILES):
+            pieces = ([text] for _, text in read_txt(path))
         else:
-            raise UserError(f"--input={path}: a tokenizer learns from text (.txt, .jsonl)")
-        for text in texts:
-            yield from filter(None, text.splitlines())
+            rows = read_rows(path, Report(None), lambda row: texts_of(row, fields))
+            pieces = (texts for _, texts, _ in rows)
+        for texts in pieces:
+            for text in texts:
+                yield from filter(None, text.splitlines())
 
 
 def prepare_tokenizer(cfg):
@@ -505,7 +509,7 @@ def prepare_tokenizer(cfg):
         raise UserError(f"--out={cfg.out}: already there; remove it or choose another")
     if not cfg.out.endswith(".model"):
         raise UserError(f"--out={cfg.out}: must end in .model, by which --tokenizer knows it")
-    paths, mistakes = find_files(cfg.input), []
+    paths, mistakes = find_files(cfg.input, TXT_FILES + ROW_FILES), []
 
     def lines():
         try:

@@ -14,6 +14,7 @@ import os
 import pickle
 import re
 import zlib
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from typing import Literal
 
@@ -50,8 +51,8 @@ class ExampleConfig(SetConfig):
 # -----------------------------------------------------------------------------
 # files
 
-def find_files(patterns, option="--input"):
-    """Expand globs, in order and without repeats; a pattern that matches nothing is an error."""
+def find_files(patterns, endings, option="--input"):
+    """-> paths, globs expanded, in order and without repeats; UserError where a pattern does not fit"""
     paths = []
     for pattern in patterns:
         found = [pattern] if os.path.isfile(pattern) else sorted(glob.glob(pattern, recursive=True))
@@ -62,29 +63,28 @@ def find_files(patterns, option="--input"):
         if not found:
             raise UserError(f"{option}={pattern}: no such file")
         paths += found
-    if not paths:
-        raise UserError(f"{option}: give files to read, e.g. {option}=books/*.txt")
-    return list(dict.fromkeys(paths))
-
-
-def inputs_of(cfg, endings):
-    """-> list of (split, path). UserError where a name does not end so, or the options contradict."""
-    if cfg.val_input and cfg.val_frac or not 0 <= cfg.val_frac < 1:
-        raise UserError(f"--val_frac={cfg.val_frac}: must be a fraction below 1, "
-                        "and not together with --val_input")
-    inputs = [("train", path) for path in find_files(cfg.input)]
-    if cfg.val_input:
-        inputs += [("val", path) for path in find_files(cfg.val_input, "--val_input")]
-    for split, path in inputs:
-        option = "--input" if split == "train" else "--val_input"
+    if not paths and option == "--input":
+        raise UserError("--input: give files to read, e.g. --input=books/*.txt")
+    for path in paths:
         if not path.endswith(endings):
             hint = ""
             if path.removesuffix(".gz").endswith((".json", ".csv", ".tsv")):
                 hint = '; README.md, "Data formats", makes .jsonl of .json and .csv'
             raise UserError(f"{option}={path}: expected one of {', '.join(endings)}{hint}")
-        if split == "val" and ("train", path) in inputs:
+    return list(dict.fromkeys(paths))
+
+
+def inputs_of(cfg, endings):
+    """-> list of (split, path); UserError where the options contradict each other"""
+    if cfg.val_input and cfg.val_frac or not 0 <= cfg.val_frac < 1:
+        raise UserError(f"--val_frac={cfg.val_frac}: must be a fraction below 1, "
+                        "and not together with --val_input")
+    train = find_files(cfg.input, endings)
+    val = find_files(cfg.val_input, endings, "--val_input")
+    for path in val:
+        if path in train:
             raise UserError(f"--val_input: {path} is in --input too; give it to one of them")
-    return inputs
+    return [("train", path) for path in train] + [("val", path) for path in val]
 
 
 @contextlib.contextmanager
@@ -101,21 +101,22 @@ class Report:
     """What was left out: counts, and where the first ones are."""
 
     def __init__(self, bad_rows):
-        self.bad_rows, self.counts, self.first = bad_rows, {}, {}
+        """bad_rows: the option, or None where there is no such option"""
+        self.bad_rows, self.counts, self.first = bad_rows, Counter(), defaultdict(list)
 
     def left_out(self):
         return {reason: n for reason, n in self.counts.items() if not reason.startswith("cut")}
 
     def bad(self, reason, where, what):
-        if self.bad_rows == "error":
-            raise UserError(f"{where}: {what}; mend it, "
-                            "or leave such rows out with --bad_rows=skip")
+        if self.bad_rows != "skip":
+            hint = ", or leave such rows out with --bad_rows=skip" if self.bad_rows else ""
+            raise UserError(f"{where}: {what}; mend it{hint}")
         self.skip(reason, where)
 
     def skip(self, reason, where):
-        self.counts[reason] = self.counts.get(reason, 0) + 1
-        self.first.setdefault(reason, []).append(where)
-        del self.first[reason][5:]
+        self.counts[reason] += 1
+        if self.counts[reason] <= 5:
+            self.first[reason].append(where)
 
     def print(self):
         for reason, count in self.counts.items():
@@ -125,7 +126,7 @@ class Report:
 
 
 # -----------------------------------------------------------------------------
-# documents: (number in its file, text or array of ids), a long one in several pieces
+# documents: yield (number in its file, text or array of ids), a long one in several pieces
 
 def read_txt(path):
     """One document, in blocks that end with a line (unless the line is longer than a block)."""
@@ -139,12 +140,6 @@ def read_txt(path):
         except UnicodeDecodeError as error:
             raise UserError(f"{path}: not UTF-8 text ({error.reason} near byte {file.tell()}); "
                             "convert it first, e.g. with iconv") from None
-
-
-def read_texts(path, report):
-    """One document a line of a .jsonl."""
-    for number, _, text in read_rows(path, report, text_of, "text"):
-        yield number, text
 
 
 class OnlyLists(pickle.Unpickler):
@@ -199,7 +194,7 @@ class BadRow(ValueError):
 
 def read_rows(path, report, parse, kind=""):
     """
-    Yield (line number, bytes of the line, parse(row)) for every line of a .jsonl. A line that is not
+    Yield (line number, parse(row), bytes of the line) for every line of a .jsonl. A line that is not
     JSON, or for which parse raises ValueError, is reported. kind: the command that reads the rows
     """
     with open_bytes(path) as file:
@@ -226,7 +221,7 @@ def read_rows(path, report, parse, kind=""):
                 reason = error.reason if isinstance(error, BadRow) else "malformed"
                 report.bad(reason, where, f"{error}, got {shown(row, text.strip(), kind)}")
                 continue
-            yield number, len(line), parsed
+            yield number, parsed, len(line)
 
 
 # the keys of rows, and whose they are
@@ -286,9 +281,6 @@ class Example:
     """
     replies: list
     prompt: tuple = ([], [])
-
-    def parts(self):
-        return [part for part in (self.prompt, *self.replies) if part[0]]
 
     def length(self):
         """-> tokens of the longest sequence"""

@@ -22,6 +22,7 @@ from common.chat import encode_chat
 from common.data import ChatData, PairData, PromptData, TokenData
 from common.errors import UserError
 from common.tokenizer import load_tokenizer
+from data import readers
 
 spec = importlib.util.spec_from_file_location("prepare", ROOT / "data" / "prepare.py")
 prepare = sys.modules["prepare"] = importlib.util.module_from_spec(spec)
@@ -36,6 +37,12 @@ def folder(tmp_path, monkeypatch):
     """Each test works in an empty folder of its own, with plain file names."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+def set_block(monkeypatch, size):
+    """Characters or bytes that are held at once"""
+    for module in (prepare, readers):
+        monkeypatch.setattr(module, "BLOCK", size)
 
 
 def make(*inputs, out="set", **options):
@@ -168,7 +175,7 @@ def test_ids_are_uint32_where_the_vocabulary_does_not_fit_uint16(num_merges, dty
     ([[1, END, 2], [END, 3, 4]], [[1], [2], [], [3, 4]]),                      # several documents in a row
 ])
 def test_the_end_token_closes_every_document_once(monkeypatch, block, rows, expected):
-    monkeypatch.setattr(prepare, "BLOCK", block)
+    set_block(monkeypatch, block)
     np.save("two.npy", np.array(rows))
     np.save("one.npy", np.array(rows[0]))
     Path("nested.pkl").write_bytes(pickle.dumps(rows))
@@ -187,16 +194,16 @@ def test_a_txt_of_many_pieces_gives_the_ids_of_one_piece(monkeypatch, block):
     text = "".join(f"line {i} \u4e2d\U0001F642\r\n" + "\n" * (i % 3) for i in range(60)) + "no newline"
     Path("a.txt").write_bytes(text.encode())
     whole = make("a.txt", out="whole")
-    monkeypatch.setattr(prepare, "BLOCK", block)
+    set_block(monkeypatch, block)
     pieces = make("a.txt", out="pieces")
     assert pieces["splits"] == whole["splits"]         # sha256 of the ids and all counts
     assert texts(out="pieces") == [text] and pieces["splits"]["train"]["documents"] == 1
 
 
 def test_a_long_line_comes_in_pieces_too(monkeypatch):
-    monkeypatch.setattr(prepare, "BLOCK", 100)
+    set_block(monkeypatch, 100)
     Path("a.txt").write_text("word " * 2000)
-    sizes = [len(piece) for _, piece in prepare.read_txt("a.txt", None)]
+    sizes = [len(piece) for _, piece in readers.read_txt("a.txt")]
     assert sum(sizes) == 10_000 and max(sizes) <= 200
 
 
@@ -207,7 +214,7 @@ def test_a_document_of_many_pieces_counts_once_and_is_not_divided(monkeypatch, k
         np.save("a.npy", np.array(rows))
     else:
         Path("a.pkl").write_bytes(pickle.dumps(rows))
-    monkeypatch.setattr(prepare, "BLOCK", 4)
+    set_block(monkeypatch, 4)
     meta = make("a." + kind[-3:], val_frac=0.4)
     assert sum(counts["documents"] for counts in meta["splits"].values()) == 40
     assert sorted(documents("train") + documents("val")) == rows
@@ -233,7 +240,7 @@ def test_val_frac_holds_out_whole_documents_and_loses_none():
 
 @pytest.mark.parametrize("block", [50, 1 << 20])
 def test_val_frac_of_a_txt_is_its_end_from_the_start_of_a_line(monkeypatch, block):
-    monkeypatch.setattr(prepare, "BLOCK", block)
+    set_block(monkeypatch, block)
     text = "".join(f"line {i} \u4e2d\u6587\n" for i in range(100))
     Path("a.txt").write_text(text)
     for percent in range(2, 98, 3):                    # the border falls anywhere in a line and a piece
@@ -267,7 +274,7 @@ def test_a_file_cannot_be_training_and_validation_text():
 def test_a_fraction_that_cannot_be_is_refused(options):
     Path("a.txt").write_text("x")
     assert refusal("a.txt", **options) == \
-        f"--val_frac={options['val_frac']}: a fraction below 1, and not together with --val_input"
+        f"--val_frac={options['val_frac']}: must be a fraction below 1, and not together with --val_input"
 
 
 def test_holding_out_everything_is_refused():
@@ -417,14 +424,14 @@ def test_an_id_outside_the_vocabulary_is_refused_with_file_and_document(bad):
     np.save("a.npy", np.array([[1, 2], [VOCAB - 1, bad]], np.int64))
     Path("a.pkl").write_bytes(pickle.dumps([[1, 2], [VOCAB - 1, bad]]))
     for path in ("a.npy", "a.pkl"):
-        assert refusal(path) == f"{path}: document 1 has token id {bad}, but --tokenizer has {VOCAB}; " \
-                                "give the tokenizer that made these ids"
+        assert refusal(path) == f"{path}:1: a document with token id {bad}, but --tokenizer has " \
+                                f"{VOCAB}; give the tokenizer that made these ids"
 
 
 @pytest.mark.parametrize("name", ["a.csv", "a.txt.zip", "a", "a.npy.gz", "a.pkl.gz"])
 def test_a_file_of_another_kind_is_refused(name):
     Path(name).write_bytes(b"x")
-    assert refusal(name).startswith(f"--input={name}: expected .txt, .jsonl, .npy or .pkl")
+    assert refusal(name).startswith(f"--input={name}: expected one of .txt, .txt.gz, .jsonl, .jsonl.gz, .npy, .pkl")
 
 
 @pytest.mark.parametrize("patterns, message", [
@@ -571,7 +578,7 @@ def test_an_existing_tokenizer_is_not_overwritten():
 @pytest.mark.parametrize("name, content, options, message", [
     ("a.jsonl", json.dumps({"text": CORPUS[0]}).encode() + b"\nbad\n", {}, "a.jsonl:2: "),
     ("a.txt", b"text\n\xff\n", {}, "a.txt: not UTF-8"),
-    ("a.pkl", pickle.dumps([1]), {}, "--input=a.pkl: a tokenizer learns from text (.txt, .jsonl)"),
+    ("a.pkl", pickle.dumps([1]), {}, "--input=a.pkl: expected one of .txt, .txt.gz, .jsonl, .jsonl.gz"),
     ("a.txt", b"", {}, "--"),
     ("a.txt", b"some words", dict(vocab_size=1_000_000), "--vocab_size=1000000: "),
     ("a.txt", b"some words", dict(vocab_size=3), "--vocab_size=3: "),
@@ -645,7 +652,7 @@ def trained(tmp_path_factory):
 @pytest.mark.parametrize("tags", [True, False], ids=["tags", "no tags"])
 @pytest.mark.parametrize("kind", ["bytes", "sentencepiece"])
 def test_a_set_holds_each_conversation_as_the_template_encodes_it(monkeypatch, trained, kind, tags, block):
-    monkeypatch.setattr(prepare, "BLOCK", block)
+    set_block(monkeypatch, block)
     name = trained if kind == "sentencepiece" else "bytes"
     tokenizer, rows = load_tokenizer(name), CHATS + [[user(text), assistant(text[:9])] for text in CORPUS]
     write_rows("a.jsonl", rows)
@@ -701,8 +708,8 @@ def test_conversations_are_encoded_a_block_at_a_time(monkeypatch):
     def spy(tokenizer, conversations, *options):
         sizes.append(sum(len(message["content"]) for messages in conversations for message in messages))
         return encode_chat(tokenizer, conversations, *options)
-    monkeypatch.setattr(prepare, "BLOCK", 1000)
-    monkeypatch.setattr(prepare, "encode_chat", spy)
+    set_block(monkeypatch, 1000)
+    monkeypatch.setattr(readers, "encode_chat", spy)
     write_rows("a.jsonl", [[user("x" * 300), assistant("y" * 100)]] * 50)
     assert make_chat("a.jsonl")["splits"]["train"]["conversations"] == 50
     assert sum(sizes) == 50 * 400 and max(sizes) < 1000 + 400
@@ -731,7 +738,7 @@ def test_rows_without_the_fields_are_malformed(row):
 def test_fields_are_two(fields):
     write_rows("a.jsonl", CHATS)
     assert refusal("a.jsonl", make=make_chat, fields=fields) == \
-        f"--fields={','.join(fields)}: two names, the user's text and the assistant's"
+        f"--fields={','.join(fields)}: give two names, of the user's text and the assistant's"
 
 
 def test_val_frac_holds_out_whole_conversations_and_loses_none():
@@ -774,7 +781,7 @@ def test_a_split_of_no_conversations_is_refused(rows, val_frac, message):
 def test_a_file_of_another_kind_holds_no_conversations():
     for name in ("a.txt", "a.npy", "a.jsonl.zip"):
         Path(name).write_bytes(b"x")
-        assert refusal(name, make=make_chat).startswith(f"--input={name}: expected .jsonl ")
+        assert refusal(name, make=make_chat).startswith(f"--input={name}: expected one of .jsonl, .jsonl.gz")
 
 
 # -----------------------------------------------------------------------------
@@ -814,7 +821,7 @@ def test_a_bad_conversation_is_refused_with_file_and_line_or_left_out(capsys, li
     assert message.startswith("a.jsonl:3: ") and "--bad_rows=skip" in message and len(message) < 250
     meta = make_chat("a.jsonl", bad_rows="skip")
     assert meta["left_out"] == {reason: 1} and chats() == encoded(CHATS[:2])
-    assert capsys.readouterr().out.startswith(f"left out 1 {reason}: a.jsonl:3\nset/train.npy: 2 conv")
+    assert capsys.readouterr().out.startswith(f"left out 1 {reason}: a.jsonl:3\nset/train.npy: conversations 2, ")
 
 
 def test_no_conversation_disappears_without_being_counted(capsys):
@@ -850,7 +857,7 @@ def test_a_conversation_of_just_max_len_tokens_stays_whole(capsys, long_rows):
     write_rows("a.jsonl", LONG[:2])
     meta = make_chat("a.jsonl", max_len=19, long_rows=long_rows)
     assert chats() == encoded(LONG[:2]) and meta["left_out"] == {}
-    assert capsys.readouterr().out.startswith("set/train.npy: 2 conversations of up to 19 tokens, 37 in all")
+    assert capsys.readouterr().out.startswith("set/train.npy: conversations 2, tokens 37, targets 26, longest 19, ")
 
 
 def test_a_longer_conversation_is_refused_with_file_line_and_length():
@@ -968,8 +975,8 @@ def test_conversations_are_prepared_from_the_command_line(folder):
               "--long_rows=skip").stdout
     assert out == (f"left out 1 malformed: {folder}/a.jsonl:3\n"
                    f"left out 1 longer than 20 tokens: {folder}/a.jsonl:2\n"
-                   f"{folder}/set/train.npy: 1 conversations of up to 6 tokens, 6 in all, 2 to learn, "
-                   "vocabulary of 266\n")
+                   f"{folder}/set/train.npy: conversations 1, tokens 6, targets 2, longest 6, "
+                   "vocabulary 266\n")
     assert chats() == encoded([[user("q"), assistant("a")]], answer_tags=False)
 
 
@@ -1022,7 +1029,7 @@ PAIR_ROWS, PAIR_MESSAGES = zip(*PAIRS)
 @pytest.mark.parametrize("tags", [True, False], ids=["tags", "no tags"])
 @pytest.mark.parametrize("kind", ["bytes", "sentencepiece"])
 def test_a_set_holds_each_pair_as_the_template_encodes_it(monkeypatch, trained, kind, tags, block):
-    monkeypatch.setattr(prepare, "BLOCK", block)
+    set_block(monkeypatch, block)
     name = trained if kind == "sentencepiece" else "bytes"
     tokenizer = load_tokenizer(name)
     write_rows("a.jsonl", PAIR_ROWS)
@@ -1150,7 +1157,7 @@ def test_a_bad_pair_is_refused_with_file_and_line_or_left_out(capsys, line, reas
     meta = make_pairs("a.jsonl", bad_rows="skip")
     assert meta["left_out"] == {reason: 1}
     assert pairs() == [encoded_pair(*messages) for messages in PAIR_MESSAGES[:2]]
-    assert capsys.readouterr().out.startswith(f"left out 1 {reason}: a.jsonl:3\nset/train.npy: 2 pairs of ")
+    assert capsys.readouterr().out.startswith(f"left out 1 {reason}: a.jsonl:3\nset/train.npy: pairs 2, ")
 
 
 def test_a_prompt_of_null_is_none():
@@ -1194,7 +1201,7 @@ def test_longer_pairs_can_be_left_out_and_are_counted(capsys):
     assert meta["left_out"] == {"longer than 11 tokens": 4}
     assert capsys.readouterr().out.startswith(
         "left out 4 longer than 11 tokens: a.jsonl:3, a.jsonl:4, a.jsonl:5, a.jsonl:6\n"
-        "set/train.npy: 2 pairs of up to 11 tokens, 31 in all, 23 to learn, ")
+        "set/train.npy: pairs 2, tokens 31, targets 23, longest 11, ")
 
 
 def test_longer_answers_can_be_cut_and_pairs_go_where_no_token_is_left_of_one(capsys):
@@ -1261,8 +1268,8 @@ def test_pairs_are_prepared_from_the_command_line(folder):
               "--answer_tags=false", "--bad_rows=skip", "--max_len=20", "--long_rows=skip").stdout
     assert out == (f"left out 1 malformed: {folder}/a.jsonl:4\n"
                    f"left out 1 longer than 20 tokens: {folder}/a.jsonl:2\n"
-                   f"{folder}/set/train.npy: 2 pairs of up to 7 tokens, 17 in all, 9 to learn, "
-                   "vocabulary of 266\n")
+                   f"{folder}/set/train.npy: pairs 2, tokens 17, targets 9, longest 7, "
+                   "vocabulary 266\n")
     assert pairs() == [rows[0][1], rows[2][1]]
 
 
@@ -1305,7 +1312,7 @@ PROMPT_ROWS, PROMPT_MESSAGES = zip(*PROMPTS)
 @pytest.mark.parametrize("tags", [True, False], ids=["tags", "no tags"])
 @pytest.mark.parametrize("kind", ["bytes", "sentencepiece"])
 def test_a_set_holds_each_prompt_as_it_is_encoded_and_its_row(monkeypatch, trained, kind, tags, block):
-    monkeypatch.setattr(prepare, "BLOCK", block)
+    set_block(monkeypatch, block)
     name = trained if kind == "sentencepiece" else "bytes"
     tokenizer = load_tokenizer(name)
     write_rows("a.jsonl", PROMPT_ROWS[:2])
@@ -1342,7 +1349,7 @@ def test_fields_name_the_prompt_and_the_answer():
 def test_fields_of_prompts_are_two(fields):
     write_rows("a.jsonl", PROMPT_ROWS)
     assert refusal("a.jsonl", make=make_prompts, fields=fields) == \
-        f"--fields={','.join(fields)}: two names, the prompt's and the answer's"
+        f"--fields={','.join(fields)}: give two names, of the prompt and the answer"
 
 
 def test_the_fingerprint_of_prompts_follows_their_answers():
@@ -1405,7 +1412,7 @@ def test_a_bad_prompt_is_refused_with_file_and_line_or_left_out(capsys, line):
     assert message.startswith("a.jsonl:3: ") and "--bad_rows=skip" in message and len(message) < 250
     meta = make_prompts("a.jsonl", bad_rows="skip")
     assert meta["left_out"] == {"malformed": 1} and prompts() == encoded_prompts(PROMPT_MESSAGES[:2])
-    assert capsys.readouterr().out.startswith("left out 1 malformed: a.jsonl:3\nset/train.npy: 2 prompts of ")
+    assert capsys.readouterr().out.startswith("left out 1 malformed: a.jsonl:3\nset/train.npy: prompts 2, ")
 
 
 LONG_PROMPTS = [{"prompt": "a" * n, "answer": "b" * 50} for n in (7, 8, 9, 40)]       # 10, 11, 12, 43 tokens
@@ -1420,7 +1427,7 @@ def test_longer_prompts_are_refused_or_left_out_and_counted_whatever_their_answe
     assert prompts() == encoded_prompts([([user("a" * n)], "b" * 50) for n in (7, 8)])
     assert meta["left_out"] == {"longer than 11 tokens": 2}
     assert capsys.readouterr().out.startswith("left out 2 longer than 11 tokens: a.jsonl:3, a.jsonl:4\n"
-                                              "set/train.npy: 2 prompts of up to 11 tokens, 21 in all, ")
+                                              "set/train.npy: prompts 2, tokens 21, targets 0, longest 11, ")
 
 
 def test_a_killed_run_leaves_no_set_of_prompts_and_the_next_one_works(monkeypatch):
@@ -1441,7 +1448,7 @@ def test_prompts_are_prepared_from_the_command_line(folder):
               "--bad_rows=skip", "--max_len=11", "--long_rows=skip").stdout
     assert out.startswith(f"left out 1 malformed: {folder}/a.jsonl:5\n"
                           f"left out 2 longer than 11 tokens: {folder}/a.jsonl:3, {folder}/a.jsonl:4\n"
-                          f"{folder}/set/train.npy: 2 prompts of up to 11 tokens, 21 in all, ")
+                          f"{folder}/set/train.npy: prompts 2, tokens 21, targets 0, longest 11, ")
     assert prompts() == encoded_prompts([([user("a" * n)], "b" * 50) for n in (7, 8)])
 
 
@@ -1460,8 +1467,8 @@ def test_a_mistake_ends_with_exit_code_2_and_one_line_and_leaves_nothing(folder)
     (folder / "bad.csv").write_text("a,b\n")
     (folder / "bad.pkl").write_bytes(pickle.dumps([Payload()]))
     for args, message in [
-        (["texts"], "unknown command texts; expected one of text, chat, pairs, prompts, images, tokenizer\n"),
-        (["text", "--input=bad.csv"], "--input=bad.csv: expected .txt, .jsonl, .npy or .pkl"),
+        (["texts"], "unknown command texts; expected one of text, chat, pairs, prompts, tokenizer, images\n"),
+        (["text", "--input=bad.csv"], "--input=bad.csv: expected one of .txt, .txt.gz, .jsonl, .jsonl.gz, .npy, .pkl"),
         (["text", "--input=bad.jsonl"], 'bad.jsonl:2: expected {"text": "..."}, got '),
         (["text", "--input=bad.pkl"], "bad.pkl: refused or damaged (it asks for "),
     ]:
@@ -1485,9 +1492,9 @@ def test_a_negative_limit_and_validation_files_of_nothing_are_refused(tmp_path):
 
 
 def test_thoughts_count_for_how_much_is_held_at_once(monkeypatch):
-    monkeypatch.setattr(prepare, "BLOCK", 1000)
-    sizes, encode = [], prepare.encode_chat
-    monkeypatch.setattr(prepare, "encode_chat", lambda tokenizer, chats, *rest: sizes.append(len(chats)) or
+    set_block(monkeypatch, 1000)
+    sizes, encode = [], readers.encode_chat
+    monkeypatch.setattr(readers, "encode_chat", lambda tokenizer, chats, *rest: sizes.append(len(chats)) or
                         encode(tokenizer, chats, *rest))
     write_rows("a.jsonl", [[user(""), {**assistant(""), "think": "x" * 500}]] * 20)
     make_chat("a.jsonl")
@@ -1496,13 +1503,13 @@ def test_thoughts_count_for_how_much_is_held_at_once(monkeypatch):
 
 def test_a_tokenizer_learns_from_conversations_and_named_fields():
     write_rows("a.jsonl", [*CHATS, {"messages": CHATS[0]}, {"question": "Wozu", "answer": "Dazu"}])
-    texts = [text for _, text in prepare.read_all_texts("a.jsonl", ("question", "answer"))]
+    texts = list(prepare.read_lines(["a.jsonl"], ("question", "answer")))
     said = [text for chat in [*CHATS, CHATS[0]] for message in chat for key, text in message.items()
-            if key in ("content", "think")]
+            if key in ("content", "think") for text in text.splitlines()]
     assert texts == said + ["Wozu", "Dazu"]
     write_rows("b.jsonl", [{"txt": "bad"}])
-    with pytest.raises(UserError, match=r"b.jsonl:1: expected a conversation or text \(--fields\)"):
-        list(prepare.read_all_texts("b.jsonl", ("text",)))
+    with pytest.raises(UserError, match=r"^b.jsonl:1: expected a conversation or text \(--fields\), got .*; mend it$"):
+        list(prepare.read_lines(["b.jsonl"], ("text",)))
 
 
 def test_what_to_do_with_long_rows_needs_a_length():
