@@ -1,14 +1,17 @@
 """
-Direct preference optimization and its family: raise chosen answers' log-probs over rejected ones'. The
-reference is the policy as training started, after a resume too; a prompt is computed once for both answers.
+Direct preference optimization and its family: raise chosen answers' log-probs over rejected ones'.
+The reference is the policy as training started, after a resume too; a prompt is computed once for
+both answers.
 
     python train_dpo.py --data_dir=out/pairs --init_from=out/sft                 # one CPU or GPU
     torchrun --standalone --nproc_per_node=8 train_dpo.py --data_dir=out/pairs --init_from=out/sft
 
 Reads   data_dir, made by `python data/prepare.py pairs ...`; init_from, what to start from
-Writes  out_dir/{config.json, code/, metrics.jsonl, step_NNNNNN/}, ref_logps.bin: the reference's log-probs
-Expect  `make demo`: accuracy on held-out pairs, in README.md, "Results"
+Writes  out_dir/{config.json, code/, metrics.jsonl, step_NNNNNN/}, ref_logps.bin: the reference's
+        log-probs
+Expect  `make demo`: accuracy on held-out pairs, in docs/results.md
 """
+
 import copy
 import json
 import math
@@ -29,22 +32,25 @@ from common.run import RunConfig, begin
 # -----------------------------------------------------------------------------
 # config: these, and the options of every stage in common/run.py; --help prints all
 
+
+# fmt: off
 @dataclass(frozen=True)
 class Config(RunConfig):
-    data_dir: str = "out/pairs"         # pairs of answers prepared by data/prepare.py pairs
-    out_dir: str = "out/dpo"            # run directory, must be new or empty unless resume
-    batch_size: int = 32                # pairs per step, over all ranks and micro-batches
-    seq_len: int = 512                  # tokens of a prompt and one answer at most
-    lr: float = 1e-5                    # learning rate after the warm-up
+    data_dir: str = "out/pairs"        # pairs of answers prepared by data/prepare.py pairs
+    out_dir: str = "out/dpo"           # run directory, must be new or empty unless resume
+    batch_size: int = 32               # pairs per step, over all ranks and micro-batches
+    seq_len: int = 512                 # tokens of a prompt and one answer at most
+    lr: float = 1e-5                   # learning rate after the warm-up
     # preferences
     loss: Literal["sigmoid", "ipo", "hinge", "simpo", "orpo"] = "sigmoid"  # see common/losses.py
-    beta: float = 0.1                   # pull to the reference; simpo: reward scale, try 2; orpo: weight
-    label_smoothing: float = 0.0        # sigmoid: share of pairs that may be the wrong way round
-    gamma: float = 0.5                  # simpo: margin between the answers' rewards
-    nll_coef: float = 0.0               # adds this much of the chosen answers' cross-entropy
-    ref_online: bool = False            # keep a second model and ask it each time, not once before
+    beta: float = 0.1  # pull to the reference; simpo: reward scale, try 2; orpo: weight
+    label_smoothing: float = 0.0       # sigmoid: share of pairs that may be the wrong way round
+    gamma: float = 0.5                 # simpo: margin between the answers' rewards
+    nll_coef: float = 0.0              # adds this much of the chosen answers' cross-entropy
+    ref_online: bool = False           # keep a second model and ask it each time, not once before
     critical_ids: tuple[int, ...] = ()  # target ids with a weight of their own in the nll_coef term
-    critical_alpha: float = 1.0         # that weight
+    critical_alpha: float = 1.0        # that weight
+# fmt: on
 
 
 def answer_logps(model, pairs):
@@ -55,7 +61,8 @@ def answer_logps(model, pairs):
 
 def preference(logps, pairs, ref, weights, cfg):
     """
-    logps (N,) of the policy; ref (P, 2) summed log-probs, or None; weights (N,) of critical tokens, or None
+    logps (N,) of the policy; ref (P, 2) summed log-probs, or None; weights (N,) of critical tokens,
+    or None
     -> loss (P,), dict of metrics (P,)
     """
     weights = torch.ones_like(logps) if weights is None else weights
@@ -88,7 +95,9 @@ def preference(logps, pairs, ref, weights, cfg):
 
 @torch.no_grad()
 def summed_logps(model, data, autocast):
-    """-> (pairs of the set, 2) float32: log-probs of all chosen and rejected answers, over all ranks"""
+    """
+    -> (pairs of the set, 2) float32: log-probs of all chosen and rejected answers, over all ranks
+    """
     model.eval()
     sums, size = torch.zeros(data.num_rows, 2, device=data.device), data.micro_batch_size
     for start in range(data.rank * size, data.num_rows, data.world_size * size):
@@ -129,8 +138,10 @@ def initial_policy(run, model, initial_weights):
     if cfg.init_from:
         checkpoint.source(cfg.init_from).load(reference)
     if checkpoint.fingerprint(reference) != initial_weights:
-        raise UserError(f"--init_from={cfg.init_from}: not the weights that this run began with; "
-                        "its reference needs those again")
+        raise UserError(
+            f"--init_from={cfg.init_from}: not the weights that this run began with; "
+            "its reference needs those again"
+        )
     return reference
 
 
@@ -141,8 +152,9 @@ if __name__ == "__main__":
     if cfg.label_smoothing and cfg.loss != "sigmoid":
         raise UserError(f"--label_smoothing: only with --loss=sigmoid, not {cfg.loss}")
     run = begin(cfg, __file__)
-    train_data, val_data = run.data(PairData, critical_ids=cfg.critical_ids,
-                                    critical_alpha=cfg.critical_alpha)
+    train_data, val_data = run.data(
+        PairData, critical_ids=cfg.critical_ids, critical_alpha=cfg.critical_alpha
+    )
     model = run.model(GPT)
     optimizer = run.optimizer(model)
     forward = torch.compile(model) if cfg.compile else model  # forward() trains only
@@ -166,10 +178,14 @@ if __name__ == "__main__":
         if run.rank == 0:
             n_pairs = sum(data.num_rows for data in sets.values())
             print(f"reference: log-probs of {n_pairs:,} pairs")
-        arrays = {split: summed_logps(reference, data, run.autocast).cpu().numpy()
-                  for split, data in sets.items()}
+        arrays = {
+            split: summed_logps(reference, data, run.autocast).cpu().numpy()
+            for split, data in sets.items()
+        }
         reference = None
-    tensors = {split: torch.from_numpy(array).to(run.device) for split, array in (arrays or {}).items()}
+    tensors = {
+        split: torch.from_numpy(array).to(run.device) for split, array in (arrays or {}).items()
+    }
 
     def ref(split, pairs):
         """-> the reference's summed log-probs (P, 2), None where there is none"""
@@ -199,8 +215,12 @@ if __name__ == "__main__":
         first = step.number * run.num_micro
         micro_batches = [train_data.batch(first + i) for i in range(run.num_micro)]
         # of this whole step, over all micro-batches and ranks
-        n_pairs, n_tokens = dist.all_sum(sum(
-            torch.stack([pairs.valid.sum(), (pairs.tokens >= 0).sum()]) for pairs in micro_batches))
+        n_pairs, n_tokens = dist.all_sum(
+            sum(
+                torch.stack([pairs.valid.sum(), (pairs.tokens >= 0).sum()])
+                for pairs in micro_batches
+            )
+        )
         step_loss, step_metrics = torch.zeros((), device=run.device), 0.0
         for i, pairs in enumerate(micro_batches):
             # gradients travel during the last backward
@@ -220,5 +240,7 @@ if __name__ == "__main__":
         grad_norm = optimizer.step(cfg.grad_clip, apply=math.isfinite(step_loss))
         metrics = dict(zip(metrics, (dist.all_sum(step_metrics) / n_pairs).tolist()))
         shown = {name: metrics.pop(name) for name in ("accuracy", "margin")}
-        run.record(step, n_tokens, metrics, loss=step_loss, lr=optimizer.lr, grad_norm=grad_norm, **shown)
+        run.record(
+            step, n_tokens, metrics, loss=step_loss, lr=optimizer.lr, grad_norm=grad_norm, **shown
+        )
     dist.finish()

@@ -1,8 +1,10 @@
 """
-Group relative policy optimization: sample several answers to a prompt, raise those with the better rewards.
+Group relative policy optimization: sample several answers to a prompt, raise those with the better
+rewards.
 
     python train_grpo.py --data_dir=out/prompts --init_from=out/sft --reward=my_rewards.py:good
-    torchrun --standalone --nproc_per_node=8 train_grpo.py --data_dir=out/prompts --init_from=out/sft ...
+    torchrun --standalone --nproc_per_node=8 train_grpo.py --data_dir=out/prompts
+    --init_from=out/sft ...
 
 Reads   data_dir, made by `python data/prepare.py prompts ...`; init_from, what to start from
 Writes  out_dir/{config.json, code/, metrics.jsonl, samples.jsonl, step_NNNNNN/}
@@ -27,39 +29,41 @@ from common.sampling import SamplingConfig, answer_prompts, for_vocabulary
 # -----------------------------------------------------------------------------
 # config: these, and the options of every stage in common/run.py; --help prints all
 
+# fmt: off
 @dataclass(frozen=True)
 class Config(RunConfig):
-    data_dir: str = "out/prompts"       # prompts prepared by data/prepare.py prompts
-    out_dir: str = "out/grpo"           # run directory, must be new or empty unless resume
-    batch_size: int = 16                # prompts per rollout, over all ranks and micro-batches
-    seq_len: int = 512                  # tokens of a prompt and its answer at most
-    lr: float = 1e-5                    # learning rate after the warm-up
-    num_samples: int = 8                # answers to each prompt: its group
+    data_dir: str = "out/prompts"      # prompts prepared by data/prepare.py prompts
+    out_dir: str = "out/grpo"          # run directory, must be new or empty unless resume
+    batch_size: int = 16               # prompts per rollout, over all ranks and micro-batches
+    seq_len: int = 512                 # tokens of a prompt and its answer at most
+    lr: float = 1e-5                   # learning rate after the warm-up
+    num_samples: int = 8               # answers to each prompt: its group
     # rollouts and rewards
     reward: tuple[str, ...] = ("common/rewards.py:exact_match",)  # functions, path/to/file.py:name
     reward_weights: tuple[float, ...] = ()  # of the functions; () = 1 each
-    max_new_tokens: int = 256           # tokens of an answer at most
-    temperature: float = 1.0            # of sampling, and of the log-probs that are learned
-    top_k: int = 0                      # sample from the k most likely tokens only; 0 = all
-    top_p: float = 1.0                  # sample from the most likely that together reach this
-    suppress: tuple[int, ...] = ()      # token ids that are never produced
-    packed: bool = False                # x86 CPUs: sample with float16 weights; learn in full precision
-    env: str = ""                       # path/to/file.py:name, text -> (done, feedback), after each turn
-    missing_end_penalty: float = 0.0    # taken off the reward of an answer that max_new_tokens has cut
-    mask_truncated: bool = False        # leave cut answers out of the loss
-    drop_flat_groups: bool = False      # leave groups whose rewards are all the same out of the averages
+    max_new_tokens: int = 256          # tokens of an answer at most
+    temperature: float = 1.0           # of sampling, and of the log-probs that are learned
+    top_k: int = 0                     # sample from the k most likely tokens only; 0 = all
+    top_p: float = 1.0                 # sample from the most likely that together reach this
+    suppress: tuple[int, ...] = ()     # token ids that are never produced
+    packed: bool = False  # x86 CPUs: sample with float16 weights; learn in full precision
+    env: str = ""  # path/to/file.py:name, text -> (done, feedback), after each turn
+    missing_end_penalty: float = 0.0  # taken off the reward of an answer that is cut
+    mask_truncated: bool = False       # leave cut answers out of the loss
+    drop_flat_groups: bool = False  # leave groups of equal rewards out of the averages
     # policy gradient
-    updates_per_rollout: int = 1        # steps that learn from the same answers
+    updates_per_rollout: int = 1       # steps that learn from the same answers
     loss: Literal["clip", "cispo"] = "clip"  # see common/losses.py
     level: Literal["token", "sequence"] = "token"  # ratios of tokens, or of answers (GSPO)
-    aggregate: Literal["grpo", "dapo", "dr_grpo"] = "grpo"  # over answers' means; tokens; a constant
+    aggregate: Literal["grpo", "dapo", "dr_grpo"] = "grpo"  # means of answers; tokens; constant
     scale_rewards: Literal["group", "batch", "none"] = "group"  # whose deviation divides advantages
-    clip_low: float = 0.2               # ratios below 1 - clip_low gain nothing more
-    clip_high: float = 0.2              # ratios above 1 + clip_high gain nothing more
-    delta: float = 0.0                  # ratios above it are cut where the advantage is < 0; 0 = off
-    beta: float = 0.0                   # weight of the KL divergence from the initial policy
-    ref_mix: float = 0.0                # share of the policy mixed into it every ref_every steps
-    ref_every: int = 0                  # 0 = the reference stays
+    clip_low: float = 0.2              # ratios below 1 - clip_low gain nothing more
+    clip_high: float = 0.2             # ratios above 1 + clip_high gain nothing more
+    delta: float = 0.0                 # ratios above it are cut where the advantage is < 0; 0 = off
+    beta: float = 0.0                  # weight of the KL divergence from the initial policy
+    ref_mix: float = 0.0               # share of the policy mixed into it every ref_every steps
+    ref_every: int = 0                 # 0 = the reference stays
+# fmt: on
 
 
 @dataclass
@@ -69,7 +73,8 @@ class Rollout:
     answers: list                       # B sampling.Answer, group after group
     valid: torch.Tensor                 # (P,) bool: the prompts that count
     rewards: torch.Tensor               # (P, G)
-    to_go: torch.Tensor                 # (P, G, T): what of it comes at or after each token of the answer
+    # (P, G, T): what of it comes at or after each token of the answer
+    to_go: torch.Tensor
     reward_s: float                     # seconds of scoring
 
 
@@ -80,7 +85,8 @@ def collect(model, tokenizer, data, i, G, sampling_cfg, rewards, env_step, cfg):
     answers = answer_prompts(model, prompts, sampling_cfg, tokenizer.end, G, data.seed, numbers)
     if env_step:
         from extras.environment import continue_turns
-        continue_turns(env_step, answers, model, tokenizer, prompts, sampling_cfg, data.seed, numbers)
+        continue_turns(env_step, answers, model, tokenizer, prompts, sampling_cfg, data.seed,
+                       numbers)
     start = time.perf_counter()
     texts, pieces = map(list, zip(*(answer.texts(tokenizer) for answer in answers)))
     rows = [data.row(k) for k in ids for _ in range(G)]
@@ -116,13 +122,16 @@ def check_options(cfg):
     updates = cfg.updates_per_rollout
     multiples = cfg.save_every, cfg.num_steps, cfg.eval_every
     if updates < 1 or any(n % updates for n in multiples) or updates > 1 and cfg.num_epochs:
-        raise UserError(f"--updates_per_rollout={updates}: at least 1, and --save_every, --eval_every and "
-                        "--num_steps (not --num_epochs) must be multiples of it: checkpoints hold no rollout")
+        raise UserError(f"--updates_per_rollout={updates}: at least 1, and --save_every, --eval_every "
+                        "and --num_steps (not --num_epochs) must be multiples of it: checkpoints hold "
+                        "no rollout")
     if cfg.max_new_tokens >= cfg.seq_len or cfg.temperature <= 0 or cfg.num_samples < 2:
         raise UserError(f"--max_new_tokens={cfg.max_new_tokens} --temperature={cfg.temperature} "
-                        f"--num_samples={cfg.num_samples}: expected < --seq_len={cfg.seq_len}, > 0, >= 2")
+                        f"--num_samples={cfg.num_samples}: expected < --seq_len={cfg.seq_len}, > 0, "
+                        ">= 2")
     if cfg.reward_weights and len(cfg.reward_weights) != len(cfg.reward):
-        raise UserError(f"--reward_weights: {len(cfg.reward_weights)} for {len(cfg.reward)} functions")
+        raise UserError(f"--reward_weights: {len(cfg.reward_weights)} for {len(cfg.reward)} "
+                        "functions")
 
 
 if __name__ == "__main__":
@@ -143,9 +152,9 @@ if __name__ == "__main__":
     if reference and run.previous:
         checkpoint.load_weights(run.previous.folder, reference, "reference.pt")
     # the log-probs are those of the sampler's distribution
-    sampling_cfg = for_vocabulary(
-        SamplingConfig(cfg.max_new_tokens, cfg.suppress, temperature=cfg.temperature, top_k=cfg.top_k,
-                       top_p=cfg.top_p, packed=cfg.packed), model, run.tokenizer)
+    sampling_cfg = SamplingConfig(cfg.max_new_tokens, cfg.suppress, temperature=cfg.temperature,
+                                  top_k=cfg.top_k, top_p=cfg.top_p, packed=cfg.packed)
+    sampling_cfg = for_vocabulary(sampling_cfg, model, run.tokenizer)
 
     @torch.no_grad()
     def answers_to(data, i, G):
@@ -208,9 +217,9 @@ if __name__ == "__main__":
                 logps = answer_logps(forward, rows, sampling_cfg)  # (N,)
             if rows.old_logps is None:
                 rows.old_logps = logps.detach()
-            now, old, ref, A = (None if values is None else rows.padded(values)  # (B, T) each
-                                for values in (logps, rows.old_logps, rows.ref_logps, rows.advantages))
-            mask = rows.padded(torch.ones_like(logps)) > 0  # (B, T)
+            ref = rows.padded(rows.ref_logps) if reference else None  # (B, T), as the next
+            now, old, A = map(rows.padded, (logps, rows.old_logps, rows.advantages))
+            mask = rows.padded(torch.ones_like(logps)) > 0
             token_loss = losses.grpo_token_loss(now, old, ref, A, mask, cfg.clip_low, cfg.clip_high,
                                                 cfg.delta or None, cfg.beta, cfg.level, cfg.loss)
             per_answer = token_loss.sum(dim=1)  # (B,)
@@ -222,7 +231,9 @@ if __name__ == "__main__":
             logps = logps.detach()
             ratio = (logps - rows.old_logps).exp()
             clipped = (ratio < 1 - cfg.clip_low) | (ratio > 1 + cfg.clip_high)
-            kl = losses.k3(logps, rows.ref_logps).sum() if reference else torch.zeros_like(step_loss)
+            kl = torch.zeros_like(step_loss)
+            if reference:
+                kl = losses.k3(logps, rows.ref_logps).sum()
             mismatch = (rows.old_logps - rows.sampler_logps).abs().sum()
             sums += torch.stack([clipped.sum(), kl, -logps.sum(), mismatch])
 

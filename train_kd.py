@@ -2,12 +2,16 @@
 Knowledge distillation: a student learns a teacher's distribution over the next token, mixed with
 cross-entropy, on the text or conversations of a set, or on what the student says to their prompts.
 
-    python train_kd.py --teacher=out/pretrain --data_dir=out/data --model.n_layer=4    # one CPU or GPU
+    python train_kd.py --teacher=out/pretrain --data_dir=out/data --model.n_layer=4    # one CPU or
+                                                                                       GPU
     torchrun --standalone --nproc_per_node=8 train_kd.py --teacher=out/sft --data_dir=out/chat
 
-Reads   data_dir, made by `python data/prepare.py text ...` or `chat`; teacher; init_from, a student's run
-Writes  out_dir/{config.json, code/, metrics.jsonl, samples.jsonl, step_NNNNNN/}, and with cache_top_k a cache
-Expect  `python demos/demo/kd_seeds.py`: the student with and without its teacher, in docs/results.md
+Reads   data_dir, made by `python data/prepare.py text ...` or `chat`; teacher; init_from, a
+        student's run
+Writes  out_dir/{config.json, code/, metrics.jsonl, samples.jsonl, step_NNNNNN/}, and with
+        cache_top_k a cache
+Expect  `python demos/demo/kd_seeds.py`: the student with and without its teacher, in
+        docs/results.md
 """
 import hashlib
 import inspect
@@ -30,38 +34,43 @@ from common.sampling import SamplingConfig, complete, for_vocabulary
 # -----------------------------------------------------------------------------
 # config: these, and the options of every stage in common/run.py; --help prints all
 
+# fmt: off
 @dataclass(frozen=True)
 class Config(RunConfig):
-    data_dir: str = "out/data"          # text or conversations prepared by data/prepare.py text or chat
-    out_dir: str = "out/kd"             # run directory, must be new or empty unless resume
+    data_dir: str = "out/data"  # text or conversations prepared by data/prepare.py text or chat
+    out_dir: str = "out/kd"            # run directory, must be new or empty unless resume
     # text and conversations
-    doc_mask: bool = False              # text: attend and count positions within each document only
-    mask_prompt: bool = True            # chat: learn the assistant's words only; false: every token
+    doc_mask: bool = False             # text: attend and count positions within each document only
+    mask_prompt: bool = True           # chat: learn the assistant's words only; false: every token
     critical_ids: tuple[int, ...] = ()  # target ids with a weight of their own in the loss
-    critical_alpha: float = 1.0         # that weight
+    critical_alpha: float = 1.0        # that weight
     # teacher
-    teacher: str = ""                   # run, or Hugging Face folder; "" = teacher_logits in this script
-    kd_frac: float = 0.5                # share of the divergence from the teacher; the rest: cross-entropy
-    divergence: Literal["forward", "reverse", "jsd"] = "forward"  # KL(teacher, student), the other way
-    jsd_beta: float = 0.5               # jsd: weight of the teacher in the mixture, above 0 and below 1
-    temperature: float = 1.0            # of both distributions in the divergence
-    on_policy_frac: float = 0.0         # of steps, on the student's own answers, without cross-entropy (GKD)
-    max_new_tokens: int = 64            # tokens of such an answer; text: they continue the row's beginning
-    cut_vocab: bool = False             # ignore the tail of the teacher's vocabulary the student lacks
-    cache_top_k: int = 0                # ask the teacher once, keep k tokens a position; 0 = at every step
-    cache_dir: str = ""                 # folder of that cache, which runs can share; "" = in out_dir
+    teacher: str = ""  # run, or Hugging Face folder; "" = teacher_logits in this script
+    kd_frac: float = 0.5  # share of the divergence from the teacher; the rest: cross-entropy
+    divergence: Literal["forward", "reverse", "jsd"] = "forward"  # KL(teacher, student), or back
+    jsd_beta: float = 0.5  # jsd: weight of the teacher in the mixture, above 0 and below 1
+    temperature: float = 1.0           # of both distributions in the divergence
+    on_policy_frac: float = 0.0  # of steps, on the student's own answers, without ce (GKD)
+    max_new_tokens: int = 64  # tokens of such an answer; text: they continue the row's beginning
+    cut_vocab: bool = False  # ignore the tail of the teacher's vocabulary the student lacks
+    cache_top_k: int = 0  # ask the teacher once, keep k tokens a position; 0 = at every step
+    cache_dir: str = ""                # folder of that cache, which runs can share; "" = in out_dir
+# fmt: on
 
 
 def teacher_logits(tokens, docs):
     """
-    Yours to write, to learn from anything else than a run of ours: tokens, docs (B, T) int64 as `GPT.forward`
-    takes them (docs may be None) -> logits (B, T, V)
+    Yours to write, to learn from anything else than a run of ours: tokens, docs (B, T) int64 as
+    `GPT.forward` takes them (docs may be None) -> logits (B, T, V)
     """
     raise UserError("--teacher: name a run to learn from, or write teacher_logits() in train_kd.py")
 
 
 def find_teacher(cfg, tokenizer):
-    """-> Source of the teacher, its ModelConfig, what identifies its weights; None, None, ... of a function"""
+    """
+    -> Source of the teacher, its ModelConfig, what identifies its weights; None, None, ... of a
+    function
+    """
     if not cfg.teacher:
         return None, None, hashlib.sha256(inspect.getsource(teacher_logits).encode()).hexdigest()
     source = checkpoint.source(cfg.teacher)
@@ -77,8 +86,8 @@ def find_teacher(cfg, tokenizer):
 def check_options(cfg, kind):
     """UserError where options of this stage are out of range or do not fit the set"""
     if kind not in ("text", "chat") or (cfg.doc_mask if kind == "chat" else not cfg.mask_prompt):
-        raise UserError(f"--data_dir={cfg.data_dir}: a set of kind {kind}, expected text (only this has "
-                        "--doc_mask) or chat (only this has --mask_prompt)")
+        raise UserError(f"--data_dir={cfg.data_dir}: a set of kind {kind}, expected text (only this "
+                        "has --doc_mask) or chat (only this has --mask_prompt)")
     answer_fits = 0 < cfg.max_new_tokens <= cfg.seq_len or not cfg.on_policy_frac
     for name, ok, expected in (("kd_frac", 0 <= cfg.kd_frac <= 1, "0 to 1"),
                                ("on_policy_frac", 0 <= cfg.on_policy_frac <= 1, "0 to 1"),
@@ -88,19 +97,19 @@ def check_options(cfg, kind):
         if not ok:
             raise UserError(f"--{name}={getattr(cfg, name)}: expected {expected}")
     if cfg.on_policy_frac and cfg.cache_top_k or cfg.cache_dir and not cfg.cache_top_k:
-        raise UserError("--cache_top_k: --cache_dir needs it; with it --on_policy_frac must be 0, since no "
-                        "cache has what the student will say")
+        raise UserError("--cache_top_k: --cache_dir needs it; with it --on_policy_frac must be 0, "
+                        "since no cache has what the student will say")
 
 
 def student_rows(model, tokenizer, data, i, max_new_tokens):
     """
-    The prompts of micro-batch i with the student's own answers -> Batch of one row. An answer follows from
-    (seed, its prompt's number in the run) and the weights.
+    The prompts of micro-batch i with the student's own answers -> Batch of one row. An answer
+    follows from (seed, its prompt's number in the run) and the weights.
     """
     prompts, numbers, valid = data.prompts(i, max_new_tokens)
     sampling_cfg = for_vocabulary(SamplingConfig(max_new_tokens, temperature=1.0), model, tokenizer)
-    answers, *_ = complete(model, [prompt.tolist() for prompt in prompts], sampling_cfg, tokenizer.end, 1,
-                           data.seed, numbers)
+    prompt_ids = [prompt.tolist() for prompt in prompts]
+    answers, *_ = complete(model, prompt_ids, sampling_cfg, tokenizer.end, 1, data.seed, numbers)
     return data.continued(prompts, answers, valid)
 
 
@@ -144,10 +153,12 @@ if __name__ == "__main__":
         batch = train_data.batch(0)
         teacher_vocab = teacher_logits(batch.tokens, batch.docs).shape[-1]
     if teacher_vocab < V or teacher_vocab > V and not cfg.cut_vocab:
-        raise UserError(f"--teacher={cfg.teacher}: vocabulary of {teacher_vocab}, the student's has {V}; set "
-                        "--model.vocab_size, or --cut_vocab=true to ignore what only the teacher has")
+        raise UserError(f"--teacher={cfg.teacher}: vocabulary of {teacher_vocab}, the student's has "
+                        f"{V}; set --model.vocab_size, or --cut_vocab=true to ignore what only the "
+                        "teacher has")
     if not 0 <= cfg.cache_top_k < V:
-        raise UserError(f"--cache_top_k={cfg.cache_top_k}: expected 0 to {V - 1}, less than the vocabulary")
+        raise UserError(f"--cache_top_k={cfg.cache_top_k}: expected 0 to {V - 1}, less than the "
+                        "vocabulary")
     for config in (model.config, teacher_config or model.config):
         config.check_data(0, 0, train_data.doc_mask or cfg.on_policy_frac, [])
 
@@ -164,7 +175,8 @@ if __name__ == "__main__":
         teacher = GPT(teacher_config).to(run.device).eval().requires_grad_(False)
         source.load(teacher)
         # a forward without backward costs a third
-        run.token_flops += teacher.flops_per_token(train_data.mean_context, train_data.target_frac) / 3
+        flops = teacher.flops_per_token(train_data.mean_context, train_data.target_frac)
+        run.token_flops += flops / 3
     kd_options = dict(temperature=cfg.temperature, kind=cfg.divergence, jsd_beta=cfg.jsd_beta)
 
     @torch.no_grad()
@@ -180,7 +192,8 @@ if __name__ == "__main__":
     if cfg.cache_top_k and not cache:
         shape = cfg.seq_len, run.micro_batch_size, run.rank, run.world_size, run.device
         every_row = {split: Data(cfg.data_dir, split, *shape, **options) for split in sets}
-        teacher_cache.write_cache(cache_dir, cache_key, cfg.cache_top_k, V, every_row, ask, run.autocast)
+        teacher_cache.write_cache(cache_dir, cache_key, cfg.cache_top_k, V, every_row, ask,
+                                  run.autocast)
         cache, teacher = teacher_cache.open_cache(cache_dir, cache_key, V, run.device), None
     if cache:
         log.print(f"teacher: {cfg.cache_top_k} tokens a position in {cache_dir} have "
@@ -200,14 +213,17 @@ if __name__ == "__main__":
             break
 
         step.start()
-        on_policy = bool(np.random.default_rng([cfg.seed, step.number]).random() < cfg.on_policy_frac)
+        draw = np.random.default_rng([cfg.seed, step.number]).random()
+        on_policy = bool(draw < cfg.on_policy_frac)
         kd_frac = 1.0 if on_policy else cfg.kd_frac  # its own words are no targets
         first = step.number * run.num_micro
         numbers = range(first, first + run.num_micro)
         if on_policy:
             with torch.no_grad(), run.autocast:
-                micro_batches = [student_rows(model, run.tokenizer, train_data, i, cfg.max_new_tokens)
-                                 for i in numbers]
+                micro_batches = [
+                    student_rows(model, run.tokenizer, train_data, i, cfg.max_new_tokens)
+                    for i in numbers
+                ]
         else:
             micro_batches = [train_data.batch(i) for i in numbers]
         # of this whole step, over all micro-batches and ranks
@@ -219,9 +235,10 @@ if __name__ == "__main__":
             optimizer.sync = i == numbers[-1]
             with run.autocast:
                 hidden = forward(batch.tokens, batch.docs)  # (B, T, C)
+                teacher_at = ask("train", i, batch)
                 loss_sum, ce_sum, kd_sum = losses.linear_kd_loss(
-                    hidden, model.head, ask("train", i, batch), batch.targets, batch.mask, batch.weight,
-                    kd_frac, **kd_options)
+                    hidden, model.head, teacher_at, batch.targets, batch.mask, batch.weight, kd_frac,
+                    **kd_options)
             loss = loss_sum / n_targets.clamp(min=1)  # divide once, by the global count
             ((loss + model.balance_loss() / n_tokens) * optimizer.loss_scale).backward()
             step_loss += loss.detach()

@@ -6,8 +6,9 @@ Pretraining: next-token cross-entropy on a memory-mapped token set.
 
 Reads   data_dir, made by `python data/prepare.py text ...`; with init_from, what to start from
 Writes  out_dir/{config.json, code/, metrics.jsonl, samples.jsonl, step_NNNNNN/}
-Expect  configs/shakespeare_cpu.py: the validation loss in README.md, "Results"
+Expect  configs/shakespeare_cpu.py: the validation loss in docs/results.md
 """
+
 import math
 from dataclasses import dataclass
 
@@ -22,16 +23,19 @@ from common.run import RunConfig, begin
 # -----------------------------------------------------------------------------
 # config: these, and the options of every stage in common/run.py; --help prints all
 
+
+# fmt: off
 @dataclass(frozen=True)
 class Config(RunConfig):
-    data_dir: str = "out/data"          # token set made by data/prepare.py text
-    out_dir: str = "out/pretrain"       # run directory, must be new or empty unless resume
-    batch_size: int = 64                # sequences per step, over all ranks and micro-batches
-    num_steps: int = 2000               # updates, unless num_epochs is set
+    data_dir: str = "out/data"         # token set made by data/prepare.py text
+    out_dir: str = "out/pretrain"      # run directory, must be new or empty unless resume
+    batch_size: int = 64               # sequences per step, over all ranks and micro-batches
+    num_steps: int = 2000              # updates, unless num_epochs is set
     # text
-    doc_mask: bool = False              # attend and count positions within each document only
+    doc_mask: bool = False             # attend and count positions within each document only
     critical_ids: tuple[int, ...] = ()  # target ids with a weight of their own in the loss
-    critical_alpha: float = 1.0         # that weight
+    critical_alpha: float = 1.0        # that weight
+# fmt: on
 
 
 @torch.no_grad()
@@ -54,8 +58,12 @@ def evaluate(model, data, autocast):
 if __name__ == "__main__":
     cfg = parse_config(Config)
     run = begin(cfg, __file__)
-    train_data, val_data = run.data(TokenData, doc_mask=cfg.doc_mask, critical_ids=cfg.critical_ids,
-                                    critical_alpha=cfg.critical_alpha)
+    train_data, val_data = run.data(
+        TokenData,
+        doc_mask=cfg.doc_mask,
+        critical_ids=cfg.critical_ids,
+        critical_alpha=cfg.critical_alpha,
+    )
     model = run.model(GPT)
     optimizer = run.optimizer(model)
     run.start(model, optimizer)
@@ -66,8 +74,12 @@ if __name__ == "__main__":
     for step in run.steps():
         if step.evaluate and val_data:
             val_loss, bits_per_byte = evaluate(model, val_data, run.autocast)
-            run.evaluated(step, f"val loss {val_loss:.4f} | {bits_per_byte:.3f} bits per byte",
-                          val_loss=val_loss, val_bits_per_byte=bits_per_byte)
+            run.evaluated(
+                step,
+                f"val loss {val_loss:.4f} | {bits_per_byte:.3f} bits per byte",
+                val_loss=val_loss,
+                val_bits_per_byte=bits_per_byte,
+            )
         if step.evaluate:
             run.sample(step, model)
         if step.save:
@@ -86,8 +98,9 @@ if __name__ == "__main__":
             optimizer.sync = i == run.num_micro - 1
             with run.autocast:
                 hidden = forward(batch.tokens, batch.docs)  # (B, T, C)
-                loss_sum = losses.linear_cross_entropy(hidden, model.head, batch.targets, batch.mask,
-                                                       batch.weight)
+                loss_sum = losses.linear_cross_entropy(
+                    hidden, model.head, batch.targets, batch.mask, batch.weight
+                )
             loss = loss_sum / n_targets.clamp(min=1)  # divide once, by the global count
             ((loss + model.balance_loss() / n_tokens) * optimizer.loss_scale).backward()
             step_loss += loss.detach()

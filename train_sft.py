@@ -1,14 +1,17 @@
 """
-Supervised fine-tuning: cross-entropy on what the assistant says, in conversations, with images or without,
-packed without padding.
+Supervised fine-tuning: cross-entropy on what the assistant says, in conversations, with images or
+without, packed without padding.
 
     python train_sft.py --data_dir=out/chat --init_from=out/pretrain             # one CPU or GPU
-    torchrun --standalone --nproc_per_node=8 train_sft.py --data_dir=out/chat --init_from=out/pretrain
+    torchrun --standalone --nproc_per_node=8 train_sft.py --data_dir=out/chat
+    --init_from=out/pretrain
 
-Reads   data_dir, made by `python data/prepare.py chat ...` or `images ...`; init_from, what to start from
+Reads   data_dir, made by `python data/prepare.py chat ...` or `images ...`; init_from, what to
+        start from
 Writes  out_dir/{config.json, code/, metrics.jsonl, samples.jsonl, step_NNNNNN/}
-Expect  `make demo`: how often its model meets requests for a line, in README.md, "Results"
+Expect  `make demo`: how often its model meets requests for a line, in docs/results.md
 """
+
 import math
 from dataclasses import dataclass, field
 
@@ -23,19 +26,22 @@ from common.run import RunConfig, begin
 # -----------------------------------------------------------------------------
 # config: these, and the options of every stage in common/run.py; --help prints all
 
+
+# fmt: off
 @dataclass(frozen=True)
 class Config(RunConfig):
-    data_dir: str = "out/chat"          # conversations prepared by data/prepare.py chat or images
-    out_dir: str = "out/sft"            # run directory, must be new or empty unless resume
-    lr: float = 3e-4                    # learning rate after the warm-up
+    data_dir: str = "out/chat"         # conversations prepared by data/prepare.py chat or images
+    out_dir: str = "out/sft"           # run directory, must be new or empty unless resume
+    lr: float = 3e-4                   # learning rate after the warm-up
     # conversations
-    mask_prompt: bool = True            # learn the assistant's words only; false: every token
+    mask_prompt: bool = True           # learn the assistant's words only; false: every token
     critical_ids: tuple[int, ...] = ()  # target ids with a weight of their own in the loss
-    critical_alpha: float = 1.0         # that weight
+    critical_alpha: float = 1.0        # that weight
     # images: for a set that has some
-    freeze_llm: bool = False            # the language model stays as it is: tower and projector learn
-    freeze_tower: bool = False          # the tower stays as it is
-    vision: dict = field(default_factory=dict)  # --vision.NAME=value: extras/images.py, VisionConfig
+    freeze_llm: bool = False  # the language model stays as it is: tower and projector learn
+    freeze_tower: bool = False         # the tower stays as it is
+    vision: dict = field(default_factory=dict)  # --vision.NAME=...: see extras/images.py
+# fmt: on
 
 
 @torch.no_grad()
@@ -60,9 +66,14 @@ if __name__ == "__main__":
     Data, new_model = ChatData, GPT
     if "images" in run.meta or cfg.freeze_llm or cfg.freeze_tower or cfg.vision:
         from extras import images
+
         Data, new_model = images.ImageData, images.new_model(run)
-    train_data, val_data = run.data(Data, mask_prompt=cfg.mask_prompt, critical_ids=cfg.critical_ids,
-                                    critical_alpha=cfg.critical_alpha)
+    train_data, val_data = run.data(
+        Data,
+        mask_prompt=cfg.mask_prompt,
+        critical_ids=cfg.critical_ids,
+        critical_alpha=cfg.critical_alpha,
+    )
     model = run.model(new_model)
     optimizer = run.optimizer(model)
     run.start(model, optimizer)
@@ -92,8 +103,9 @@ if __name__ == "__main__":
             optimizer.sync = i == run.num_micro - 1
             with run.autocast:
                 hidden = forward(batch.tokens, batch.docs, **batch.inputs)  # (B, T, C)
-                loss_sum = losses.linear_cross_entropy(hidden, model.head, batch.targets, batch.mask,
-                                                       batch.weight)
+                loss_sum = losses.linear_cross_entropy(
+                    hidden, model.head, batch.targets, batch.mask, batch.weight
+                )
             loss = loss_sum / n_targets.clamp(min=1)  # divide once, by the global count
             scaled = (loss + model.balance_loss() / n_tokens) * optimizer.loss_scale
             scaled.backward()

@@ -1,19 +1,22 @@
 """
-The chat template, the same in every stage: `<role>` body `<end>` for each message, where the body of an
-assistant is `<think>thoughts</think>` (if it has any) and `<answer>content</answer>`. A prompt for the next
-reply ends with `<assistant>`.
+The chat template, the same in every stage: `<role>` body `<end>` for each message, where the body
+of an assistant is `<think>thoughts</think>` (if it has any) and `<answer>content</answer>`. A
+prompt for the next reply ends with `<assistant>`.
 
-    messages = [{"role": "user", "content": "Good morrow!"}, {"role": "assistant", "content": "Well met."}]
-    (ids, counts), = encode_chat(tokenizer, [messages])
+    messages = [{"role": "user", "content": "Good morrow!"}, {"role": "assistant", "content": "Well
+    met."}] (ids, counts), = encode_chat(tokenizer, [messages])
     ids = encode_user(tokenizer, "Good morrow!")              # a prompt
 
 What a message says is encoded as plain text; only the template writes special tokens.
 """
+
 ROLES = ("system", "user", "assistant")
 
 
 def check_conversation(messages, with_images=False):
-    """ValueError says what is wrong with a list of {"role", "content", "think"?}, where something is."""
+    """
+    ValueError says what is wrong with a list of {"role", "content", "think"?}, where something is.
+    """
     if not isinstance(messages, list) or not messages:
         raise ValueError("expected a list of messages")
     for message in messages:
@@ -27,7 +30,9 @@ def check_conversation(messages, with_images=False):
         if role not in ROLES:
             raise ValueError(f"unknown role {str(role)[:40]!r}, expected {', '.join(ROLES)}")
         if unknown := fields.keys() - {"role", "content", "think"}:
-            raise ValueError(f"a message has role, content and maybe think, not {', '.join(sorted(unknown))}")
+            raise ValueError(
+                f"a message has role, content and maybe think, not {', '.join(sorted(unknown))}"
+            )
         if "think" in fields and (role != "assistant" or not isinstance(fields["think"], str)):
             raise ValueError('"think" is text, and an assistant\'s')
         if role == "assistant" and in_parts:
@@ -40,23 +45,28 @@ def _is_part(part):
     return isinstance(part.get("text"), str) == (part["type"] == "text")
 
 
-def encode_chat(tokenizer, conversations, answer_tags=True, reply=False, tokens_per_image=0, begin=True):
+def encode_chat(
+    tokenizer, conversations, answer_tags=True, reply=False, tokens_per_image=0, begin=True
+):
     """
-    The chat template. conversations: list of lists of {"role", "content", "think"?}. answer_tags: put
-    <answer> tags around an assistant's content. reply: end with <assistant>, for the model to go on.
-    tokens_per_image: a content may be a list of {"type": "text", "text": ...} and {"type": "image"}, and this
-    is how many <image> stand for the latter. begin: False for messages that go on with a conversation.
+    The chat template. conversations: list of lists of {"role", "content", "think"?}. answer_tags:
+    put <answer> tags around an assistant's content. reply: end with <assistant>, for the model to
+    go on. tokens_per_image: a content may be a list of {"type": "text", "text": ...} and {"type":
+    "image"}, and this is how many <image> stand for the latter. begin: False for messages that go
+    on with a conversation.
 
-    -> list of (ids, counts), one per conversation. counts: list of bool, True where the id is to be learned:
-    an assistant's body and the <end> after it, not the <assistant> before it, and nothing of other roles.
-    Raises ValueError where a conversation is not one.
+    -> list of (ids, counts), one per conversation. counts: list of bool, True where the id is to be
+    learned: an assistant's body and the <end> after it, not the <assistant> before it, and nothing
+    of other roles. Raises ValueError where a conversation is not one.
     """
     chats = [list(_template(messages, answer_tags, tokens_per_image)) for messages in conversations]
     if reply:
         for chat in chats:
             chat.append(("assistant", "", False))
     # all texts at once, which the tokenizer encodes in parallel
-    texts = iter(tokenizer.encode_batch([text for chat in chats for special, text, _ in chat if not special]))
+    texts = iter(
+        tokenizer.encode_batch([text for chat in chats for special, text, _ in chat if not special])
+    )
     encoded = []
     for chat in chats:
         ids = list(tokenizer.begin) if begin else []
@@ -64,7 +74,8 @@ def encode_chat(tokenizer, conversations, answer_tags=True, reply=False, tokens_
         for special, _, learn in chat:
             new = tokenizer.markers[special] if special else next(texts)
             learned = [learn] * len(new)
-            if special == "end":                              # generation stops there, whatever is to follow
+            # generation stops there, whatever is to follow
+            if special == "end":
                 learned[1:] = [False] * (len(new) - 1)
             ids += new
             counts += learned
@@ -75,7 +86,9 @@ def encode_chat(tokenizer, conversations, answer_tags=True, reply=False, tokens_
 def encode_user(tokenizer, content, tokens_per_image=0, begin=True):
     """-> ids of a user's message and of the <assistant> after it; see `encode_chat`"""
     messages = [{"role": "user", "content": content}]
-    (ids, _), = encode_chat(tokenizer, [messages], reply=True, tokens_per_image=tokens_per_image, begin=begin)
+    ((ids, _),) = encode_chat(
+        tokenizer, [messages], reply=True, tokens_per_image=tokens_per_image, begin=begin
+    )
     return ids
 
 

@@ -5,13 +5,15 @@ Checkpoints: directories that appear whole or not at all.
         model.pt               weights, by name
         optimizer_0_of_2.pt    one file per ZeRO-1 shard (optimizer_0_of_1.pt when replicated)
         tokenizer_info.json    and the vocabulary file
-        checkpoint.json        step, val_loss, configs, and size and sha256 of every file above; written last
+        checkpoint.json        step, val_loss, configs, and size and sha256 of every file above;
+                               written last
 
-A checkpoint is written to a folder aside, flushed to disk and renamed, so a crash at any moment leaves the
-earlier ones as they were. Loading checks every file first; `latest` steps back to the one before when
-something is damaged. Files are read with weights_only=True: they can hold tensors and plain values, never
-code.
+A checkpoint is written to a folder aside, flushed to disk and renamed, so a crash at any moment
+leaves the earlier ones as they were. Loading checks every file first; `latest` steps back to the
+one before when something is damaged. Files are read with weights_only=True: they can hold tensors
+and plain values, never code.
 """
+
 import hashlib
 import io
 import json
@@ -35,30 +37,37 @@ MANIFEST = "checkpoint.json"
 # -----------------------------------------------------------------------------
 # writing
 
+
 def save(out_dir, step, model, optimizer, info, files, keep_last=2, val_loss=None, last=False):
     """
-    Write out_dir/step_NNNNNN on all ranks together. info: plain values that a resume compares or needs (model
-    config, config, data). files: dict of name to bytes, such as tokenizer.files(). optimizer: None where
-    there is none. keep_last: how many of the latest to keep, next to the best by val_loss. -> True, or False
-    when it could not be written (disk full): the run may go on, nothing is lost. last: the run ends here, so
-    that a failure is a UserError.
+    Write out_dir/step_NNNNNN on all ranks together. info: plain values that a resume compares or
+    needs (model config, config, data). files: dict of name to bytes, such as tokenizer.files().
+    optimizer: None where there is none. keep_last: how many of the latest to keep, next to the best
+    by val_loss. -> True, or False when it could not be written (disk full): the run may go on,
+    nothing is lost. last: the run ends here, so that a failure is a UserError.
     """
     name = f"step_{step:06d}"
     target, aside = os.path.join(out_dir, name), os.path.join(out_dir, f".{name}.partial")
     sums, error = {}, None
     if val_loss is not None and not math.isfinite(val_loss):
-        val_loss = None                                       # JSON has no nan, and it is not the best
+        # JSON has no nan, and it is not the best
+        val_loss = None
     try:
         dist.from_rank_zero(lambda: _make_room(out_dir, aside))
         if dist.world()[0] == 0:
             for file_name, content in files.items():
-                sums[file_name] = _write(aside, file_name, lambda f, content=content: f.write(content))
-            sums["model.pt"] = _write(aside, "model.pt", lambda f: torch.save(_on_cpu(model.state_dict()), f))
+                sums[file_name] = _write(
+                    aside, file_name, lambda f, content=content: f.write(content)
+                )
+            sums["model.pt"] = _write(
+                aside, "model.pt", lambda f: torch.save(_on_cpu(model.state_dict()), f)
+            )
         state = optimizer.state_dict() if optimizer else None
         if state and (dist.world()[0] == 0 or state["shards"] > 1):
             shard = f"optimizer_{state['shard']}_of_{state['shards']}.pt"
             sums[shard] = _write(aside, shard, lambda f: torch.save(_on_cpu(state), f))
-    except (OSError, RuntimeError) as problem:  # torch.save turns a failed write into a RuntimeError
+    # torch.save turns a failed write into a RuntimeError
+    except (OSError, RuntimeError) as problem:
         error = f"{type(problem).__name__}: {str(problem).splitlines()[0]}"
     everyone = dist.gather_objects((sums, error))
     error = next((e for _, e in everyone if e), None)
@@ -67,11 +76,18 @@ def save(out_dir, step, model, optimizer, info, files, keep_last=2, val_loss=Non
         if error:
             return error
         try:
-            manifest = dict(step=step, val_loss=val_loss, **info,
-                            files={k: v for s, _ in everyone for k, v in s.items()})
-            _write(aside, MANIFEST, lambda f: f.write((json.dumps(manifest, indent=1) + "\n").encode()))
+            manifest = dict(
+                step=step,
+                val_loss=val_loss,
+                **info,
+                files={k: v for s, _ in everyone for k, v in s.items()},
+            )
+            _write(
+                aside, MANIFEST, lambda f: f.write((json.dumps(manifest, indent=1) + "\n").encode())
+            )
             _sync_folder(aside)
-            if os.path.exists(target):                        # damaged, or the run would have resumed from it
+            # damaged, or the run would have resumed from it
+            if os.path.exists(target):
                 shutil.rmtree(target + ".damaged", ignore_errors=True)
                 os.rename(target, target + ".damaged")
             os.rename(aside, target)
@@ -80,14 +96,20 @@ def save(out_dir, step, model, optimizer, info, files, keep_last=2, val_loss=Non
         except OSError as problem:
             return f"{type(problem).__name__}: {problem}"
         return None
+
     error = dist.from_rank_zero(publish)
     if error and dist.world()[0] == 0:
-        print(f"warning: {target} was not saved ({error}); earlier checkpoints are untouched",
-              file=sys.stderr, flush=True)
+        print(
+            f"warning: {target} was not saved ({error}); earlier checkpoints are untouched",
+            file=sys.stderr,
+            flush=True,
+        )
         shutil.rmtree(aside, ignore_errors=True)
     if error and last:
-        raise UserError(f"--out_dir={out_dir}: the last checkpoint could not be saved; "
-                        "make room and continue with --resume=true")
+        raise UserError(
+            f"--out_dir={out_dir}: the last checkpoint could not be saved; "
+            "make room and continue with --resume=true"
+        )
     return error is None
 
 
@@ -115,7 +137,10 @@ def _sync_folder(path):
 
 
 def _on_cpu(value):
-    """Tensors to the CPU, views cut out of the buffer they look into (torch.save would write all of it)."""
+    """
+    Tensors to the CPU, views cut out of the buffer they look into (torch.save would write all of
+    it).
+    """
     if torch.is_tensor(value):
         value = value.detach().cpu()
         whole = value.untyped_storage().nbytes() // value.element_size()
@@ -134,15 +159,20 @@ def _make_room(out_dir, aside):
 
 
 def _prune(out_dir, keep_last, newest):
-    """Keep the last keep_last checkpoints up to `newest`, just saved, and that with the lowest val_loss."""
+    """
+    Keep the last keep_last checkpoints up to `newest`, just saved, and that with the lowest
+    val_loss.
+    """
     folders = steps(out_dir)
-    folders = folders[:folders.index(newest) + 1]         # later ones are damaged: left for the user to see
+    # later ones are damaged: left for the user to see
+    folders = folders[: folders.index(newest) + 1]
     losses = {}
     for folder in folders:
         try:
             losses[folder] = read_manifest(folder)["val_loss"]
         except UserError:
-            continue                                      # damaged: not the best of anything, and left too
+            # damaged: not the best of anything, and left too
+            continue
     scored = [f for f in losses if losses[f] is not None]
     keep = {newest, *folders[-keep_last:]} | ({min(scored, key=losses.get)} if scored else set())
     for folder in losses:
@@ -152,6 +182,7 @@ def _prune(out_dir, keep_last, newest):
 
 # -----------------------------------------------------------------------------
 # reading
+
 
 def steps(out_dir):
     """The checkpoint folders of a run, oldest first."""
@@ -175,7 +206,10 @@ def read_manifest(folder):
 
 
 def verify(folder):
-    """Compare files with their recorded size and sha256; UserError names the first to differ. -> manifest"""
+    """
+    Compare files with their recorded size and sha256; UserError names the first to differ. ->
+    manifest
+    """
     manifest = read_manifest(folder)
     for name, expected in manifest["files"].items():
         path = os.path.join(folder, name)
@@ -188,6 +222,7 @@ def verify(folder):
 
 def latest(out_dir):
     """The newest checkpoint of a run that is whole, or None. Says which ones it passed over."""
+
     def search():
         for folder in reversed(steps(out_dir)):
             try:
@@ -196,15 +231,23 @@ def latest(out_dir):
             except UserError as error:
                 print(f"warning: {error}; trying the one before", file=sys.stderr, flush=True)
         if steps(out_dir):
-            raise UserError(f"{out_dir}: none of its checkpoints is whole; train it again, in a new folder")
+            raise UserError(
+                f"{out_dir}: none of its checkpoints is whole; train it again, in a new folder"
+            )
         return None
+
     return dist.from_rank_zero(search)
 
 
 def find(path):
-    """path: a run directory (its latest whole checkpoint) or one checkpoint folder -> the folder, verified"""
+    """
+    path: a run directory (its latest whole checkpoint) or one checkpoint folder -> the folder,
+    verified
+    """
     if not os.path.isdir(path):
-        raise UserError(f"{path}: no such run or checkpoint; expected a stage's --out_dir, or a step_* in it")
+        raise UserError(
+            f"{path}: no such run or checkpoint; expected a stage's --out_dir, or a step_* in it"
+        )
     if os.path.exists(os.path.join(path, MANIFEST)):
         dist.from_rank_zero(lambda: verify(path) and None)
         return path
@@ -217,17 +260,23 @@ def find(path):
 @dataclass
 class Source:
     """Where weights come from: a checkpoint of ours, or a folder of transformers."""
+
     folder: str
-    manifest: dict          # "model": fields of ModelConfig; of a checkpoint of ours, what `save` was given
-    load: Callable          # load(model) fills a model with the weights; UserError where they do not fit
-    fingerprint: Callable   # () -> that of the tokenizer
-    weights_id: Callable    # () -> sha256 of the weights, as hex
+    # "model": fields of ModelConfig; of a checkpoint of ours, what `save` was given
+    manifest: dict
+    # load(model) fills a model with the weights; UserError where they do not fit
+    load: Callable
+    fingerprint: Callable  # () -> that of the tokenizer
+    weights_id: Callable  # () -> sha256 of the weights, as hex
 
 
 def source(path):
-    """path: a run (its latest whole checkpoint), a checkpoint, or a folder of transformers -> Source"""
+    """
+    path: a run (its latest whole checkpoint), a checkpoint, or a folder of transformers -> Source
+    """
     if is_transformers_folder(path):
         from extras import hf
+
         return hf.source(path)
     return checkpoint_source(find(path))
 
@@ -235,8 +284,13 @@ def source(path):
 def checkpoint_source(folder):
     """folder: of a checkpoint that is whole -> Source"""
     manifest = read_manifest(folder)
-    return Source(folder, manifest, lambda model: load_weights(folder, model),
-                  lambda: manifest["fingerprint"], lambda: manifest["files"]["model.pt"]["sha256"])
+    return Source(
+        folder,
+        manifest,
+        lambda model: load_weights(folder, model),
+        lambda: manifest["fingerprint"],
+        lambda: manifest["files"]["model.pt"]["sha256"],
+    )
 
 
 def is_transformers_folder(path):
@@ -250,13 +304,15 @@ def is_transformers_folder(path):
 
 def load_weights(folder, model, name="model.pt"):
     """
-    Fill model with the weights of a checkpoint folder; UserError when it is of another architecture. Where
-    none of the model's `optional` weights are there, these stay as they are.
+    Fill model with the weights of a checkpoint folder; UserError when it is of another
+    architecture. Where none of the model's `optional` weights are there, these stay as they are.
     """
     weights, ours = _load(os.path.join(folder, name)), model.state_dict()
     if "vision.out.weight" in weights and "vision.out.weight" not in ours:
-        raise UserError(f"{folder}: a model with vision; only train_sft.py, on a set with images, and "
-                        "sample.py take it")
+        raise UserError(
+            f"{folder}: a model with vision; only train_sft.py, on a set with images, and "
+            "sample.py take it"
+        )
     optional = {name: weight for name, weight in ours.items() if name.startswith(model.optional)}
     if not optional.keys() & weights.keys():
         weights |= optional
@@ -264,12 +320,16 @@ def load_weights(folder, model, name="model.pt"):
         if name not in weights or name not in ours or weights[name].shape != ours[name].shape:
             theirs = tuple(weights[name].shape) if name in weights else "absent"
             mine = tuple(ours[name].shape) if name in ours else "absent"
-            raise UserError(f"{folder}: of another architecture: {name} is {theirs} there and {mine} here")
+            raise UserError(
+                f"{folder}: of another architecture: {name} is {theirs} there and {mine} here"
+            )
     model.load_state_dict(weights)
 
 
 def weights_file(name, model):
-    """-> {name: bytes} for the files of `save`, which `load_weights` reads again; {} for no model"""
+    """
+    -> {name: bytes} for the files of `save`, which `load_weights` reads again; {} for no model
+    """
     content = io.BytesIO()
     if model is not None:
         torch.save(_on_cpu(model.state_dict()), content)
@@ -287,13 +347,17 @@ def fingerprint(model):
 
 def check_resume(folder, identity, num_steps):
     """
-    -> the step that a run goes on from. identity: dict of what may not change between the parts of a run;
-    UserError where it has, or the run is past num_steps.
+    -> the step that a run goes on from. identity: dict of what may not change between the parts of
+    a run; UserError where it has, or the run is past num_steps.
     """
     manifest = read_manifest(folder)
     old = manifest["identity"]
-    if other := [f"{name}={old.get(name)}" for name in old | identity if old.get(name) != identity.get(name)]:
-        raise UserError(f"--resume: the run has {', '.join(other)}; give it the same options and data")
+    if other := [
+        f"{name}={old.get(name)}" for name in old | identity if old.get(name) != identity.get(name)
+    ]:
+        raise UserError(
+            f"--resume: the run has {', '.join(other)}; give it the same options and data"
+        )
     if manifest["step"] > num_steps:
         raise UserError(f"--num_steps={num_steps}: the run is at step {manifest['step']} already")
     return manifest["step"]
@@ -318,24 +382,30 @@ def _load(path):
 # -----------------------------------------------------------------------------
 # arrays that belong to something: log-probs of a reference, ...
 
+
 def write_arrays(path, key, arrays):
     """
-    Write a dict of arrays to path, whole or not at all: 32 bytes of SHA-256 over the rest, which is a .npz.
-    key: str, what they were computed from
+    Write a dict of arrays to path, whole or not at all: 32 bytes of SHA-256 over the rest, which is
+    a .npz. key: str, what they were computed from
     """
     content = io.BytesIO()
     np.savez(content, key=np.array(key), **arrays)
     content = content.getvalue()
     try:
-        _write(os.path.dirname(path), os.path.basename(path) + ".partial",
-               lambda file: file.write(hashlib.sha256(content).digest() + content))
+        _write(
+            os.path.dirname(path),
+            os.path.basename(path) + ".partial",
+            lambda file: file.write(hashlib.sha256(content).digest() + content),
+        )
         os.replace(path + ".partial", path)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror})") from None
 
 
 def read_arrays(path, key):
-    """-> the dict of arrays, or None where path holds none, damaged ones, or those of another key"""
+    """
+    -> the dict of arrays, or None where path holds none, damaged ones, or those of another key
+    """
     try:
         with open(path, "rb") as file:
             checksum, content = file.read(32), file.read()

@@ -3,15 +3,18 @@ A frozen dataclass is a command line.
 
     python train_pretrain.py configs/tiny.py --lr=3e-4 --model.n_layer=6
 
-Later arguments win. A config file is Python made of plain assignments (or the config.json that a run wrote):
+Later arguments win. A config file is Python made of plain assignments (or the config.json that a
+run wrote):
 
     lr = 3e-4
     batch_size = 8 * 64                       # sequences per step
     model = dict(n_layer=6, n_embd=384)       # a section
 
-An unknown name, a wrong type or a value outside a Literal is a UserError, never a guess. The comment beside a
-field is its help text: `--help` prints every option with type, default and comment.
+An unknown name, a wrong type or a value outside a Literal is a UserError, never a guess. The
+comment beside a field is its help text: `--help` prints every option with type, default and
+comment.
 """
+
 import difflib
 import inspect
 import json
@@ -26,7 +29,10 @@ from common.errors import UserError, show_user_errors
 
 
 def parse_config(cls, argv=None):
-    """-> an instance of the frozen dataclass cls. argv: config files and --name=value (default: sys.argv)."""
+    """
+    -> an instance of the frozen dataclass cls. argv: config files and --name=value (default:
+    sys.argv).
+    """
     if argv is None:
         show_user_errors()
         argv = sys.argv[1:]
@@ -35,14 +41,14 @@ def parse_config(cls, argv=None):
         sys.exit(0)
     overrides = read_overrides(argv)
     config = build(cls(), overrides)
-    object.__setattr__(config, "_asked", overrides)           # frozen; see `asked`
+    object.__setattr__(config, "_asked", overrides)  # frozen; see `asked`
     return config
 
 
 def asked(config):
     """
-    What was given explicitly, nested dict of names to raw values: by config files and the command line, or of
-    a config made in Python what differs from the defaults.
+    What was given explicitly, nested dict of names to raw values: by config files and the command
+    line, or of a config made in Python what differs from the defaults.
     """
     if hasattr(config, "_asked"):
         return config._asked
@@ -111,9 +117,14 @@ def build(base, overrides, path=""):
     for name, value in overrides.items():
         if name not in types:
             near = difflib.get_close_matches(name, types, 1) or [
-                field for _, field, _, _, comment in options(base, "") if name.replace("_", " ") in comment]
-            raise UserError(f"unknown option --{path}{name}" + (
-                f"; did you mean --{path}{near[0]}?" if near else "; --help lists them all"))
+                field
+                for _, field, _, _, comment in options(base, "")
+                if name.replace("_", " ") in comment
+            ]
+            raise UserError(
+                f"unknown option --{path}{name}"
+                + (f"; did you mean --{path}{near[0]}?" if near else "; --help lists them all")
+            )
         if types[name] is dict:
             if not isinstance(value, dict):
                 raise UserError(f"--{path}{name} is a section: set --{path}{name}.FIELD=value")
@@ -128,15 +139,21 @@ def build(base, overrides, path=""):
 
 
 def coerce(kind, value, name):
-    """value (a string from the command line, or what a config file holds) as kind, or a UserError."""
+    """
+    value (a string from the command line, or what a config file holds) as kind, or a UserError.
+    """
     try:
         if get_origin(kind) is Literal:
             if value not in get_args(kind):
                 raise ValueError
             return value
-        if get_origin(kind) is tuple:                          # a,b,c or a JSON list
+        if get_origin(kind) is tuple:  # a,b,c or a JSON list
             if isinstance(value, str):
-                value = json.loads(value) if value.startswith("[") else [v for v in value.split(",") if v]
+                value = (
+                    json.loads(value)
+                    if value.startswith("[")
+                    else [v for v in value.split(",") if v]
+                )
             return tuple(coerce(get_args(kind)[0], v, name) for v in value)
         if kind is bool:
             return {"true": True, "false": False, "1": True, "0": False}[str(value).lower()]
@@ -146,7 +163,7 @@ def coerce(kind, value, name):
             return value
         if isinstance(value, bool):
             raise ValueError
-        if kind is int and not isinstance(value, int):         # 10_000 and 1e6 are ints, 1.5 is not
+        if kind is int and not isinstance(value, int):  # 10_000 and 1e6 are ints, 1.5 is not
             number = float(value)
             if number != int(number):
                 raise ValueError
@@ -173,34 +190,41 @@ def as_dict(config):
 # -----------------------------------------------------------------------------
 # help
 
+
 def help_text(cls, width=110):
-    """The module's docstring, then every option: --name=default, type, comment; grouped as in the source."""
-    lines = [(inspect.getmodule(cls).__doc__ or "").strip(), "",
-             "Options (--name=value; the default is shown):"]
+    """
+    The module's docstring, then every option: --name=default, type, comment; grouped as in the
+    source.
+    """
+    lines = [
+        (inspect.getmodule(cls).__doc__ or "").strip(),
+        "",
+        "Options (--name=value; the default is shown):",
+    ]
     for group, name, kind, default, comment in options(cls(), ""):
         if group:
             lines += ["", group]
-        left = f"  --{name}={','.join(map(str, default)) if isinstance(default, tuple) else default}"
+        left = (
+            f"  --{name}={','.join(map(str, default)) if isinstance(default, tuple) else default}"
+        )
         right = f"{type_name(kind).replace(' or ', '|')}: {comment}"
         indent = " " * 34
         column = f"{left:<33} " if len(left) < 34 else left + "\n" + indent
-        text = ""
-        for word in right.split():
-            if len(text.rsplit("\n", 1)[-1]) + len(word) + 1 > width - 34:
-                text += "\n" + indent + word
-            else:
-                text += (" " if text else "") + word
+        text = ("\n" + indent).join(textwrap.wrap(right, width - len(indent)))
         lines.append(column + text)
     return "\n".join(lines)
 
 
 def options(instance, path):
-    """Yield (group or "", dotted name, type, default, comment) per field, sections too, in source order."""
+    """
+    Yield (group or "", dotted name, type, default, comment) per field, sections too, in source
+    order.
+    """
     types, comments, groups = get_type_hints(type(instance)), {}, {}
     for cls in reversed([c for c in type(instance).__mro__ if is_dataclass(c)]):
         group = ""
         for line in textwrap.dedent(inspect.getsource(cls)).splitlines():
-            if heading := re.fullmatch(r"    # (.+)", line):
+            if heading := re.fullmatch(r"    # (?!fmt: )(.+)", line):
                 group = heading[1]
             if field := re.match(r"    (\w+): [^=]+=.*?(?:\s#\s(.*))?$", line):
                 comments[field[1]] = field[2] or ""
@@ -212,4 +236,10 @@ def options(instance, path):
             yield (comments[field.name] or field.name, *nested[0][1:])
             yield from nested[1:]
         else:
-            yield groups[field.name], path + field.name, types[field.name], value, comments[field.name]
+            yield (
+                groups[field.name],
+                path + field.name,
+                types[field.name],
+                value,
+                comments[field.name],
+            )

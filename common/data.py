@@ -3,20 +3,25 @@ Memory-mapped token sets and the batches of a run.
 
 A set is a folder that data/prepare.py makes:
 
-    train.npy, val.npy     token ids, document after document, each closed by the end token; uint16 or uint32
+    train.npy, val.npy     token ids, document after document, each closed by the end token; uint16
+                           or uint32
     meta.json              kind of set, counts, vocab_size, end and pad id, tokenizer fingerprint
     tokenizer_info.json    and the vocabulary file, if any
     token_bytes.npy        text: (V,) bytes of text per token
-    train_mask.npy         chat, pairs: 1 where a token is to be learned, else 0; uint8, as long as train.npy
+    train_mask.npy         chat, pairs: 1 where a token is to be learned, else 0; uint8, as long as
+                           train.npy
     train_offsets.npy      chat: where each conversation begins, and where the last one ends; uint64
-                           pairs: the same of the prompt, the chosen and the rejected answer of each pair
-    train_rows.npy         prompts: {"prompt": messages, "answer": text} of each as JSON, one after the other,
-                           with train_row_offsets.npy
+                           pairs: the same of the prompt, the chosen and the rejected answer of each
+                           pair
+    train_rows.npy         prompts: {"prompt": messages, "answer": text} of each as JSON, one after
+                           the other, with train_row_offsets.npy
 
-`batch(i)` is a pure function: the rows of micro-batch i on this rank follow from (seed, i) alone, so a
-resumed run needs no replay. Step s of a run trains on rows [s, s + 1) * batch_size of the run's order,
-however ranks and micro-batches divide them. An epoch visits every row once, in an order of its own.
+`batch(i)` is a pure function: the rows of micro-batch i on this rank follow from (seed, i) alone,
+so a resumed run needs no replay. Step s of a run trains on rows [s, s + 1) * batch_size of the
+run's order, however ranks and micro-batches divide them. An epoch visits every row once, in an
+order of its own.
 """
+
 import functools
 import json
 import math
@@ -41,16 +46,21 @@ def read_meta(data_dir):
             counts["tokens"]
         return meta
     except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"--data_dir={data_dir}: no meta.json there; "
-                        "make the set with data/prepare.py") from None
+        raise UserError(
+            f"--data_dir={data_dir}: no meta.json there; make the set with data/prepare.py"
+        ) from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({error}); prepare the set again") from None
     except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: not one of a token set ({error}); prepare the set again") from None
+        raise UserError(
+            f"{path}: not one of a token set ({error}); prepare the set again"
+        ) from None
 
 
 def open_array(path, count=None, row=()):
-    """A read-only memory map of a .npy file that must hold `count` numbers, or rows of that shape."""
+    """
+    A read-only memory map of a .npy file that must hold `count` numbers, or rows of that shape.
+    """
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
@@ -58,25 +68,40 @@ def open_array(path, count=None, row=()):
     except (OSError, ValueError, EOFError) as error:
         raise UserError(f"{path}: damaged or truncated ({error}); prepare the set again") from None
     if array.shape[1:] != row or array.ndim < 1 or array.dtype.kind != "u":
-        raise UserError(f"{path}: expected {f'rows of {row}' if row else 'one row of'} unsigned integers, "
-                        f"got {array.dtype} {array.shape}; prepare the set again")
+        raise UserError(
+            f"{path}: expected {f'rows of {row}' if row else 'one row of'} unsigned integers, "
+            f"got {array.dtype} {array.shape}; prepare the set again"
+        )
     if count is not None and len(array) != count:
-        raise UserError(f"{path}: holds {len(array)} numbers, meta.json says {count}; prepare the set again")
+        raise UserError(
+            f"{path}: holds {len(array)} numbers, meta.json says {count}; prepare the set again"
+        )
     return array
 
 
 def read_split(data_dir, split, kind):
-    """-> meta.json of a set of that kind (text, chat, pairs, prompts) which has the split, or a UserError"""
+    """
+    -> meta.json of a set of that kind (text, chat, pairs, prompts) which has the split, or a
+    UserError
+    """
     meta = read_meta(data_dir)
     if meta["kind"] != kind:
-        raise UserError(f"--data_dir={data_dir}: a set of kind {meta['kind']}, expected {kind}; "
-                        f"make one with data/prepare.py {kind}")
+        raise UserError(
+            f"--data_dir={data_dir}: a set of kind {meta['kind']}, expected {kind}; "
+            f"make one with data/prepare.py {kind}"
+        )
     unit = {"text": "tokens", "chat": "conversations"}.get(kind, kind)
-    if "pad" not in meta and kind != "text" or any(unit not in counts for counts in meta["splits"].values()):
+    if (
+        "pad" not in meta
+        and kind != "text"
+        or any(unit not in counts for counts in meta["splits"].values())
+    ):
         raise UserError(f"{data_dir}/meta.json: lacks pad or {unit}; prepare the set again")
     if split not in meta["splits"]:
-        raise UserError(f"--data_dir={data_dir}: the set has no {split} split "
-                        "(prepare it with --val_frac or --val_input, or train with --eval_seqs=0)")
+        raise UserError(
+            f"--data_dir={data_dir}: the set has no {split} split "
+            "(prepare it with --val_frac or --val_input, or train with --eval_seqs=0)"
+        )
     return meta
 
 
@@ -96,10 +121,12 @@ def to_device(device, *arrays):
 @dataclass
 class Batch:
     """A micro-batch of rows, on the run's device."""
-    tokens: torch.Tensor               # (B, T) int64
-    targets: torch.Tensor              # (B, T) int64
-    mask: torch.Tensor                 # (B, T) bool, True: the target counts
-    docs: torch.Tensor | None          # (B, T) int64, changes where a document starts; -1 is padding
+
+    tokens: torch.Tensor  # (B, T) int64
+    targets: torch.Tensor  # (B, T) int64
+    mask: torch.Tensor  # (B, T) bool, True: the target counts
+    # (B, T) int64, changes where a document starts; -1 is padding
+    docs: torch.Tensor | None
     weight: torch.Tensor | None = None  # (B, T) float32, of critical targets; None: 1 for each
     inputs: dict = field(default_factory=dict)  # what else a forward takes, by name
 
@@ -111,25 +138,39 @@ class Batch:
 
 class Rows:
     """
-    One split of a set as the rows of a run. This is all that run.py, the scripts and the cost of a run
-    (extras/capacity.py) ask of a kind of data:
+    One split of a set as the rows of a run. This is all that run.py, the scripts and the cost of a
+    run (extras/capacity.py) ask of a kind of data:
 
     batch(i)        micro-batch i of this rank; see each kind
     num_rows        rows of an epoch
-    limit(total)    from here on rows past the first `total` of the run do not count; num_batches: micro-batches
-                    that hold those, on each rank
+    limit(total)    from here on rows past the first `total` of the run do not count; num_batches:
+                    micro-batches that hold those, on each rank
     num_tokens      of an epoch; mean_context: positions that a token's attention spans, on average;
                     target_frac: of tokens that have a target
     doc_mask        whether documents share rows; images: whether batches have some
     identity        dict of what else decides on the meaning of a step
 
-    critical_ids    target ids whose loss has the weight critical_alpha, others 1: sum(w nll) / sum(w)
+    critical_ids    target ids whose loss has the weight critical_alpha, others 1: sum(w nll) /
+                    sum(w)
     """
-    kind = ""                                                 # of the set: text, chat, pairs, prompts
+
+    # of the set: text, chat, pairs, prompts
+    kind = ""
     doc_mask, images = True, False
 
-    def __init__(self, data_dir, split, seq_len, micro_batch_size, rank=0, world_size=1, device="cpu", seed=0,
-                 critical_ids=(), critical_alpha=1.0):
+    def __init__(
+        self,
+        data_dir,
+        split,
+        seq_len,
+        micro_batch_size,
+        rank=0,
+        world_size=1,
+        device="cpu",
+        seed=0,
+        critical_ids=(),
+        critical_alpha=1.0,
+    ):
         self.meta = read_split(data_dir, split, self.kind)
         self.counts, self.vocab_size = self.meta["splits"][split], self.meta["vocab_size"]
         self.data_dir, self.split, self.seq_len = data_dir, split, seq_len
@@ -139,7 +180,9 @@ class Rows:
         self.target_frac, self.identity = 1.0, {}
         for i in critical_ids:
             if not 0 <= i < self.vocab_size:
-                raise UserError(f"--critical_ids={i}: no such token, expected 0 to {self.vocab_size - 1}")
+                raise UserError(
+                    f"--critical_ids={i}: no such token, expected 0 to {self.vocab_size - 1}"
+                )
         self.critical_ids = torch.tensor(critical_ids, dtype=torch.int64, device=self.device)
         self.critical_alpha = float(critical_alpha)
 
@@ -156,7 +199,9 @@ class Rows:
         return -(-self.total // (self.micro_batch_size * self.world_size))
 
     def run_order(self, i):
-        """-> numbers (B,) in the run's order of the rows of micro-batch i, which of these count (B,)"""
+        """
+        -> numbers (B,) in the run's order of the rows of micro-batch i, which of these count (B,)
+        """
         first = (i * self.world_size + self.rank) * self.micro_batch_size
         numbers = np.arange(first, first + self.micro_batch_size)
         return numbers, numbers < self.total
@@ -164,19 +209,27 @@ class Rows:
     def rows_at(self, numbers):
         """numbers in the run's order (B,) -> those of the rows in the set (B,)"""
         epochs, places = np.divmod(numbers, self.num_rows)
-        return np.array([epoch_order(self.seed, int(epoch), self.num_rows)[place]
-                         for epoch, place in zip(epochs, places)])
+        return np.array(
+            [
+                epoch_order(self.seed, int(epoch), self.num_rows)[place]
+                for epoch, place in zip(epochs, places)
+            ]
+        )
 
     def check_ids(self, tokens, place=None):
-        """tokens: array of ids, UserError where one is too large; place: function of its index -> in the file"""
+        """
+        tokens: array of ids, UserError where one is too large; place: function of its index -> in
+        the file
+        """
         if tokens.max() < self.vocab_size:
             return
         what = f"token id {tokens.max()} is there"
         if place:
             index = int(np.argmax(tokens >= self.vocab_size))
             what = f"token {place(index)} is {tokens.reshape(-1)[index]}"
-        raise UserError(f"{self.path}: {what}, but the vocabulary has {self.vocab_size}; "
-                        "prepare the set again")
+        raise UserError(
+            f"{self.path}: {what}, but the vocabulary has {self.vocab_size}; prepare the set again"
+        )
 
     def weights(self, targets):
         """targets (...) int64 -> (...) float32, of each target's loss; None where all are 1"""
@@ -191,13 +244,18 @@ class Rows:
 
     def continued(self, prompts, answers, valid):
         """
-        Prompts with answers to them (lists of lists of ids), cut to seq_len positions, next to each other ->
-        Batch of one row, (1, T). Targets are the answers to prompts that are valid, list of bool
+        Prompts with answers to them (lists of lists of ids), cut to seq_len positions, next to each
+        other -> Batch of one row, (1, T). Targets are the answers to prompts that are valid, list
+        of bool
         """
-        rows = [np.append(prompt, answer).astype(np.int64)[:self.seq_len + 1]
-                for prompt, answer in zip(prompts, answers)]
-        mask = [counts & (np.arange(1, len(row)) >= len(prompt))
-                for row, prompt, counts in zip(rows, prompts, valid)]
+        rows = [
+            np.append(prompt, answer).astype(np.int64)[: self.seq_len + 1]
+            for prompt, answer in zip(prompts, answers)
+        ]
+        mask = [
+            counts & (np.arange(1, len(row)) >= len(prompt))
+            for row, prompt, counts in zip(rows, prompts, valid)
+        ]
         docs = np.repeat(np.arange(len(rows)), [len(row) - 1 for row in rows])
         parts = [row[:-1] for row in rows], [row[1:] for row in rows], mask
         tokens, targets, mask = (np.concatenate(part)[None] for part in parts)
@@ -206,10 +264,13 @@ class Rows:
 
 class TokenData(Rows):
     """
-    Windows of seq_len tokens over data_dir/<split>.npy, next to each other, with the next token as target.
+    Windows of seq_len tokens over data_dir/<split>.npy, next to each other, with the next token as
+    target.
 
-    batch(i) -> Batch. doc_mask: tokens see only their own document, and what follows its end is not a target
+    batch(i) -> Batch. doc_mask: tokens see only their own document, and what follows its end is not
+    a target
     """
+
     kind = "text"
 
     def __init__(self, *args, doc_mask=False, **kwargs):
@@ -220,8 +281,10 @@ class TokenData(Rows):
         self.end, self.doc_mask = self.meta["end"], doc_mask
         self.num_rows = (len(self.tokens) - 1) // self.seq_len
         if self.num_rows < 1:
-            raise UserError(f"{self.path}: {len(self.tokens)} tokens, fewer than --seq_len={self.seq_len} "
-                            "+ 1; lower --seq_len or prepare more text")
+            raise UserError(
+                f"{self.path}: {len(self.tokens)} tokens, fewer than --seq_len={self.seq_len} "
+                "+ 1; lower --seq_len or prepare more text"
+            )
         self.windows = np.lib.stride_tricks.sliding_window_view(self.tokens, self.seq_len + 1)
         self.num_tokens, self.mean_context = self.num_rows * self.seq_len, self.seq_len
         self.identity = dict(doc_mask=doc_mask)
@@ -233,35 +296,40 @@ class TokenData(Rows):
 
     def prompts(self, i, max_new_tokens):
         """
-        What micro-batch i's rows start with, for a model to continue with max_new_tokens -> list of arrays,
-        numbers (of the rows in the run), which of them count. With doc_mask the last document only.
+        What micro-batch i's rows start with, for a model to continue with max_new_tokens -> list of
+        arrays, numbers (of the rows in the run), which of them count. With doc_mask the last
+        document only.
         """
         numbers, valid = self.run_order(i)
         rows = self.windows[self.rows_at(numbers) * self.seq_len]
-        starts = rows[:, :self.seq_len + 1 - max_new_tokens]
+        starts = rows[:, : self.seq_len + 1 - max_new_tokens]
         if self.doc_mask:
-            starts = [row[np.append(-1, np.flatnonzero(row[:-1] == self.end))[-1] + 1:] for row in starts]
+            starts = [
+                row[np.append(-1, np.flatnonzero(row[:-1] == self.end))[-1] + 1 :] for row in starts
+            ]
         return starts, numbers, valid
 
     def batch(self, i):
         numbers, valid = self.run_order(i)
         starts = self.rows_at(numbers) * self.seq_len
-        rows = self.windows[starts].astype(np.int64)                              # (B, T + 1)
+        rows = self.windows[starts].astype(np.int64)  # (B, T + 1)
         self.check_ids(rows, lambda k: starts[k // rows.shape[1]] + k % rows.shape[1])
         rows, valid = to_device(self.device, rows, valid)
         mask = valid[:, None].expand(-1, self.seq_len)
         tokens, targets, docs = rows[:, :-1].contiguous(), rows[:, 1:].contiguous(), None
         if self.doc_mask:
             ends = tokens == self.end
-            docs = ends.cumsum(1) - ends.long()               # the end token still belongs to its document
+            # the end token still belongs to its document
+            docs = ends.cumsum(1) - ends.long()
             mask = mask & ~ends
         return Batch(tokens, targets, mask, docs, self.weights(targets))
 
 
 class Examples(Rows):
     """
-    Kinds whose examples have lengths of their own. num_examples: that the arrays hold, one after the other;
-    offsets: where each begins and the last one ends; learn: which tokens are to be learned
+    Kinds whose examples have lengths of their own. num_examples: that the arrays hold, one after
+    the other; offsets: where each begins and the last one ends; learn: which tokens are to be
+    learned
     """
 
     def open_examples(self, num_examples):
@@ -271,7 +339,9 @@ class Examples(Rows):
         self.offsets = self.open_offsets("offsets", num_examples, num_tokens)
 
     def open_offsets(self, name, count, end, least=1):
-        """-> (count + 1,) int64; UserError unless they go from 0 to end in steps of at least `least`"""
+        """
+        -> (count + 1,) int64; UserError unless they go from 0 to end in steps of at least `least`
+        """
         offsets = open_array(self.file(name), count + 1).astype(np.int64)
         if np.diff(offsets).min() < least or offsets[0] != 0 or offsets[-1] != end:
             raise UserError(f"{self.path}: its offsets do not fit; prepare the set again")
@@ -283,32 +353,43 @@ class Examples(Rows):
 
 class ChatData(Examples):
     """
-    The conversations of data_dir/<split>.npy in rows of seq_len positions: whole, several to a row, with
-    hardly any padding (`pack`). A conversation of n tokens takes n - 1 positions: its last is only a target.
+    The conversations of data_dir/<split>.npy in rows of seq_len positions: whole, several to a row,
+    with hardly any padding (`pack`). A conversation of n tokens takes n - 1 positions: its last is
+    only a target.
 
-    batch(i) -> Batch; docs: the conversation's number in the row. With mask_prompt an assistant's words and
-    their end are targets, else every token. An epoch has every conversation once
+    batch(i) -> Batch; docs: the conversation's number in the row. With mask_prompt an assistant's
+    words and their end are targets, else every token. An epoch has every conversation once
     """
+
     kind = "chat"
 
     def __init__(self, *args, mask_prompt=True, **kwargs):
         super().__init__(*args, **kwargs)
         if "images" in self.meta and not self.images:
-            raise UserError(f"--data_dir={self.data_dir}: a set with images; only train_sft.py learns from "
-                            "these")
+            raise UserError(
+                f"--data_dir={self.data_dir}: a set with images; only train_sft.py learns from "
+                "these"
+            )
         self.open_examples(self.counts["conversations"])
-        self.lengths = np.diff(self.offsets) - 1                                  # (conversations,) positions
+        # (conversations,) positions
+        self.lengths = np.diff(self.offsets) - 1
         if self.lengths.min() < 1:
             raise UserError(f"{self.path}: its offsets do not fit; prepare the set again")
         if too_long := int((self.lengths > self.seq_len).sum()):
             most = self.seq_len + 1
-            raise UserError(f"--seq_len={self.seq_len}: {too_long} of {len(self.lengths)} conversations have "
-                            f"over {most} tokens (up to {self.lengths.max() + 1}); raise it, or prepare "
-                            f"the set with --max_len={most} and --long_rows=cut or skip")
+            raise UserError(
+                f"--seq_len={self.seq_len}: {too_long} of {len(self.lengths)} conversations have "
+                f"over {most} tokens (up to {self.lengths.max() + 1}); raise it, or prepare "
+                f"the set with --max_len={most} and --long_rows=cut or skip"
+            )
         self.num_tokens = int(self.lengths.sum())
         self.mean_context = float((self.lengths**2).sum() / self.num_tokens)
         self.target_frac = self.learned_frac() if mask_prompt else 1.0
-        self.pad, self.mask_prompt, self.identity = self.meta["pad"], mask_prompt, dict(mask_prompt=mask_prompt)
+        self.pad, self.mask_prompt, self.identity = (
+            self.meta["pad"],
+            mask_prompt,
+            dict(mask_prompt=mask_prompt),
+        )
         self.epoch, self.rows = None, None
         self.num_rows = len(self.rows_of(0))
 
@@ -325,13 +406,15 @@ class ChatData(Examples):
     def examples(self, i):
         """-> list of (epoch, conversations in it) of the rows of micro-batch i, which rows count"""
         numbers, valid = self.run_order(i)
-        rows = [(epoch, self.rows_of(epoch)[k]) for epoch, k in zip(*np.divmod(numbers, self.num_rows))]
+        rows = [
+            (epoch, self.rows_of(epoch)[k]) for epoch, k in zip(*np.divmod(numbers, self.num_rows))
+        ]
         return rows, valid
 
     def places(self, i):
         """
-        -> where micro-batch i's tokens lie in the file (B, T), 0 for padding; the conversation's number in the
-        row (B, T), -1 for padding; which rows count (B,)
+        -> where micro-batch i's tokens lie in the file (B, T), 0 for padding; the conversation's
+        number in the row (B, T), -1 for padding; which rows count (B,)
         """
         rows, valid = self.examples(i)
         offsets, docs = np.zeros((2, len(rows), self.seq_len), dtype=np.int64)
@@ -350,17 +433,17 @@ class ChatData(Examples):
 
     def prompts(self, i, max_new_tokens):
         """
-        The conversations of micro-batch i up to their last answer, for a model to give it -> list of arrays,
-        numbers (of the conversations in the run), which of them count
+        The conversations of micro-batch i up to their last answer, for a model to give it -> list
+        of arrays, numbers (of the conversations in the run), which of them count
         """
         prompts, numbers, valid = [], [], []
         for (epoch, examples), counts in zip(*self.examples(i)):
             for e in examples:
-                start, end = self.offsets[e:e + 2].tolist()
+                start, end = self.offsets[e : e + 2].tolist()
                 learn = self.learn[start:end] != 0
-                first = np.flatnonzero(np.diff(learn, prepend=False) & learn)     # of the answers
+                first = np.flatnonzero(np.diff(learn, prepend=False) & learn)  # of the answers
                 if len(first) and first[-1]:
-                    prompts.append(np.asarray(self.tokens[start:start + first[-1]]))
+                    prompts.append(np.asarray(self.tokens[start : start + first[-1]]))
                     numbers.append(int(epoch) * len(self.lengths) + int(e))
                     valid.append(bool(counts))
         return prompts, np.array(numbers), np.array(valid)
@@ -368,7 +451,9 @@ class ChatData(Examples):
     def batch(self, i):
         offsets, docs, valid = self.places(i)
         real = docs >= 0
-        tokens, targets = (np.where(real, self.tokens[offsets + k].astype(np.int64), self.pad) for k in (0, 1))
+        tokens, targets = (
+            np.where(real, self.tokens[offsets + k].astype(np.int64), self.pad) for k in (0, 1)
+        )
         self.check_ids(np.maximum(tokens, targets))
         mask = real & valid[:, None]
         if self.mask_prompt:
@@ -378,15 +463,18 @@ class ChatData(Examples):
 
 def pack(lengths, capacity):
     """
-    Put items into as few rows of `capacity` as one easily can: longest first, each into the fullest row that
-    still has room (best fit decreasing, within 2/9 of the optimum). lengths (N,), 1..capacity. How many rows
-    it takes depends on the lengths, not on their order. -> list of arrays of item numbers
+    Put items into as few rows of `capacity` as one easily can: longest first, each into the fullest
+    row that still has room (best fit decreasing, within 2/9 of the optimum). lengths (N,),
+    1..capacity. How many rows it takes depends on the lengths, not on their order. -> list of
+    arrays of item numbers
     """
-    rows, by_space, open_spaces = [], [[] for _ in range(capacity + 1)], 0   # bit s: a row has s places left
+    # bit s: a row has s places left
+    rows, by_space, open_spaces = [], [[] for _ in range(capacity + 1)], 0
     for item in np.argsort(-lengths, kind="stable").tolist():
         length = int(lengths[item])
         if fitting := open_spaces >> length:
-            space = length + (fitting & -fitting).bit_length() - 1          # the lowest bit: the fullest row
+            # the lowest bit: the fullest row
+            space = length + (fitting & -fitting).bit_length() - 1
             row = by_space[space].pop()
             if not by_space[space]:
                 open_spaces -= 1 << space
@@ -402,18 +490,22 @@ def pack(lengths, capacity):
 @dataclass
 class Branches:
     """
-    Answers to prompts in one row without padding, T positions: prompt, answer, ..., prompt, answer, ...
+    Answers to prompts in one row without padding, T positions: prompt, answer, ..., prompt, answer,
+    ...
 
-    A prompt, but for its last token, is a trunk that is computed once; each answer is a branch that starts
-    with the prompt's last token, so that a position's target is the next token of its answer.
+    A prompt, but for its last token, is a trunk that is computed once; each answer is a branch that
+    starts with the prompt's last token, so that a position's target is the next token of its
+    answer.
     """
-    tokens: torch.Tensor               # (1, T) int64
-    targets: torch.Tensor              # (1, T) int64
-    mask: torch.Tensor                 # (1, T) bool, True: the target is a learned token of an answer
-    docs: torch.Tensor                 # (1, T) int64, changes where a prompt or an answer starts
-    branch: torch.Tensor               # (1, T) bool, True: in an answer
-    answer: torch.Tensor               # (1, T) int64, number of the answer
-    place: torch.Tensor                # (1, T) int64, of the target in its answer
+
+    tokens: torch.Tensor  # (1, T) int64
+    targets: torch.Tensor  # (1, T) int64
+    # (1, T) bool, True: the target is a learned token of an answer
+    mask: torch.Tensor
+    docs: torch.Tensor  # (1, T) int64, changes where a prompt or an answer starts
+    branch: torch.Tensor  # (1, T) bool, True: in an answer
+    answer: torch.Tensor  # (1, T) int64, number of the answer
+    place: torch.Tensor  # (1, T) int64, of the target in its answer
     num_answers: int
 
     def padded(self, values):
@@ -425,8 +517,12 @@ class Branches:
 
 
 def branches(groups, device):
-    """groups: list of (prompt ids, [(answer ids, which are learned), ...]), arrays -> fields of Branches"""
-    parts, num_answers = [], 0                           # tokens, targets, learned, branch, answer, place
+    """
+    groups: list of (prompt ids, [(answer ids, which are learned), ...]), arrays -> fields of
+    Branches
+    """
+    # tokens, targets, learned, branch, answer, place
+    parts, num_answers = [], 0
     for prompt, answers in groups:
         n = len(prompt) - 1
         nothing = np.zeros(n, dtype=np.int64)
@@ -436,7 +532,9 @@ def branches(groups, device):
             parts.append((tokens, ids, learn, True, num_answers, np.arange(len(ids))))
             num_answers += 1
     lengths = [len(part[0]) for part in parts]
-    tokens, targets, mask, place = (np.concatenate([part[k] for part in parts]) for k in (0, 1, 2, 5))
+    tokens, targets, mask, place = (
+        np.concatenate([part[k] for part in parts]) for k in (0, 1, 2, 5)
+    )
     branch, answer = (np.repeat([part[k] for part in parts], lengths) for k in (3, 4))
     docs = np.repeat(np.arange(len(parts)), lengths)
     rows = (tokens.astype(np.int64), targets.astype(np.int64), mask, docs, branch, answer, place)
@@ -445,9 +543,12 @@ def branches(groups, device):
 
 @dataclass
 class Pairs(Branches):
-    """A micro-batch of P pairs: answer 2 p is the chosen one of pair p, 2 p + 1 the rejected one."""
-    ids: torch.Tensor                  # (P,) int64, the pairs' numbers in the set
-    valid: torch.Tensor                # (P,) bool, False: past the run's last pair
+    """
+    A micro-batch of P pairs: answer 2 p is the chosen one of pair p, 2 p + 1 the rejected one.
+    """
+
+    ids: torch.Tensor  # (P,) int64, the pairs' numbers in the set
+    valid: torch.Tensor  # (P,) bool, False: past the run's last pair
 
     def per_answer(self, values):
         """Sum values (N,) of the N tokens in mask over each answer -> (P, 2): chosen, rejected"""
@@ -457,26 +558,30 @@ class Pairs(Branches):
 @dataclass
 class Sampled(Branches):
     """
-    Answers that a policy has given, in one row with their prompts. N: tokens in mask, those that it learns
-    from; the values of these are filled in as they become known.
+    Answers that a policy has given, in one row with their prompts. N: tokens in mask, those that it
+    learns from; the values of these are filled in as they become known.
     """
-    index: tuple                       # two (N,): the token's answer, its number among the answer's own ones
-    sampler_logps: torch.Tensor        # (N,)
-    support: tuple | None              # what the sampler chose from, see losses.token_logps
-    ref_logps: torch.Tensor | None = None   # (N,) of the reference
-    old_logps: torch.Tensor | None = None   # (N,) of the policy before the first update
+
+    # two (N,): the token's answer, its number among the answer's own ones
+    index: tuple
+    sampler_logps: torch.Tensor  # (N,)
+    support: tuple | None  # what the sampler chose from, see losses.token_logps
+    ref_logps: torch.Tensor | None = None  # (N,) of the reference
+    old_logps: torch.Tensor | None = None  # (N,) of the policy before the first update
     advantages: torch.Tensor | None = None  # (N,)
 
 
 def sampled_rows(prompts, answers, learn, device):
     """
-    prompts: P lists of ids; answers: P G sampling.Answer, group after group; learn: list of bool, which of
-    the answers are learned from -> Sampled
+    prompts: P lists of ids; answers: P G sampling.Answer, group after group; learn: list of bool,
+    which of the answers are learned from -> Sampled
     """
     G = len(answers) // len(prompts)
-    parts = [(np.array(answer.tokens), np.array(answer.learned) & keep)
-             for answer, keep in zip(answers, learn)]
-    groups = [(np.array(prompt), parts[p * G:(p + 1) * G]) for p, prompt in enumerate(prompts)]
+    parts = [
+        (np.array(answer.tokens), np.array(answer.learned) & keep)
+        for answer, keep in zip(answers, learn)
+    ]
+    groups = [(np.array(prompt), parts[p * G : (p + 1) * G]) for p, prompt in enumerate(prompts)]
     own = [(i, answer) for i, answer in enumerate(answers) if learn[i]]
     index = [(i, n) for i, answer in own for n in range(len(answer.logps))]
     index = torch.tensor(index, dtype=torch.int64).view(-1, 2)
@@ -490,27 +595,32 @@ def sampled_rows(prompts, answers, learn, device):
 
 class PairData(Examples):
     """
-    Pairs of answers to one prompt, micro_batch_size of them in one row; see Branches. num_rows: pairs
+    Pairs of answers to one prompt, micro_batch_size of them in one row; see Branches. num_rows:
+    pairs
 
     batch(i) -> Pairs of micro-batch i
     """
+
     kind = "pairs"
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.num_rows = self.counts["pairs"]
         self.open_examples(3 * self.num_rows)
-        prompt, *answers = np.diff(self.offsets).reshape(-1, 3).T                 # (pairs,) each
+        prompt, *answers = np.diff(self.offsets).reshape(-1, 3).T  # (pairs,) each
         if prompt.min() < 2:
             raise UserError(f"{self.path}: its offsets do not fit; prepare the set again")
         length, most = prompt + np.maximum(*answers), self.seq_len + 1
         if too_long := int((length > most).sum()):
-            raise UserError(f"--seq_len={self.seq_len}: a prompt and one answer have over {most} tokens in "
-                            f"{too_long} of {self.num_rows} pairs (up to {length.max()}); raise it, or "
-                            f"prepare the set with --max_len={most} and --long_rows=cut or skip")
+            raise UserError(
+                f"--seq_len={self.seq_len}: a prompt and one answer have over {most} tokens in "
+                f"{too_long} of {self.num_rows} pairs (up to {length.max()}); raise it, or "
+                f"prepare the set with --max_len={most} and --long_rows=cut or skip"
+            )
         trunk = prompt - 1
         self.num_tokens = int((trunk + sum(answers)).sum())
-        attended = trunk**2 + sum(n * (n + 2 * trunk) for n in answers)           # twice the causal pairs
+        # twice the causal pairs
+        attended = trunk**2 + sum(n * (n + 2 * trunk) for n in answers)
         self.mean_context = float(attended.sum() / self.num_tokens)
         self.target_frac = self.learned_frac()
 
@@ -522,10 +632,12 @@ class PairData(Examples):
         """ids (P,): numbers of pairs; valid (P,) bool -> Pairs"""
         groups = []
         for i, counts in zip(ids, valid):
-            start, chosen, rejected, end = self.offsets[3 * i:3 * i + 4].tolist()
+            start, chosen, rejected, end = self.offsets[3 * i : 3 * i + 4].tolist()
             self.check_ids(self.tokens[start:end])
-            answers = [(self.tokens[answer], (self.learn[answer] != 0) & counts)
-                       for answer in (slice(chosen, rejected), slice(rejected, end))]
+            answers = [
+                (self.tokens[answer], (self.learn[answer] != 0) & counts)
+                for answer in (slice(chosen, rejected), slice(rejected, end))
+            ]
             groups.append((self.tokens[start:chosen], answers))
         return Pairs(*branches(groups, self.device), *to_device(self.device, ids, valid))
 
@@ -534,9 +646,10 @@ class PromptData(Examples):
     """
     Prompts for a model to answer. num_rows: prompts
 
-    batch(i) -> ids (B,) of the prompts of micro-batch i, numbers (B,) in the run's order, and which of them
-    count; prompt(id) -> array of tokens, row(id) -> {"prompt": messages, "answer": text}
+    batch(i) -> ids (B,) of the prompts of micro-batch i, numbers (B,) in the run's order, and which
+    of them count; prompt(id) -> array of tokens, row(id) -> {"prompt": messages, "answer": text}
     """
+
     kind = "prompts"
 
     def __init__(self, *args, **kwargs):
@@ -548,9 +661,11 @@ class PromptData(Examples):
         if self.rows.dtype != np.uint8:
             raise UserError(f"{self.path('rows')}: expected bytes; prepare the set again")
         if (longest := int(np.diff(self.offsets).max())) > self.seq_len:
-            raise UserError(f"--seq_len: prompts have up to {longest} tokens, {self.seq_len} fit with an "
-                            f"answer; raise it, or lower --max_new_tokens, or prepare with "
-                            f"--max_len={self.seq_len} --long_rows=skip")
+            raise UserError(
+                f"--seq_len: prompts have up to {longest} tokens, {self.seq_len} fit with an "
+                f"answer; raise it, or lower --max_new_tokens, or prepare with "
+                f"--max_len={self.seq_len} --long_rows=skip"
+            )
         self.check_ids(self.tokens)
         self.mean_context = self.num_tokens / self.num_rows
 
@@ -559,10 +674,12 @@ class PromptData(Examples):
         return self.rows_at(numbers), numbers, valid
 
     def prompt(self, i):
-        return np.asarray(self.tokens[self.offsets[i]:self.offsets[i + 1]])
+        return np.asarray(self.tokens[self.offsets[i] : self.offsets[i + 1]])
 
     def row(self, i):
         try:
-            return json.loads(bytes(self.rows[self.row_offsets[i]:self.row_offsets[i + 1]]))
+            return json.loads(bytes(self.rows[self.row_offsets[i] : self.row_offsets[i + 1]]))
         except ValueError as error:
-            raise UserError(f"{self.path}: row {i} is damaged ({error}); prepare the set again") from None
+            raise UserError(
+                f"{self.path}: row {i} is damaged ({error}); prepare the set again"
+            ) from None

@@ -2,8 +2,10 @@
 A mistake of the user's, and the one line that it is answered with.
 
     raise UserError("seq_len=64: a conversation has 80 tokens; raise it")
-    show_user_errors()                 # a program's first line: from here on nobody sees a traceback of it
+    show_user_errors()                 # a program's first line: from here on nobody sees a
+                                       traceback of it
 """
+
 import os
 import sys
 
@@ -14,8 +16,9 @@ class UserError(Exception):
 
 def show_user_errors():
     """
-    From here on a UserError that nobody caught ends the process with one line and exit code 2, Ctrl-C with
-    code 130, and a reader that has gone (`... --help | head`) with code 1, without tracebacks.
+    From here on a UserError that nobody caught ends the process with one line and exit code 2,
+    Ctrl-C with code 130, and a reader that has gone (`... --help | head`) with code 1, without
+    tracebacks.
     """
     sys.excepthook = _show
 

@@ -1,7 +1,8 @@
 """
-What the blocks of a transformer are made of besides attention: RMSNorm (1910.07467), rotary positions
-(2104.09864) and their scalings, the SwiGLU MLP (2002.05202).
+What the blocks of a transformer are made of besides attention: RMSNorm (1910.07467), rotary
+positions (2104.09864) and their scalings, the SwiGLU MLP (2002.05202).
 """
+
 import math
 
 import torch
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 
 class RMSNorm(nn.RMSNorm):
     """x / sqrt(mean(x^2) + eps) * weight over the last axis, computed in fp32."""
+
     def forward(self, x):
         y = F.rms_norm(x.float(), self.normalized_shape, self.weight.float(), self.eps)
         return y.to(x.dtype)
@@ -18,6 +20,7 @@ class RMSNorm(nn.RMSNorm):
 
 # -----------------------------------------------------------------------------
 # rotary position embedding
+
 
 def rope_frequencies(c, length):
     """
@@ -37,7 +40,7 @@ def rope_frequencies(c, length):
     if c.rope_scaling == "linear":
         inv = inv / c.rope_factor
     if c.rope_scaling == "llama3":
-        turns = c.rope_original_len * inv / (2 * math.pi)             # in the original length
+        turns = c.rope_original_len * inv / (2 * math.pi)  # in the original length
         low, high = c.rope_low_freq_factor, c.rope_high_freq_factor
         inv = stretch_slow_pairs(inv, c, (turns - low) / (high - low))
     if c.rope_scaling != "yarn":
@@ -47,12 +50,14 @@ def rope_frequencies(c, length):
         """Index of the pair that turns this often in the original length"""
         wavelength = c.rope_original_len / (turns * 2 * math.pi)
         return d * math.log(wavelength) / (2 * math.log(theta))
+
     low = max(math.floor(pair(c.yarn_beta_fast)), 0)
     high = min(math.ceil(pair(c.yarn_beta_slow)), d - 1)
     inv = stretch_slow_pairs(inv, c, 1 - (i - low) / max(high - low, 0.001))
 
     def mscale(m):
         return 0.1 * m * math.log(c.rope_factor) + 1
+
     factor = c.yarn_attention_factor or mscale(1.0)
     if c.yarn_mscale and c.yarn_mscale_all_dim and not c.yarn_attention_factor:
         factor = mscale(c.yarn_mscale) / mscale(c.yarn_mscale_all_dim)
@@ -60,7 +65,9 @@ def rope_frequencies(c, length):
 
 
 def stretch_slow_pairs(inv, c, keep):
-    """Divide frequencies by rope_factor where keep is 0, leave them where it is 1, blend between."""
+    """
+    Divide frequencies by rope_factor where keep is 0, leave them where it is 1, blend between.
+    """
     keep = keep.clamp(0, 1)
     return keep * inv + (1 - keep) * inv / c.rope_factor
 
@@ -73,12 +80,13 @@ def rotary(x, cos, sin):
     if not torch.compiler.is_compiling():
         return Rotate.apply(x, cos, sin)
     half, cos, sin = cos.shape[-1], cos.to(x.dtype), sin.to(x.dtype)
-    a, b, rest = x[..., :half], x[..., half:2 * half], x[..., 2 * half:]
+    a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
     return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1)
 
 
 class Rotate(torch.autograd.Function):
     """`rotary` in four passes over memory instead of nine; its backward is the turn by -angle."""
+
     @staticmethod
     def forward(ctx, x, cos, sin):
         ctx.save_for_backward(cos, sin)
@@ -92,17 +100,18 @@ class Rotate(torch.autograd.Function):
     @staticmethod
     def turn(x, cos, sin):
         half, cos, sin = cos.shape[-1], cos.to(x.dtype), sin.to(x.dtype)
-        a, b = x[..., :half], x[..., half:2 * half]
+        a, b = x[..., :half], x[..., half : 2 * half]
         out = torch.empty_like(x)
         torch.mul(a, cos, out=out[..., :half]).addcmul_(b, sin, value=-1)
-        torch.mul(b, cos, out=out[..., half:2 * half]).addcmul_(a, sin)
+        torch.mul(b, cos, out=out[..., half : 2 * half]).addcmul_(a, sin)
         if 2 * half < x.shape[-1]:
-            out[..., 2 * half:] = x[..., 2 * half:]
+            out[..., 2 * half :] = x[..., 2 * half :]
         return out
 
 
 # -----------------------------------------------------------------------------
 # SwiGLU
+
 
 class MLP(nn.Module):
     def __init__(self, n_embd, d_ff):
@@ -123,7 +132,10 @@ def swiglu(x):
 
 
 class SwiGLUInCache(torch.autograd.Function):
-    """swiglu for (N, 2F) on a CPU: a few rows at a time, so that intermediates stay in its cache."""
+    """
+    swiglu for (N, 2F) on a CPU: a few rows at a time, so that intermediates stay in its cache.
+    """
+
     @staticmethod
     def forward(ctx, x):
         ctx.save_for_backward(x)
@@ -135,14 +147,15 @@ class SwiGLUInCache(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        x, = ctx.saved_tensors
+        (x,) = ctx.saved_tensors
         dx = torch.empty_like(x)
         for x_rows, dx_rows, g in zip(row_blocks(x), row_blocks(dx), row_blocks(grad)):
             gate, up = x_rows.chunk(2, dim=-1)
             d_gate, d_up = dx_rows.chunk(2, dim=-1)
             s = torch.sigmoid(gate)
-            torch.mul(gate, s, out=d_up)                                  # silu(gate), for the moment
-            torch.addcmul(s, d_up, 1 - s, out=d_gate).mul_(up).mul_(g)    # silu' = s + silu (1 - s)
+            # silu(gate), for the moment
+            torch.mul(gate, s, out=d_up)
+            torch.addcmul(s, d_up, 1 - s, out=d_gate).mul_(up).mul_(g)  # silu' = s + silu (1 - s)
             d_up.mul_(g)
         return dx
 

@@ -5,6 +5,7 @@ never held whole. A loss of your own is a function of a few positions' logits, s
 Everything returns sums or unreduced values; the training script divides once, by the count over all
 micro-batches and ranks, so that results do not depend on the layout.
 """
+
 import math
 
 import torch
@@ -46,8 +47,10 @@ def chunked(loss_of, hidden, weight, *rows, mask=None, chunk_size=0):
         n = len(logits)
         for loss in losses:
             if loss.shape != (n,):
-                raise ValueError(f"loss_of returned shape {tuple(loss.shape)}, expected ({n},): "
-                                 "one loss per position, not reduced")
+                raise ValueError(
+                    f"loss_of returned shape {tuple(loss.shape)}, expected ({n},): "
+                    "one loss per position, not reduced"
+                )
         gradient = torch.autograd.grad(totals[0], logits)[0] if differentiate else None
         return sums + torch.stack(totals).detach(), gradient
 
@@ -69,9 +72,9 @@ def linear_cross_entropy(hidden, weight, targets, mask=None, token_weight=None, 
     def step(sums, p, here):
         target = targets[here, None]
         torch.softmax(p, -1, out=p)
-        p_target = p.gather(1, target)             # (n, 1)
+        p_target = p.gather(1, target)  # (n, 1)
         nll = -p_target.log()
-        tiny = p_target[:, 0] < 1e-30              # the log would be off, or infinite
+        tiny = p_target[:, 0] < 1e-30  # the log would be off, or infinite
         if tiny.any():
             dtype = compute_dtype(hidden)
             again = (hidden[here][tiny].to(dtype) @ weight.to(dtype).T).float()
@@ -88,6 +91,7 @@ def linear_cross_entropy(hidden, weight, targets, mask=None, token_weight=None, 
 
 # -----------------------------------------------------------------------------
 # the loop over chunks of positions
+
 
 def at_mask(mask, hidden, *rows):
     """hidden (B, T, C), rows (B, T, ...) or None -> (N, ...) each, of N positions that count"""
@@ -131,7 +135,7 @@ def over_chunks(step, hidden, weight, chunk, dtype, needs=(False, False), fused=
     for i in range(0, max(1, len(h_all)), chunk):
         here = slice(i, i + chunk)
         h = h_all[here]
-        logits = torch.mm(h, w.T, out=buffer[:len(h)]).float()     # (n, V)
+        logits = torch.mm(h, w.T, out=buffer[: len(h)]).float()  # (n, V)
         sums, gradient = step(sums, logits, here)
         g = gradient.to(dtype) if any(needs) else None
         if needs[0]:
@@ -140,7 +144,7 @@ def over_chunks(step, hidden, weight, chunk, dtype, needs=(False, False), fused=
             d_weight.addmm_(g.T, h)
         elif needs[1]:
             d_weight += g.T @ h
-        del g, gradient                            # their memory, before the next chunk
+        del g, gradient  # their memory, before the next chunk
     return sums, d_hidden, d_weight
 
 
@@ -165,8 +169,9 @@ class _Chunked(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad, *_):
         if ctx.gradients is None:
-            raise RuntimeError("a second backward through this loss; "
-                               "the first has scaled its gradients in place")
+            raise RuntimeError(
+                "a second backward through this loss; the first has scaled its gradients in place"
+            )
         gradients, ctx.gradients = ctx.gradients, None
         # autograd itself casts a gradient to its input's dtype
         return *[g if g is None else g.mul_(grad) for g in gradients], None, None, None
@@ -174,6 +179,7 @@ class _Chunked(torch.autograd.Function):
 
 # -----------------------------------------------------------------------------
 # log-probabilities of given tokens
+
 
 def token_logps(hidden, weight, targets, temperature=1.0, chunk_size=0, suppress=(), support=None):
     """
@@ -192,15 +198,22 @@ def token_logps(hidden, weight, targets, temperature=1.0, chunk_size=0, suppress
         """Put value, in place, where these positions of x (n, V) have no probability"""
         x.index_fill_(1, suppress, value)
         if support:
-            ids, n_ids = support                   # n_ids: of each position
-            start = int(n_ids[:here.start].sum())
+            ids, n_ids = support  # n_ids: of each position
+            start = int(n_ids[: here.start].sum())
             row = torch.arange(len(x), device=x.device).repeat_interleave(n_ids[here])
             out = torch.ones_like(x, dtype=torch.bool)
-            out[row, ids[start:start + len(row)].long()] = False
+            out[row, ids[start : start + len(row)].long()] = False
             x.masked_fill_(out, value)
 
-    logps = _TokenLogps.apply(hidden, weight, targets.reshape(-1), temperature, exclude,
-                              chunk_rows(hidden, chunk_size), compute_dtype(hidden))
+    logps = _TokenLogps.apply(
+        hidden,
+        weight,
+        targets.reshape(-1),
+        temperature,
+        exclude,
+        chunk_rows(hidden, chunk_size),
+        compute_dtype(hidden),
+    )
     return logps.view(targets.shape)
 
 
@@ -240,6 +253,7 @@ class _TokenLogps(torch.autograd.Function):
 # -----------------------------------------------------------------------------
 # distillation: a student's distribution over the vocabulary against a teacher's
 
+
 def kd_loss(student_logits, teacher_logits, temperature=1.0, kind="forward", jsd_beta=0.5):
     """
     temperature^2 times the divergence of the student's distribution q from the teacher's p, both at
@@ -271,8 +285,19 @@ def kd_loss(student_logits, teacher_logits, temperature=1.0, kind="forward", jsd
     return temperature**2 * divergence
 
 
-def linear_kd_loss(hidden, weight, teacher, targets, mask=None, token_weight=None, kd_frac=0.5,
-                   temperature=1.0, kind="forward", jsd_beta=0.5, chunk_size=0):
+def linear_kd_loss(
+    hidden,
+    weight,
+    teacher,
+    targets,
+    mask=None,
+    token_weight=None,
+    kd_frac=0.5,
+    temperature=1.0,
+    kind="forward",
+    jsd_beta=0.5,
+    chunk_size=0,
+):
     """
     Sums over positions where mask is True, times token_weight if given: ce, of -log softmax(hidden
     @ weight.T)[target]; kd, of `kd_loss` against the teacher; and loss = (1 - kd_frac) ce + kd_frac
@@ -292,7 +317,7 @@ def linear_kd_loss(hidden, weight, teacher, targets, mask=None, token_weight=Non
     hidden, targets, scale, at = at_mask(mask, hidden, targets, token_weight, at)
 
     def step(sums, logits, here):
-        sums = sums + logits.new_zeros(3)                                   # loss, ce, kd
+        sums = sums + logits.new_zeros(3)  # loss, ce, kd
         n = len(logits)
         if n == 0:
             return sums, logits
@@ -302,11 +327,11 @@ def linear_kd_loss(hidden, weight, teacher, targets, mask=None, token_weight=Non
         for z, t, target, s in zip(*[x.split(few) for x in rows]):
             both = _kd_rows(z, t.float(), target, kd_frac, temperature, kind, jsd_beta)
             sums[1:] += torch.cat(both, dim=1).mul_(s).sum(dim=0)
-            z.mul_(s)                                                       # the gradient
+            z.mul_(s)  # the gradient
         sums[0] = (1 - kd_frac) * sums[1] + kd_frac * sums[2]
         return sums, logits
 
-    return sums_of(step, hidden, weight, chunk_size, part=4)    # two models' logits, and more
+    return sums_of(step, hidden, weight, chunk_size, part=4)  # two models' logits, and more
 
 
 def _kd_rows(z, t, target, kd_frac, temperature, kind, jsd_beta):
@@ -357,8 +382,16 @@ def head_logits(hidden, weight):
 # -----------------------------------------------------------------------------
 # preferences: log-probs of answers, (B,) each, -> a loss per pair, (B,)
 
-def dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta=0.1,
-             label_smoothing=0.0, kind="sigmoid"):
+
+def dpo_loss(
+    policy_chosen,
+    policy_rejected,
+    ref_chosen,
+    ref_rejected,
+    beta=0.1,
+    label_smoothing=0.0,
+    kind="sigmoid",
+):
     """
     DPO on log-probs summed over an answer's tokens; with d = (policy_chosen - policy_rejected) -
     (ref_chosen - ref_rejected):
@@ -373,7 +406,7 @@ def dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta=0.1,
         right, wrong = F.logsigmoid(beta * d), F.logsigmoid(-beta * d)
         return -(1 - label_smoothing) * right - label_smoothing * wrong
     if kind == "ipo":
-        return (d - 1 / (2 * beta))**2
+        return (d - 1 / (2 * beta)) ** 2
     if kind == "hinge":
         return (1 - beta * d).relu()
     raise ValueError(f"kind {kind!r}: expected sigmoid, ipo or hinge")
@@ -381,7 +414,8 @@ def dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta=0.1,
 
 def simpo_loss(chosen, rejected, beta=2.0, gamma=0.5):
     """
-    -log sigma(beta (chosen - rejected) - gamma) on log-probs averaged over tokens (2405.14734 eq. 6)
+    -log sigma(beta (chosen - rejected) - gamma) on log-probs averaged over tokens (2405.14734 eq.
+    6)
     """
     return -F.logsigmoid(beta * (chosen - rejected) - gamma)
 
@@ -410,6 +444,7 @@ def log1mexp(x):
 # -----------------------------------------------------------------------------
 # policy gradients
 
+
 def group_advantages(rewards, scale="group", everyone=None):
     """
     (r - mean of the group) / (std + 1e-4) (DeepSeekMath, 2402.03300, section 4.1.2). rewards (P,
@@ -424,19 +459,30 @@ def group_advantages(rewards, scale="group", everyone=None):
         raise ValueError(f"scale {scale!r}: expected group, batch or none")
     centred = rewards - rewards[:, :1]  # of equal rewards exactly 0, as their mean is not
     centred = centred - centred.mean(1, keepdim=True)
-    if scale == "none" or rewards.shape[1] == 1:              # a sample alone has no deviation
+    if scale == "none" or rewards.shape[1] == 1:  # a sample alone has no deviation
         return centred
     if scale == "batch":
         batch = rewards if everyone is None else everyone
         std = batch.flatten(0, 1).std(0).max()
     else:
-        std = rewards.std(1, keepdim=True)                # (P, 1) or (P, 1, T)
+        std = rewards.std(1, keepdim=True)  # (P, 1) or (P, 1, T)
         std = std if rewards.ndim == 2 else std.amax(2, keepdim=True)
     return centred / (std + 1e-4)
 
 
-def grpo_token_loss(logps, old_logps, ref_logps, advantages, mask, clip_low=0.2, clip_high=0.2,
-                    delta=None, beta=0.0, level="token", kind="clip"):
+def grpo_token_loss(
+    logps,
+    old_logps,
+    ref_logps,
+    advantages,
+    mask,
+    clip_low=0.2,
+    clip_high=0.2,
+    delta=None,
+    beta=0.0,
+    level="token",
+    kind="clip",
+):
     """
     The loss of every completion token, unreduced: what is averaged over what is the caller's
     choice.
@@ -460,7 +506,7 @@ def grpo_token_loss(logps, old_logps, ref_logps, advantages, mask, clip_low=0.2,
     if level == "sequence":
         length = mask.sum(1, keepdim=True).clamp(min=1)
         log_ratio = (log_ratio * mask).sum(1, keepdim=True) / length
-    ratio = log_ratio.exp()                                                       # (B, T) or (B, 1)
+    ratio = log_ratio.exp()  # (B, T) or (B, 1)
     if kind == "cispo":
         loss = -ratio.clamp(max=1 + clip_high).detach() * A * logps
     else:

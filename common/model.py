@@ -4,7 +4,8 @@ positions, grouped-query attention, SwiGLU, dense or as a mixture of experts.
 
     model = GPT(ModelConfig(vocab_size=6400, seq_len=512))
     hidden = model(tokens)                         # (B, T) int64 -> (B, T, C), after the final norm
-    logits = hidden @ model.head.T                 # (B, T, V); the losses do this in chunks, never whole
+    logits = hidden @ model.head.T                 # (B, T, V); the losses do this in chunks, never
+                                                   whole
 
     cache = model.new_cache(B, T)                  # room for T positions
     hidden = model(tokens[:, :9], cache=cache)     # prefill, then token by token; the same numbers
@@ -13,6 +14,7 @@ Needs attention.py, moe.py, layers.py, dist.py and errors.py. Grouped-query atte
 Shapes: B sequences, T positions, C channels, V vocabulary, H query heads, K key/value heads, D head
 dim, L layers, E experts.
 """
+
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Literal
 
@@ -29,129 +31,192 @@ from common.moe import MoE, Routing
 
 @dataclass(frozen=True)
 class ModelConfig:
-    vocab_size: int = 0                # tokens, special ones included; 0 = the data set's
-    n_layer: int = 8                   # transformer blocks
-    n_head: int = 8                    # query heads
-    n_kv_head: int = 0                 # key/value heads, divides n_head; 0 = n_head, 1 = multi-query
-    n_embd: int = 512                  # channels of the residual stream
-    head_dim: int = 0                  # channels per head, even; 0 = n_embd / n_head
-    d_ff: int = 0                      # hidden channels of the MLP; 0 = 8/3 n_embd, up to a multiple of 32
-    seq_len: int = 0                   # longest sequence, in tokens; 0 = the run's seq_len
-    tie_embeddings: bool = True        # the output head is the token embedding
-    qk_norm: bool = False              # RMSNorm on every query and key head, as in Qwen3
-    attn_bias: bool = False            # biases on queries, keys and values, as in Qwen2
-    n_expert: int = 0                  # routed experts in a block; 0 = one MLP for every token
-    n_expert_active: int = 2           # routed experts that a token goes to
-    n_shared_expert: int = 0           # experts that every token goes to as well
-    shared_gate: bool = False          # what these give is multiplied by a sigmoid, as in Qwen2-MoE
-    n_dense_layer: int = 0             # first blocks that have one MLP in any case
-    d_expert: int = 0                  # hidden channels of an expert; 0 = so that d_ff are active in a token
-    norm_topk: bool = True             # weights of a token's routed experts sum to 1
-    balance_coef: float = 0.01         # weight of the load-balance loss; 0 = off
-    attn_dropout: float = 0.0          # probability of dropping an attention weight in training
-    norm_eps: float = 1e-6             # added to the mean square in RMSNorm
-    rope_theta: float = 10_000.0       # base of the rotary wavelengths
+    # fmt: off
+    vocab_size: int = 0            # tokens, special ones included; 0 = the data set's
+    n_layer: int = 8               # transformer blocks
+    n_head: int = 8                # query heads
+    n_kv_head: int = 0             # key/value heads, divides n_head; 0 = n_head, 1 = multi-query
+    n_embd: int = 512              # channels of the residual stream
+    head_dim: int = 0              # channels per head, even; 0 = n_embd / n_head
+    d_ff: int = 0  # hidden channels of the MLP; 0 = 8/3 n_embd, up to a multiple of 32
+    seq_len: int = 0               # longest sequence, in tokens; 0 = the run's seq_len
+    tie_embeddings: bool = True    # the output head is the token embedding
+    qk_norm: bool = False          # RMSNorm on every query and key head, as in Qwen3
+    attn_bias: bool = False        # biases on queries, keys and values, as in Qwen2
+    n_expert: int = 0              # routed experts in a block; 0 = one MLP for every token
+    n_expert_active: int = 2       # routed experts that a token goes to
+    n_shared_expert: int = 0       # experts that every token goes to as well
+    shared_gate: bool = False      # what these give is multiplied by a sigmoid, as in Qwen2-MoE
+    n_dense_layer: int = 0         # first blocks that have one MLP in any case
+    d_expert: int = 0  # hidden channels of an expert; 0 = so that d_ff are active in a token
+    norm_topk: bool = True         # weights of a token's routed experts sum to 1
+    balance_coef: float = 0.01     # weight of the load-balance loss; 0 = off
+    attn_dropout: float = 0.0      # probability of dropping an attention weight in training
+    norm_eps: float = 1e-6         # added to the mean square in RMSNorm
+    rope_theta: float = 10_000.0   # base of the rotary wavelengths
     partial_rotary_factor: float = 1.0  # fraction of head_dim that is rotated
-    rope_scaling: Literal["none", "linear", "dynamic", "yarn", "llama3"] = "none"  # of long contexts
-    rope_factor: float = 0.0           # stretch of the context; 0 = seq_len / rope_original_len
-    rope_original_len: int = 0         # sequence length before the stretch, in tokens; 0 = seq_len
+    rope_scaling: Literal["none", "linear", "dynamic", "yarn", "llama3"] = "none"  # to go further
+    rope_factor: float = 0.0       # stretch of the context; 0 = seq_len / rope_original_len
+    rope_original_len: int = 0     # sequence length before the stretch, in tokens; 0 = seq_len
     rope_low_freq_factor: float = 1.0  # llama3: pairs that turn less often are stretched
     rope_high_freq_factor: float = 4.0  # llama3: pairs that turn more often stay
-    yarn_beta_fast: float = 32.0       # pairs that turn more often than this in the original length stay
-    yarn_beta_slow: float = 1.0        # pairs that turn less often than this are stretched by rope_factor
-    yarn_attention_factor: float = 0.0  # multiplies cos and sin; 0 = from the mscales, or 0.1 ln(factor) + 1
-    yarn_mscale: float = 0.0           # with yarn_mscale_all_dim: their ratio is the attention factor
-    yarn_mscale_all_dim: float = 0.0   # see yarn_mscale
+    yarn_beta_fast: float = 32.0  # pairs that turn more often than this in the original length stay
+    yarn_beta_slow: float = 1.0  # pairs that turn less often than this are stretched by rope_factor
+    yarn_attention_factor: float = 0.0  # of cos and sin; 0 = from the mscales, or 0.1 ln(factor) + 1
+    yarn_mscale: float = 0.0       # with yarn_mscale_all_dim: their ratio is the attention factor
+    yarn_mscale_all_dim: float = 0.0  # see yarn_mscale
+    # fmt: on
 
     def resolved(self):
-        """A copy with every 0 that means "derived" filled in; UserError where numbers do not fit."""
+        """
+        A copy with every 0 that means "derived" filled in; UserError where numbers do not fit.
+        """
         for name in ("vocab_size", "n_layer", "n_head", "n_embd", "seq_len"):
             if getattr(self, name) < 1:
                 raise UserError(f"--model.{name}={getattr(self, name)}: must be positive")
-        for name in ("n_kv_head", "head_dim", "d_ff", "rope_original_len", "n_expert", "n_shared_expert",
-                     "n_dense_layer", "d_expert", "balance_coef"):
+        for name in (
+            "n_kv_head",
+            "head_dim",
+            "d_ff",
+            "rope_original_len",
+            "n_expert",
+            "n_shared_expert",
+            "n_dense_layer",
+            "d_expert",
+            "balance_coef",
+        ):
             if getattr(self, name) < 0:
                 raise UserError(f"--model.{name}={getattr(self, name)}: must be positive, or 0")
         if not 0 <= self.attn_dropout < 1:
-            raise UserError(f"--model.attn_dropout={self.attn_dropout}: must be at least 0 and below 1")
+            raise UserError(
+                f"--model.attn_dropout={self.attn_dropout}: must be at least 0 and below 1"
+            )
         if self.rope_theta <= 1 or self.norm_eps <= 0:
-            raise UserError(f"--model.rope_theta={self.rope_theta} --model.norm_eps={self.norm_eps}: "
-                            "must be above 1 and above 0")
+            raise UserError(
+                f"--model.rope_theta={self.rope_theta} --model.norm_eps={self.norm_eps}: "
+                "must be above 1 and above 0"
+            )
         if not self.head_dim and self.n_embd % self.n_head:
-            raise UserError(f"--model.n_head={self.n_head}: must divide n_embd={self.n_embd}, "
-                            "or set --model.head_dim")
+            raise UserError(
+                f"--model.n_head={self.n_head}: must divide n_embd={self.n_embd}, "
+                "or set --model.head_dim"
+            )
         if self.rope_high_freq_factor <= self.rope_low_freq_factor:
-            raise UserError(f"--model.rope_high_freq_factor={self.rope_high_freq_factor}: must be above "
-                            f"rope_low_freq_factor={self.rope_low_freq_factor}")
+            raise UserError(
+                f"--model.rope_high_freq_factor={self.rope_high_freq_factor}: must be above "
+                f"rope_low_freq_factor={self.rope_low_freq_factor}"
+            )
         active = self.n_expert_active + self.n_shared_expert
-        if self.n_expert and not (0 < self.n_expert_active <= self.n_expert
-                                  and self.n_dense_layer < self.n_layer):
-            raise UserError(f"--model.n_expert_active={self.n_expert_active} --model.n_dense_layer="
-                            f"{self.n_dense_layer}: expected 1 to n_expert={self.n_expert}, and fewer "
-                            f"than n_layer={self.n_layer}")
+        if self.n_expert and not (
+            0 < self.n_expert_active <= self.n_expert and self.n_dense_layer < self.n_layer
+        ):
+            raise UserError(
+                f"--model.n_expert_active={self.n_expert_active} --model.n_dense_layer="
+                f"{self.n_dense_layer}: expected 1 to n_expert={self.n_expert}, and fewer "
+                f"than n_layer={self.n_layer}"
+            )
         if not self.n_expert and (self.n_shared_expert or self.n_dense_layer or self.d_expert):
-            raise UserError("--model.n_shared_expert, n_dense_layer, d_expert: only with --model.n_expert")
+            raise UserError(
+                "--model.n_shared_expert, n_dense_layer, d_expert: only with --model.n_expert"
+            )
         if self.shared_gate and not self.n_shared_expert:
-            raise UserError("--model.shared_gate=true: there are no shared experts; set "
-                            "--model.n_shared_expert")
+            raise UserError(
+                "--model.shared_gate=true: there are no shared experts; set --model.n_shared_expert"
+            )
         original = self.rope_original_len or self.seq_len
         d_ff = self.d_ff or -(-8 * self.n_embd // 3 // 32) * 32
-        c = replace(self, n_kv_head=self.n_kv_head or self.n_head,
-                    head_dim=self.head_dim or self.n_embd // self.n_head,
-                    d_ff=d_ff, d_expert=self.d_expert or self.n_expert and -(-d_ff // active // 8) * 8,
-                    rope_original_len=original, rope_factor=self.rope_factor or self.seq_len / original)
+        c = replace(
+            self,
+            n_kv_head=self.n_kv_head or self.n_head,
+            head_dim=self.head_dim or self.n_embd // self.n_head,
+            d_ff=d_ff,
+            d_expert=self.d_expert or self.n_expert and -(-d_ff // active // 8) * 8,
+            rope_original_len=original,
+            rope_factor=self.rope_factor or self.seq_len / original,
+        )
         if c.n_head % c.n_kv_head:
             raise UserError(f"--model.n_kv_head={c.n_kv_head}: must divide n_head={c.n_head}")
         rotated = int(c.head_dim * c.partial_rotary_factor)
         if c.head_dim % 2 or rotated % 2 or not 0 < rotated <= c.head_dim:
-            raise UserError(f"--model.head_dim={c.head_dim} "
-                            f"--model.partial_rotary_factor={c.partial_rotary_factor}: "
-                            f"head_dim and its rotated part, {rotated}, must be even and positive")
+            raise UserError(
+                f"--model.head_dim={c.head_dim} "
+                f"--model.partial_rotary_factor={c.partial_rotary_factor}: "
+                f"head_dim and its rotated part, {rotated}, must be even and positive"
+            )
         if c.rope_factor < 1:
-            raise UserError(f"--model.rope_factor={c.rope_factor}: must be at least 1 "
-                            "(seq_len / rope_original_len)")
+            raise UserError(
+                f"--model.rope_factor={c.rope_factor}: must be at least 1 "
+                "(seq_len / rope_original_len)"
+            )
         return c
 
     def continued(self, wanted, seq_len, vocab_size=0):
         """
-        The config to go on from a checkpoint of this (resolved) config: wanted is this one with what the user
-        asked for. Only what leaves the tensors as they are may differ; a longer seq_len needs a rope_scaling.
-        The vocabulary may grow to vocab_size: checkpoints of others know nothing of our special tokens.
+        The config to go on from a checkpoint of this (resolved) config: wanted is this one with
+        what the user asked for. Only what leaves the tensors as they are may differ; a longer
+        seq_len needs a rope_scaling. The vocabulary may grow to vocab_size: checkpoints of others
+        know nothing of our special tokens.
         """
         for f in fields(self):
-            if not f.name.startswith(("rope_", "yarn_", "seq_len", "attn_dropout", "balance_coef")) \
-                    and getattr(wanted, f.name) != getattr(self, f.name):
-                raise UserError(f"--model.{f.name}={getattr(wanted, f.name)}: the checkpoint has "
-                                f"{getattr(self, f.name)}, which cannot change")
+            if not f.name.startswith(
+                ("rope_", "yarn_", "seq_len", "attn_dropout", "balance_coef")
+            ) and getattr(wanted, f.name) != getattr(self, f.name):
+                raise UserError(
+                    f"--model.{f.name}={getattr(wanted, f.name)}: the checkpoint has "
+                    f"{getattr(self, f.name)}, which cannot change"
+                )
         if wanted.seq_len < self.seq_len:
-            raise UserError(f"--model.seq_len={wanted.seq_len}: the checkpoint has {self.seq_len}, which "
-                            "cannot shrink; --seq_len may be shorter")
+            raise UserError(
+                f"--model.seq_len={wanted.seq_len}: the checkpoint has {self.seq_len}, which "
+                "cannot shrink; --seq_len may be shorter"
+            )
         longest = max(wanted.seq_len, seq_len)
         if longest > self.seq_len and wanted.rope_scaling == "none":
-            raise UserError(f"--seq_len={longest}: the checkpoint was trained at {self.seq_len}; "
-                            "lower it, or add --model.rope_scaling=yarn (or linear) to go further")
+            raise UserError(
+                f"--seq_len={longest}: the checkpoint was trained at {self.seq_len}; "
+                "lower it, or add --model.rope_scaling=yarn (or linear) to go further"
+            )
         factor, same = wanted.rope_factor, wanted.rope_original_len == self.rope_original_len
-        if factor == self.rope_factor and same and wanted.rope_scaling == self.rope_scaling != "none":
-            factor *= longest / self.seq_len                  # a stretch of its own goes on from there
+        if (
+            factor == self.rope_factor
+            and same
+            and wanted.rope_scaling == self.rope_scaling != "none"
+        ):
+            # a stretch of its own goes on from there
+            factor *= longest / self.seq_len
         elif factor == self.rope_factor and (longest > self.seq_len or not same):
             factor = 0.0
-        return replace(wanted, seq_len=longest, rope_factor=factor,
-                       vocab_size=max(wanted.vocab_size, vocab_size)).resolved()
+        return replace(
+            wanted,
+            seq_len=longest,
+            rope_factor=factor,
+            vocab_size=max(wanted.vocab_size, vocab_size),
+        ).resolved()
 
     def check_data(self, vocab_size, seq_len, packed, prompts):
-        """UserError where this (resolved) model cannot take the data: its vocabulary, rows, or a prompt"""
+        """
+        UserError where this (resolved) model cannot take the data: its vocabulary, rows, or a
+        prompt
+        """
         if self.vocab_size < vocab_size or self.seq_len < seq_len:
-            raise UserError(f"--model.vocab_size={self.vocab_size} --model.seq_len={self.seq_len}: smaller "
-                            f"than the data's {vocab_size} or --seq_len={seq_len}")
+            raise UserError(
+                f"--model.vocab_size={self.vocab_size} --model.seq_len={self.seq_len}: smaller "
+                f"than the data's {vocab_size} or --seq_len={seq_len}"
+            )
         if packed and self.rope_scaling == "dynamic":
-            raise UserError("--model.rope_scaling=dynamic: follows the length of the row, so it does not go "
-                            "with documents that share one; use yarn or linear")
+            raise UserError(
+                "--model.rope_scaling=dynamic: follows the length of the row, so it does not go "
+                "with documents that share one; use yarn or linear"
+            )
         if (longest := max(map(len, prompts), default=0)) > self.seq_len:
-            raise UserError(f"--eval_prompts: {longest} tokens, more than the model's {self.seq_len}")
+            raise UserError(
+                f"--eval_prompts: {longest} tokens, more than the model's {self.seq_len}"
+            )
 
 
 # -----------------------------------------------------------------------------
 # blocks
+
 
 class Attention(nn.Module):
     def __init__(self, c, layer):
@@ -169,14 +234,17 @@ class Attention(nn.Module):
         B, T, _ = x.shape
         H, K, D = self.n_head, self.n_kv_head, self.head_dim
         qkv = self.qkv(x).view(B, T, H + 2 * K, D)
-        qk, v = qkv.split([H + K, K], dim=2)                              # (B, T, H + K, D), (B, T, K, D)
+        # (B, T, H + K, D), (B, T, K, D)
+        qk, v = qkv.split([H + K, K], dim=2)
         if self.q_norm is not None:
             qk = torch.cat([self.q_norm(qk[:, :, :H]), self.k_norm(qk[:, :, H:])], dim=2)
         qk = rotary(qk, cos, sin)
-        if layout.lengths:                                    # gradients stay in the order of the rows
+        # gradients stay in the order of the rows
+        if layout.lengths:
             q, k = (x.transpose(1, 2) for x in qk.split([H, K], dim=2))
         else:
-            q, k = qk.transpose(1, 2).split([H, K], dim=1)                # (B, H, T, D), (B, K, T, D)
+            # (B, H, T, D), (B, K, T, D)
+            q, k = qk.transpose(1, 2).split([H, K], dim=1)
         dropout = self.dropout if self.training else 0.0
         y = attend(q, k, v.transpose(1, 2), layout, dropout, self.layer)
         return self.out(y.transpose(1, 2).reshape(B, T, H * D))
@@ -202,14 +270,15 @@ class Block(nn.Module):
 
 class GPT(nn.Module):
     """
-    model(tokens, docs=None, cache=None, branch=None, inputs=None) -> hidden states (B, T, C); `head`
-    (V, C) makes logits.
+    model(tokens, docs=None, cache=None, branch=None, inputs=None) -> hidden states (B, T, C);
+    `head` (V, C) makes logits.
 
     config (resolved ModelConfig) describes it completely. Set `activation_checkpointing = True` to
     recompute each block in backward instead of keeping its activations. Of models that take other
     inputs than tokens: input_only: ids that stand for such an input, never sampled, and how many of
     each in a row make one; optional: how names of weights begin that a checkpoint may lack
     """
+
     input_only, optional = {}, ()
 
     def __init__(self, config):
@@ -235,16 +304,17 @@ class GPT(nn.Module):
 
     def forward(self, tokens, docs=None, cache=None, branch=None, inputs=None):
         """
-        tokens (B, T) int64; docs, branch (B, T): see `documents` - tokens see only their own document,
-        whose positions start at 0, and in a branch its trunk; cache: a KVCache that holds the past;
-        inputs (B, T, C): in place of the tokens' embeddings -> (B, T, C)
+        tokens (B, T) int64; docs, branch (B, T): see `documents` - tokens see only their own
+        document, whose positions start at 0, and in a branch its trunk; cache: a KVCache that holds
+        the past; inputs (B, T, C): in place of the tokens' embeddings -> (B, T, C)
         """
         layout = self.layout(tokens, docs, cache, branch)
         inv, scale = rope_frequencies(self.config, layout.rope_length)
-        angles = layout.positions[..., None, None] * inv.to(tokens.device)         # (B or 1, T, 1, D'/2)
+        # (B or 1, T, 1, D'/2)
+        angles = layout.positions[..., None, None] * inv.to(tokens.device)
         cos, sin = angles.cos() * scale, angles.sin() * scale
 
-        x = self.embed(tokens) if inputs is None else inputs                       # (B, T, C)
+        x = self.embed(tokens) if inputs is None else inputs  # (B, T, C)
         routers = []
         for block in self.blocks:
             if self.activation_checkpointing and self.training:
@@ -263,8 +333,10 @@ class GPT(nn.Module):
         if branch is not None and docs is None:
             raise ValueError("branch says nothing without docs")
         if docs is not None and (cache is not None or c.rope_scaling == "dynamic"):
-            raise ValueError("packed documents go neither with a cache nor with rope_scaling=dynamic, "
-                             "which follows the length of the whole row")
+            raise ValueError(
+                "packed documents go neither with a cache nor with rope_scaling=dynamic, "
+                "which follows the length of the whole row"
+            )
         if docs is not None:
             dropout = self.training and c.attn_dropout
             return Documents(c, docs, branch, dist.compute_dtype(weight), dropout)
@@ -281,7 +353,8 @@ class GPT(nn.Module):
         return self.routing.stats()
 
     def train(self, mode=True):
-        self.routing.balance = 0.0                            # or a copy made in between could not be
+        # or a copy made in between could not be
+        self.routing.balance = 0.0
         return super().train(mode)
 
     def logits(self, hidden):
@@ -289,7 +362,10 @@ class GPT(nn.Module):
         return hidden @ self.head.T if self.untied_head is None else self.untied_head(hidden)
 
     def new_cache(self, B, T):
-        """An empty KVCache for B sequences of up to T positions, in the dtype that attention computes in."""
+        """
+        An empty KVCache for B sequences of up to T positions, in the dtype that attention computes
+        in.
+        """
         weight = self.embed.weight
         return KVCache(self.config, B, T, weight.device, dist.compute_dtype(weight))
 
@@ -312,10 +388,10 @@ class GPT(nn.Module):
 
     def flops_per_token(self, T, head_frac=1.0):
         """
-        FLOPs that one trained token of a causal sequence of T costs, forward and backward: 6 per weight of
-        a matrix product, 4 where it is frozen (the head's for the fraction of tokens that have a target),
-        and of attention's T x T products those that its mask needs (PaLM, appendix B; counting all is
-        common, and flatters).
+        FLOPs that one trained token of a causal sequence of T costs, forward and backward: 6 per
+        weight of a matrix product, 4 where it is frozen (the head's for the fraction of tokens that
+        have a target), and of attention's T x T products those that its mask needs (PaLM, appendix
+        B; counting all is common, and flatters).
         """
         c = self.config
         weights = sum(p.numel() for p in self.blocks.parameters() if p.ndim > 1)

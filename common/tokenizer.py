@@ -1,18 +1,22 @@
 """
 Text to token ids and back: bytes, tiktoken and SentencePiece behind one small class.
 
-    tokenizer = load_tokenizer("bytes")       # or x.model, x.tiktoken, a folder with vocab.json + merges.txt,
-    ids = tokenizer.encode("Good morrow!")    # gpt2, a Hugging Face folder, any data set or checkpoint folder
+    tokenizer = load_tokenizer("bytes")       # or x.model, x.tiktoken, a folder with vocab.json +
+                                              merges.txt,
+    ids = tokenizer.encode("Good morrow!")    # gpt2, a Hugging Face folder, any data set or
+                                              checkpoint folder
     text = tokenizer.decode(ids)
 
-Special tokens come after the base vocabulary and are ids only: what a user writes is encoded as plain text.
-The vocabulary of a Hugging Face folder has special tokens of its own: their ids are kept, the one that ends
-its model's texts is `end`, and so are <think> and </think> where it has these; the others of ours come after
-them all. A text begins as its model has learned it (`begin`), roles are written so in ChatML (Qwen), Llama 3.
+Special tokens come after the base vocabulary and are ids only: what a user writes is encoded as
+plain text. The vocabulary of a Hugging Face folder has special tokens of its own: their ids are
+kept, the one that ends its model's texts is `end`, and so are <think> and </think> where it has
+these; the others of ours come after them all. A text begins as its model has learned it (`begin`),
+roles are written so in ChatML (Qwen), Llama 3.
 
-Decoding joins the bytes that each token stands for. So streamed text is exactly the whole text: `Stream`
-holds back half a UTF-8 character, and SentencePiece's spaces are bytes like any other.
+Decoding joins the bytes that each token stands for. So streamed text is exactly the whole text:
+`Stream` holds back half a UTF-8 character, and SentencePiece's spaces are bytes like any other.
 """
+
 import base64
 import codecs
 import glob
@@ -26,36 +30,59 @@ import tiktoken
 
 from common.errors import UserError
 
-# "end" closes a turn and a document; "pad" is another token on purpose (else padding swallows the end)
-SPECIAL_TOKENS = ("end", "pad", "user", "assistant", "system", "think", "/think", "answer", "/answer",
-                  "image")
+# "end" closes a turn and a document; "pad" is another token on purpose (else padding swallows the
+# end)
+SPECIAL_TOKENS = (
+    "end",
+    "pad",
+    "user",
+    "assistant",
+    "system",
+    "think",
+    "/think",
+    "answer",
+    "/answer",
+    "image",
+)
 
-# How tiktoken vocabularies split text before merging; a rank file does not say. From their own definitions.
+# How tiktoken vocabularies split text before merging; a rank file does not say. From their own
+# definitions.
 PATTERNS = {
     "gpt2": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s",
-    "cl100k": r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"
-              r"|\s++$|\s*[\r\n]|\s+(?!\S)|\s",
-    "o200k": "|".join([
-        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
-        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
-        r"\p{N}{1,3}", r" ?[^\s\p{L}\p{N}]+[\r\n/]*", r"\s*[\r\n]+", r"\s+(?!\S)", r"\s+"]),
+    "cl100k": r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+"
+    r"| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s",
+    "o200k": "|".join(
+        [
+            r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+            r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
+            r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+            r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
+            r"\p{N}{1,3}",
+            r" ?[^\s\p{L}\p{N}]+[\r\n/]*",
+            r"\s*[\r\n]+",
+            r"\s+(?!\S)",
+            r"\s+",
+        ]
+    ),
 }
-FOLDER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")  # one of them: extras/hf_tokenizer.py
-INFO = "tokenizer_info.json"  # in every data set and checkpoint, beside the vocabulary file it names
+# one of them: extras/hf_tokenizer.py
+FOLDER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+# in every data set and checkpoint, beside the vocabulary file it names
+INFO = "tokenizer_info.json"
 
 
 class Tokenizer:
     """
-    kind: bytes, tiktoken, sentencepiece. vocabulary: file content (b"" for bytes). pattern: key of PATTERNS,
-    or a regular expression. extra, of a Hugging Face folder: dict of `special`, name to id of those of ours
-    that it has; `added`, id (as a str) to text, "" for special tokens; `nfc`, whether text is normalised so;
-    `begin` and `markers`, see below.
+    kind: bytes, tiktoken, sentencepiece. vocabulary: file content (b"" for bytes). pattern: key of
+    PATTERNS, or a regular expression. extra, of a Hugging Face folder: dict of `special`, name to
+    id of those of ours that it has; `added`, id (as a str) to text, "" for special tokens; `nfc`,
+    whether text is normalised so; `begin` and `markers`, see below.
 
     vocab_size      base vocabulary and special tokens
-    special         dict of special token name to id, special_names the reverse; `end`, `pad` as attributes
-    markers         dict of special token name to the list of ids that the chat template writes for it
+    special         dict of special token name to id, special_names the reverse; `end`, `pad` as
+                    attributes
+    markers         dict of special token name to the list of ids that the chat template writes for
+                    it
     begin           list of ids that every text and conversation begins with: [] or a token
     token_bytes     list of the bytes that each id stands for, b"" for special ones
     fingerprint     where it is equal, ids mean the same
@@ -70,7 +97,9 @@ class Tokenizer:
             ranks = _read_ranks(vocabulary)
             # what an expression from a file does not match is a piece too; tiktoken would drop it
             split = PATTERNS.get(pattern) or f"(?:{pattern})|(?:(?!{pattern})[\\s\\S])+"
-            self.bpe = tiktoken.Encoding("common", pat_str=split, mergeable_ranks=ranks, special_tokens={})
+            self.bpe = tiktoken.Encoding(
+                "common", pat_str=split, mergeable_ranks=ranks, special_tokens={}
+            )
             base = [b""] * (max(ranks.values()) + 1)
             for token, rank in ranks.items():
                 base[rank] = token
@@ -95,10 +124,12 @@ class Tokenizer:
         meaning = [kind, pattern, SPECIAL_TOKENS]
         if extra:
             meaning.append(extra)
-        self.fingerprint = hashlib.sha256(json.dumps(meaning).encode() + vocabulary).hexdigest()[:16]
+        self.fingerprint = hashlib.sha256(json.dumps(meaning).encode() + vocabulary).hexdigest()[
+            :16
+        ]
 
     def _piece_bytes(self, i):
-        if self.bpe.is_byte(i):                               # "<0x0A>"
+        if self.bpe.is_byte(i):  # "<0x0A>"
             return bytes([int(self.bpe.id_to_piece(i)[3:-1], 16)])
         if self.bpe.is_control(i) or self.bpe.is_unused(i):
             return b""
@@ -130,8 +161,11 @@ class Tokenizer:
 
     def files(self):
         """What `load_tokenizer` needs to make this tokenizer again: dict of file name to bytes."""
-        name = {"bytes": None, "tiktoken": "tokenizer.tiktoken",
-                "sentencepiece": "tokenizer.model"}[self.kind]
+        name = {
+            "bytes": None,
+            "tiktoken": "tokenizer.tiktoken",
+            "sentencepiece": "tokenizer.model",
+        }[self.kind]
         info = dict(kind=self.kind, file=name, pattern=self.pattern, fingerprint=self.fingerprint)
         if self.extra:
             info["extra"] = self.extra
@@ -141,11 +175,12 @@ class Tokenizer:
 
 class Stream:
     """
-    Incremental decoding: put(id) -> the text complete now, end() -> the rest. Their sum is decode(ids).
+    Incremental decoding: put(id) -> the text complete now, end() -> the rest. Their sum is
+    decode(ids).
 
-    show_special: write special tokens as <name>. hide_think: leave out what stands between <think> and
-    </think>. continues: the ids go on from earlier text, so a leading space is a space (SentencePiece drops
-    the first one of a text, which it has put there itself).
+    show_special: write special tokens as <name>. hide_think: leave out what stands between <think>
+    and </think>. continues: the ids go on from earlier text, so a leading space is a space
+    (SentencePiece drops the first one of a text, which it has put there itself).
     """
 
     def __init__(self, tokenizer, show_special=False, hide_think=False, continues=False):
@@ -155,7 +190,8 @@ class Stream:
 
     def put(self, token):
         t = self.tokenizer
-        if name := t.special_names.get(token):                # a text ends here, and another one begins
+        # a text ends here, and another one begins
+        if name := t.special_names.get(token):
             self.drop_space = t.drops_first_space
             text = "" if self.thinking else self.utf8.decode(b"", final=True)
             self.utf8.reset()
@@ -174,17 +210,19 @@ class Stream:
 # -----------------------------------------------------------------------------
 # where tokenizers come from
 
+
 def load_tokenizer(source):
     """
-    source: "bytes"; a SentencePiece .model; a .tiktoken rank file (x.tiktoken:PATTERN where its name does not
-    tell gpt2, cl100k or o200k); a folder with GPT-2's vocab.json and merges.txt; a Hugging Face folder, with
-    tokenizer.json or tokenizer.model; a data set, run or checkpoint of ours; or a name that tiktoken knows,
-    such as gpt2. -> Tokenizer. Raises UserError.
+    source: "bytes"; a SentencePiece .model; a .tiktoken rank file (x.tiktoken:PATTERN where its
+    name does not tell gpt2, cl100k or o200k); a folder with GPT-2's vocab.json and merges.txt; a
+    Hugging Face folder, with tokenizer.json or tokenizer.model; a data set, run or checkpoint of
+    ours; or a name that tiktoken knows, such as gpt2. -> Tokenizer. Raises UserError.
     """
     if source == "bytes":
         return Tokenizer("bytes")
     if in_run := sorted(glob.glob(os.path.join(glob.escape(source), "step_*", INFO))):
-        source = os.path.dirname(in_run[-1])                  # the same in every checkpoint of a run
+        # the same in every checkpoint of a run
+        source = os.path.dirname(in_run[-1])
     path, colon, pattern = source.rpartition(":")
     if not colon or pattern not in PATTERNS:
         path, pattern = source, ""
@@ -193,19 +231,25 @@ def load_tokenizer(source):
             return _load_saved(path)
         if any(os.path.isfile(os.path.join(path, name)) for name in FOLDER_FILES):
             from extras import hf_tokenizer
+
             return hf_tokenizer.load(path)
         if path.endswith(".model"):
             return Tokenizer("sentencepiece", read_file(path))
         if path.endswith(".tiktoken"):
             return Tokenizer("tiktoken", read_file(path), pattern or _pattern_of(path))
     except OSError as error:
-        raise UserError(f"--tokenizer={source}: cannot read {error.filename} ({error.strerror})") from None
+        raise UserError(
+            f"--tokenizer={source}: cannot read {error.filename} ({error.strerror})"
+        ) from None
     except (ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise UserError(f"--tokenizer={source}: not a vocabulary of that kind, or damaged "
-                        f"({error})") from None
+        raise UserError(
+            f"--tokenizer={source}: not a vocabulary of that kind, or damaged ({error})"
+        ) from None
     if os.path.isdir(path):
-        raise UserError(f"{source}: no tokenizer there: tokenizer.json, tokenizer.model, vocab.json with "
-                        f"merges.txt, or {INFO}")
+        raise UserError(
+            f"{source}: no tokenizer there: tokenizer.json, tokenizer.model, vocab.json with "
+            f"merges.txt, or {INFO}"
+        )
     return _load_known(source)
 
 
@@ -219,8 +263,10 @@ def _load_saved(folder):
     content = read_file(os.path.join(folder, info["file"])) if info["file"] else b""
     tokenizer = Tokenizer(info["kind"], content, info["pattern"], info.get("extra"))
     if tokenizer.fingerprint != info["fingerprint"]:
-        raise UserError(f"{folder}: the tokenizer files do not match their fingerprint; "
-                        "they were changed or damaged")
+        raise UserError(
+            f"{folder}: the tokenizer files do not match their fingerprint; "
+            "they were changed or damaged"
+        )
     return tokenizer
 
 
@@ -229,35 +275,53 @@ def _read_ranks(vocabulary):
     pairs = [line.split() for line in vocabulary.splitlines() if line.strip()]
     ranks = {base64.b64decode(token): int(rank) for token, rank in pairs}
     numbers = set(ranks.values())
-    if not ranks.keys() >= {bytes([i]) for i in range(256)} or min(numbers) < 0 or len(numbers) < len(ranks):
+    if (
+        not ranks.keys() >= {bytes([i]) for i in range(256)}
+        or min(numbers) < 0
+        or len(numbers) < len(ranks)
+    ):
         raise ValueError("each of the 256 bytes must be a token, and ranks must differ")
     return ranks
 
 
 def _pattern_of(path):
     name = os.path.basename(path)
-    for pattern, marks in (("gpt2", ("gpt2", "r50k", "p50k")), ("cl100k", ("cl100k",)),
-                           ("o200k", ("o200k",))):
+    for pattern, marks in (
+        ("gpt2", ("gpt2", "r50k", "p50k")),
+        ("cl100k", ("cl100k",)),
+        ("o200k", ("o200k",)),
+    ):
         if any(mark in name for mark in marks):
             return pattern
-    raise UserError(f"--tokenizer={path}: its name does not tell how text is split; "
-                    f"write {path}:PATTERN with PATTERN one of {', '.join(PATTERNS)}")
+    raise UserError(
+        f"--tokenizer={path}: its name does not tell how text is split; "
+        f"write {path}:PATTERN with PATTERN one of {', '.join(PATTERNS)}"
+    )
 
 
 def _load_known(name):
     if name not in tiktoken.list_encoding_names():
-        raise UserError(f"--tokenizer={name}: no such file or run, and not bytes or one of "
-                        f"{', '.join(tiktoken.list_encoding_names())}")
-    pattern = {"gpt2": "gpt2", "r50k_base": "gpt2", "p50k_base": "gpt2", "cl100k_base": "cl100k",
-               "o200k_base": "o200k"}.get(name)
+        raise UserError(
+            f"--tokenizer={name}: no such file or run, and not bytes or one of "
+            f"{', '.join(tiktoken.list_encoding_names())}"
+        )
+    pattern = {
+        "gpt2": "gpt2",
+        "r50k_base": "gpt2",
+        "p50k_base": "gpt2",
+        "cl100k_base": "cl100k",
+        "o200k_base": "o200k",
+    }.get(name)
     if not pattern:
         raise UserError(f"--tokenizer={name}: not supported; use gpt2, cl100k_base or o200k_base")
     try:
         ranks = tiktoken.get_encoding(name)._mergeable_ranks
     except Exception as error:  # requests' many ways to say that there is no network
-        raise UserError(f"--tokenizer={name}: not in tiktoken's cache and the download failed "
-                        f"({type(error).__name__}). Copy its .tiktoken file (or vocab.json and merges.txt) "
-                        "here from a machine with internet and give that path") from None
+        raise UserError(
+            f"--tokenizer={name}: not in tiktoken's cache and the download failed "
+            f"({type(error).__name__}). Copy its .tiktoken file (or vocab.json and merges.txt) "
+            "here from a machine with internet and give that path"
+        ) from None
     by_rank = sorted(ranks.items(), key=lambda kv: kv[1])
     lines = (base64.b64encode(token) + b" %d\n" % rank for token, rank in by_rank)
     return Tokenizer("tiktoken", b"".join(lines), pattern)
