@@ -28,9 +28,8 @@ from common.config import parse_config
 from common.errors import UserError
 from common.logger import printable
 from common.model import GPT, ModelConfig
-
-# noqa: F401
-from common.sampling import SamplingConfig, complete, for_vocabulary, stream, stream_tokens
+from common.sampling import SamplingConfig, complete, for_vocabulary, stream_tokens
+from common.sampling import stream as stream  # to be imported from here
 from common.tokenizer import load_tokenizer
 
 

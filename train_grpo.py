@@ -18,8 +18,9 @@ from typing import Literal
 import torch
 
 from common import checkpoint, dist, losses
+from common.branches import sampled_rows
 from common.config import parse_config
-from common.data import PromptData, sampled_rows
+from common.data import PromptData
 from common.errors import UserError
 from common.model import GPT
 from common.rewards import load_function, score, summarize
@@ -29,7 +30,6 @@ from common.sampling import SamplingConfig, answer_prompts, for_vocabulary
 # -----------------------------------------------------------------------------
 # config: these, and the options of every stage in common/run.py; --help prints all
 
-# fmt: off
 @dataclass(frozen=True)
 class Config(RunConfig):
     data_dir: str = "out/prompts"      # prompts prepared by data/prepare.py prompts
@@ -63,7 +63,6 @@ class Config(RunConfig):
     beta: float = 0.0                  # weight of the KL divergence from the initial policy
     ref_mix: float = 0.0               # share of the policy mixed into it every ref_every steps
     ref_every: int = 0                 # 0 = the reference stays
-# fmt: on
 
 
 @dataclass
@@ -73,8 +72,7 @@ class Rollout:
     answers: list                       # B sampling.Answer, group after group
     valid: torch.Tensor                 # (P,) bool: the prompts that count
     rewards: torch.Tensor               # (P, G)
-    # (P, G, T): what of it comes at or after each token of the answer
-    to_go: torch.Tensor
+    to_go: torch.Tensor                 # (P, G, T): what of it comes at or after each token
     reward_s: float                     # seconds of scoring
 
 
@@ -122,13 +120,13 @@ def check_options(cfg):
     updates = cfg.updates_per_rollout
     multiples = cfg.save_every, cfg.num_steps, cfg.eval_every
     if updates < 1 or any(n % updates for n in multiples) or updates > 1 and cfg.num_epochs:
-        raise UserError(f"--updates_per_rollout={updates}: at least 1, and --save_every, --eval_every "
-                        "and --num_steps (not --num_epochs) must be multiples of it: checkpoints hold "
-                        "no rollout")
+        raise UserError(f"--updates_per_rollout={updates}: at least 1, and --save_every, "
+                        "--eval_every and --num_steps (not --num_epochs) must be multiples of it: "
+                        "checkpoints hold no rollout")
     if cfg.max_new_tokens >= cfg.seq_len or cfg.temperature <= 0 or cfg.num_samples < 2:
         raise UserError(f"--max_new_tokens={cfg.max_new_tokens} --temperature={cfg.temperature} "
-                        f"--num_samples={cfg.num_samples}: expected < --seq_len={cfg.seq_len}, > 0, "
-                        ">= 2")
+                        f"--num_samples={cfg.num_samples}: expected < --seq_len={cfg.seq_len}, "
+                        "> 0, >= 2")
     if cfg.reward_weights and len(cfg.reward_weights) != len(cfg.reward):
         raise UserError(f"--reward_weights: {len(cfg.reward_weights)} for {len(cfg.reward)} "
                         "functions")
@@ -200,8 +198,7 @@ if __name__ == "__main__":
             for r, rows in zip(rollouts, micro_batches):
                 advantages = losses.group_advantages(r.to_go, cfg.scale_rewards, everyone)
                 rows.advantages = advantages.flatten(0, 1)[rows.index].to(run.device)
-            # of each step, over all micro-batches and ranks
-            n_answers, n_targets, n_tokens = dist.all_sum(sum(
+            n_answers, n_targets, n_tokens = dist.all_sum(sum(  # of each step, over all ranks
                 torch.stack([rows.padded(rows.mask[rows.mask]).any(dim=1).sum(),
                              rows.mask.sum(), (rows.tokens >= 0).sum()])
                 for rows in micro_batches)).clamp(min=1)

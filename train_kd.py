@@ -34,7 +34,6 @@ from common.sampling import SamplingConfig, complete, for_vocabulary
 # -----------------------------------------------------------------------------
 # config: these, and the options of every stage in common/run.py; --help prints all
 
-# fmt: off
 @dataclass(frozen=True)
 class Config(RunConfig):
     data_dir: str = "out/data"  # text or conversations prepared by data/prepare.py text or chat
@@ -55,7 +54,6 @@ class Config(RunConfig):
     cut_vocab: bool = False  # ignore the tail of the teacher's vocabulary the student lacks
     cache_top_k: int = 0  # ask the teacher once, keep k tokens a position; 0 = at every step
     cache_dir: str = ""                # folder of that cache, which runs can share; "" = in out_dir
-# fmt: on
 
 
 def teacher_logits(tokens, docs):
@@ -86,8 +84,8 @@ def find_teacher(cfg, tokenizer):
 def check_options(cfg, kind):
     """UserError where options of this stage are out of range or do not fit the set"""
     if kind not in ("text", "chat") or (cfg.doc_mask if kind == "chat" else not cfg.mask_prompt):
-        raise UserError(f"--data_dir={cfg.data_dir}: a set of kind {kind}, expected text (only this "
-                        "has --doc_mask) or chat (only this has --mask_prompt)")
+        raise UserError(f"--data_dir={cfg.data_dir}: a set of kind {kind}, expected text (only "
+                        "this has --doc_mask) or chat (only this has --mask_prompt)")
     answer_fits = 0 < cfg.max_new_tokens <= cfg.seq_len or not cfg.on_policy_frac
     for name, ok, expected in (("kd_frac", 0 <= cfg.kd_frac <= 1, "0 to 1"),
                                ("on_policy_frac", 0 <= cfg.on_policy_frac <= 1, "0 to 1"),
@@ -140,7 +138,6 @@ if __name__ == "__main__":
     if kind == "chat":
         Data, options = ChatData, dict(mask_prompt=cfg.mask_prompt)
     options |= dict(critical_ids=cfg.critical_ids, critical_alpha=cfg.critical_alpha)
-    # the teacher must be the same after a resume
     train_data, val_data = run.data(Data, identity=dict(teacher=teacher_id), **options)
     model = run.model(GPT)
     optimizer = run.optimizer(model)
@@ -153,9 +150,9 @@ if __name__ == "__main__":
         batch = train_data.batch(0)
         teacher_vocab = teacher_logits(batch.tokens, batch.docs).shape[-1]
     if teacher_vocab < V or teacher_vocab > V and not cfg.cut_vocab:
-        raise UserError(f"--teacher={cfg.teacher}: vocabulary of {teacher_vocab}, the student's has "
-                        f"{V}; set --model.vocab_size, or --cut_vocab=true to ignore what only the "
-                        "teacher has")
+        raise UserError(f"--teacher={cfg.teacher}: vocabulary of {teacher_vocab}, the student's "
+                        f"has {V}; set --model.vocab_size, or --cut_vocab=true to ignore what only "
+                        "the teacher has")
     if not 0 <= cfg.cache_top_k < V:
         raise UserError(f"--cache_top_k={cfg.cache_top_k}: expected 0 to {V - 1}, less than the "
                         "vocabulary")
@@ -174,9 +171,8 @@ if __name__ == "__main__":
     if source and not cache:
         teacher = GPT(teacher_config).to(run.device).eval().requires_grad_(False)
         source.load(teacher)
-        # a forward without backward costs a third
         flops = teacher.flops_per_token(train_data.mean_context, train_data.target_frac)
-        run.token_flops += flops / 3
+        run.token_flops += flops / 3  # no backward
     kd_options = dict(temperature=cfg.temperature, kind=cfg.divergence, jsd_beta=cfg.jsd_beta)
 
     @torch.no_grad()
@@ -237,8 +233,8 @@ if __name__ == "__main__":
                 hidden = forward(batch.tokens, batch.docs)  # (B, T, C)
                 teacher_at = ask("train", i, batch)
                 loss_sum, ce_sum, kd_sum = losses.linear_kd_loss(
-                    hidden, model.head, teacher_at, batch.targets, batch.mask, batch.weight, kd_frac,
-                    **kd_options)
+                    hidden, model.head, teacher_at, batch.targets, batch.mask, batch.weight,
+                    kd_frac, **kd_options)
             loss = loss_sum / n_targets.clamp(min=1)  # divide once, by the global count
             ((loss + model.balance_loss() / n_tokens) * optimizer.loss_scale).backward()
             step_loss += loss.detach()

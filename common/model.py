@@ -62,7 +62,7 @@ class ModelConfig:
     rope_high_freq_factor: float = 4.0  # llama3: pairs that turn more often stay
     yarn_beta_fast: float = 32.0  # pairs that turn more often than this in the original length stay
     yarn_beta_slow: float = 1.0  # pairs that turn less often than this are stretched by rope_factor
-    yarn_attention_factor: float = 0.0  # of cos and sin; 0 = from the mscales, or 0.1 ln(factor) + 1
+    yarn_attention_factor: float = 0.0  # of cos, sin; 0 = from mscales, or 0.1 ln(factor) + 1
     yarn_mscale: float = 0.0       # with yarn_mscale_all_dim: their ratio is the attention factor
     yarn_mscale_all_dim: float = 0.0  # see yarn_mscale
     # fmt: on

@@ -25,7 +25,7 @@ class SamplingConfig:
     # sampling, applied in this order: suppress, repetition penalty, temperature, top-k, top-p
     max_new_tokens: int = 256      # tokens per sample at most
     suppress: tuple[int, ...] = ()  # token ids that are never produced
-    repetition_penalty: float = 1.0  # logits of earlier tokens are divided (> 0) or multiplied by it
+    repetition_penalty: float = 1.0  # divides (> 0) or multiplies earlier tokens' logits
     temperature: float = 0.8       # 0 = greedy
     top_k: int = 0                 # keep the k most likely tokens; 0 = all
     top_p: float = 1.0  # keep the most likely tokens that together reach this probability

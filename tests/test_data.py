@@ -6,14 +6,13 @@ import numpy as np
 import pytest
 import torch
 
+from common.branches import Branches, branches
 from common.data import (
     Batch,
-    Branches,
     ChatData,
     PairData,
     PromptData,
     TokenData,
-    branches,
     open_array,
     pack,
     read_meta,
