@@ -545,7 +545,7 @@ if __name__ == "__main__":
         print(__doc__.strip() + "\n\nThe options of a command: python data/prepare.py COMMAND --help")
     elif command == "images":
         # read here alone: it needs Pillow
-        from extras.images import ImageChats, ImagesConfig
+        from extras.image_rows import ImageChats, ImagesConfig
         prepare_examples(parse_config(ImagesConfig, options), ImageChats)
     elif command in COMMANDS:
         config_class, prepare = COMMANDS[command]

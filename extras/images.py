@@ -14,22 +14,12 @@ yours: code, which no checkpoint holds, so it must be given again.
 sampling treat pictures alike: image_size (pixels a side), tokens_per_image, resize (stretch, crop,
 pad), mean and std of red, green and blue (0 to 1), token (id of <image>).
 
-A set is made of .jsonl with a conversation a line, as for `chat`. A content may be a list of
-{"type": "text", "text": "..."} and {"type": "image", "path": "a.png"}, or a text in which each
-"<image>" stands for the next of the paths in "images": [...] of the message or of the row;
-{"type": "image"} without a path takes the next one too. Paths are relative to the file's folder.
-Without "images" the text "<image>" is text. Assistants show no images.
-
 Shapes: N images, S pixels a side, P patches, D channels of the tower, k tokens an image; B
 sequences, T positions, C channels of the model. Pictures are read with Pillow, the extra `images`.
 """
-import hashlib
-import io
 import math
-import os
 import re
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Literal
 
 import numpy as np
 import torch
@@ -37,16 +27,14 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from common.chat import check_conversation, encode_user
+from common.chat import encode_user
 from common.config import build
 from common.data import ChatData, open_array, to_device
 from common.errors import UserError
 from common.model import GPT
 from common.rewards import load_function
-from data.readers import BadRow, Example, ExampleConfig, Kind, check_reply
 
-MARK = "<image>"
-UNREADABLE = "with unreadable images"
+# what `images` holds, beside token
 INFO = ("image_size", "tokens_per_image", "resize", "mean", "std")
 
 
@@ -331,16 +319,12 @@ class SeeingGPT(GPT):
         return dict(super().describe(), vision=self.vision.info())
 
 
-def tower_of(path, option):
-    """-> the function path/to/file.py:name; None, which is our tower, for no path"""
-    return load_function(option, path) if path else None
-
-
 def saved_model(config, info, tower):
     """config: ModelConfig; info: a checkpoint's `Vision.info`; tower: as the user names it"""
     vision_config = VisionConfig(**info["config"])
     vision_config.check_tower(tower, "tower")
-    return SeeingGPT(config, vision_config, info["images"], tower_of(tower, "tower"))
+    make_tower = load_function("tower", tower) if tower else None
+    return SeeingGPT(config, vision_config, info["images"], make_tower)
 
 
 def new_model(run):
@@ -360,7 +344,8 @@ def new_model(run):
         old.check_continued(config)
 
     def make(model_config):
-        model = SeeingGPT(model_config, config, images, tower_of(config.tower, "vision.tower"))
+        make_tower = load_function("vision.tower", config.tower) if config.tower else None
+        model = SeeingGPT(model_config, config, images, make_tower)
         model.images_per_token = run.train_data.images_per_token
         for name, p in model.named_parameters():
             in_tower, in_vision = name.startswith("vision.tower."), name.startswith("vision.")
@@ -455,9 +440,8 @@ class Shown:
 
     def inputs(self, ids):
         """-> `inputs` for sampling; None where ids show no pictures (any more)"""
-        if self.model.vision.token in ids:
-            return self.model.inputs_of([ids], [self.features])
-        return None
+        shows = self.model.vision.token in ids
+        return self.model.inputs_of([ids], [self.features]) if shows else None
 
 
 def pillow():
@@ -497,164 +481,3 @@ def load_image(source, images):
         # without the address of a buffer
         why = re.sub(r" <_io\..*>", "", " ".join(str(error).split()))[:80]
         raise ValueError(f"not a picture that can be read ({why})") from None
-
-
-# -----------------------------------------------------------------------------
-# rows of a set, for data/prepare.py
-
-@dataclass(frozen=True)
-class ImagesConfig(ExampleConfig):
-    out_dir: str = "out/images"        # folder to write, must not exist
-    max_len: int = 0                   # maximum length in tokens, tags and images too; 0 = no limit
-    image_size: int = 64               # pixels a side that every picture is resized to
-    tokens_per_image: int = 16         # positions that an image takes
-    resize: Literal["stretch", "crop", "pad"] = "stretch"  # to a square: all, middle, all on black
-    mean: tuple[float, ...] = (0.5, 0.5, 0.5)  # of red, green and blue (0 to 1), taken off
-    std: tuple[float, ...] = (0.5, 0.5, 0.5)  # what the channels are divided by then
-
-
-class ImageChats(Kind):
-    """Conversations whose pictures are stored beside the tokens; see `Kind`"""
-    name, unit = "chat", "conversations"
-
-    def __init__(self, cfg, tokenizer):
-        super().__init__(cfg, tokenizer)
-        pillow()
-        self.info = images_info(cfg, tokenizer.special["image"])
-        self.meta = dict(images=self.info)
-
-    def parse(self, row, folder):
-        return check_reply(with_paths(row, folder))
-
-    def encode(self, rows):
-        chats = self.template(rows, tokens_per_image=self.cfg.tokens_per_image)
-        return [Example([chat]) for chat in chats]
-
-    def store(self, array):
-        """Every picture of the split once, and which of them each conversation shows, in order"""
-        S = self.info["image_size"]
-        pixels = array("_images", np.uint8, (S, S, 3))
-        ids, offsets = array("_image_ids", np.uint32), array("_image_offsets", np.uint64)
-        offsets.write([0])
-        # numbers of the pictures, by 16 bytes of their file's hash
-        known = {}
-
-        def number(path):
-            content = read_picture(path)
-            key = hashlib.sha256(content).digest()[:16]
-            if key not in known:
-                try:
-                    image = load_image(io.BytesIO(content), self.info)
-                except ValueError as error:
-                    raise BadRow(f"{path}: {error}", UNREADABLE) from None
-                known[key] = pixels.count
-                pixels.write(image.numpy()[None])
-            return known[key]
-
-        def add(row, example):
-            (tokens, _), = example.replies
-            # those before a cut
-            shown = tokens.count(self.info["token"]) // self.info["tokens_per_image"]
-            ids.write([number(path) for path in paths_of(row)[:shown]])
-            offsets.write([ids.count])
-        return add
-
-    def counts(self, images, ids, _):
-        """images, ids: the arrays of `store` -> what meta.json counts of a split"""
-        return dict(images=ids.count, pictures=images.count)
-
-
-def read_picture(path):
-    """-> bytes of the file; BadRow"""
-    try:
-        with open(path, "rb") as file:
-            return file.read()
-    except (OSError, ValueError) as error:  # ValueError: no file is called so
-        why = getattr(error, "strerror", error)
-        raise BadRow(f"{path}: cannot be read ({why})", UNREADABLE) from None
-
-
-def images_info(cfg, token):
-    """-> "images" of meta.json; UserError where numbers do not fit. token: id of <image>"""
-    info = {name: getattr(cfg, name) for name in INFO}
-    for name in ("image_size", "tokens_per_image"):
-        if info[name] < 1:
-            raise UserError(f"--{name}={info[name]}: must be at least 1")
-    for name, expected, least in (("mean", "three numbers", -math.inf),
-                                  ("std", "three numbers, above 0", 0)):
-        if len(info[name]) != 3 or min(info[name]) <= least:
-            raise UserError(f"--{name}={','.join(map(str, info[name]))}: expected {expected}")
-        info[name] = list(info[name])
-    return dict(info, token=token)
-
-
-class Paths:
-    """The "images" of a message or row, which are taken one after the other; ValueError"""
-
-    def __init__(self, holder):
-        self.all, self.taken = holder.get("images") if isinstance(holder, dict) else None, 0
-        if self.all is None:
-            return
-        if not isinstance(self.all, list) or not all(isinstance(path, str) for path in self.all):
-            raise ValueError('"images" is a list of paths')
-
-    def take(self):
-        self.taken += 1
-        if self.taken > len(self.all):
-            raise ValueError(f'more "{MARK}" than the {len(self.all)} in "images"')
-        return self.all[self.taken - 1]
-
-    def check_all_taken(self):
-        if self.all and self.taken < len(self.all):
-            raise ValueError(f'fewer "{MARK}" than the {len(self.all)} in "images"')
-
-
-def with_paths(row, folder):
-    """row: of a .jsonl in folder -> messages whose images are parts with a path; ValueError"""
-    messages = row["messages"] if isinstance(row, dict) and "messages" in row else row
-    if not isinstance(messages, list):
-        raise ValueError('expected [messages] or {"messages": [...]}')
-    of_row, result = Paths(row), []
-    for message in messages:
-        own = Paths(message)
-        if isinstance(message, dict):
-            paths = of_row if own.all is None else own
-            content = parts_of(message.get("content"), paths, folder)
-            message = {key: value for key, value in message.items() if key != "images"}
-            message["content"] = content
-        own.check_all_taken()
-        result.append(message)
-    of_row.check_all_taken()
-    check_conversation(result, with_images=True)
-    return result
-
-
-def parts_of(content, paths, folder):
-    """A content as the row has it -> text, or list of parts. paths: of its images without a path"""
-    marks = paths.all is not None
-    if isinstance(content, str) and marks and MARK in content:
-        first, *texts = content.split(MARK)
-        content = [dict(type="text", text=first)]
-        for text in texts:
-            content += [dict(type="image"), dict(type="text", text=text)]
-    if not isinstance(content, list):
-        return content
-    parts, texts = [], []
-    for part in content:
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind == "text":
-            texts.append(part.get("text"))
-        if kind == "image":
-            path = paths.take() if marks and "path" not in part else part.get("path")
-            if not isinstance(path, str):
-                raise ValueError('an image is {"type": "image", "path": "..."}')
-            part = {**part, "path": os.path.join(folder, path)}
-        parts.append(part)
-    only_text = len(texts) == len(parts) and all(isinstance(text, str) for text in texts)
-    return "".join(texts) if only_text else parts
-
-
-def paths_of(messages):
-    """-> paths of the images in messages from `with_paths`, in order"""
-    return [part["path"] for message in messages if isinstance(message["content"], list)
-            for part in message["content"] if part["type"] == "image"]

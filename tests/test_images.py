@@ -17,7 +17,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 
 import vqa  # noqa: E402  (data/vqa.py)
 
-from extras.images import with_paths  # noqa: E402
+from extras.image_rows import with_paths  # noqa: E402
 
 BYTES = load_tokenizer("bytes")
 IMAGE = BYTES.special["image"]
