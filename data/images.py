@@ -62,7 +62,8 @@ class ImageChats(Kind):
 
         def add(row, example):
             (tokens, _), = example.replies
-            shown = tokens.count(self.info["token"]) // self.info["tokens_per_image"]  # before a cut
+            # those before a cut
+            shown = tokens.count(self.info["token"]) // self.info["tokens_per_image"]
             ids.write([pictures.number(path) for path in paths_of(row)[:shown]])
             offsets.write([ids.count])
         return add

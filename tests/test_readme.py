@@ -41,7 +41,7 @@ def test_the_two_lines_of_each_format_are_what_prepare_takes(kind, tmp_path):
         Image = pytest.importorskip("PIL.Image", reason="the extra images")
         Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
     out = run("data/prepare.py", kind, f"--input={tmp_path}/rows.jsonl", f"--out_dir={tmp_path}/set").stdout
-    assert ": 2 " in out, out
+    assert re.search(r"train\.npy: \w+ 2, ", out), out
 
 
 def test_the_stage_table_says_how_long_each_script_is():
