@@ -2,31 +2,32 @@
 Prepare data: text to memory-mapped token sets, and new tokenizers.
 
     python data/prepare.py tokenizer --input=books/*.txt --vocab_size=4096 --out=out/tok.model
-    python data/prepare.py text --input=books/*.txt,more.jsonl --val_frac=0.05 --tokenizer=out/tok.model
+    python data/prepare.py text --input=books/*.txt,a.jsonl --val_frac=0.1 --tokenizer=out/tok.model
     python data/prepare.py chat --input=chats.jsonl --val_frac=0.05 --tokenizer=out/tok.model
     python data/prepare.py pairs --input=pairs.jsonl --val_frac=0.05 --tokenizer=out/tok.model
     python data/prepare.py prompts --input=prompts.jsonl --val_frac=0.05 --tokenizer=out/tok.model
     python data/prepare.py images --input=chats.jsonl --val_frac=0.05 --tokenizer=out/tok.model
 
---input takes files and globs, separated by commas, of any of the formats; .txt and .jsonl also gzipped.
+--input takes files and globs, separated by commas, in any mix; .txt and .jsonl also gzipped (.gz).
 text:
-    .txt    one document a file                   .npy  token ids: (n,) is a document, (documents, n) many
-    .jsonl  {"text": "..."}, a document a line    .pkl  a list of token ids, or a list of such lists
+    .txt    one document a file                  .npy  token ids: (n,) one document, (documents, n)
+    .jsonl  {"text": "..."}, a document a line   .pkl  a list of token ids, or a list of such lists
 chat:
-    .jsonl  a conversation a line, [{"role": "user", "content": "..."}, {"role": "assistant", ...}] or
-            {"messages": [...]}. Roles: system, user, assistant; an assistant's turn may have "think": "..."
+    .jsonl  a conversation a line, [{"role": "user", "content": "..."}, {"role": "assistant", ...}]
+            or {"messages": [...]}. Roles: system, user, assistant; the last may "think": "..."
 pairs:
-    .jsonl  a pair a line, {"chosen": [messages], "rejected": [messages]}, two conversations that begin
-            alike, or {"prompt": ..., "chosen": ..., "rejected": ...}, each a text or a list of messages
+    .jsonl  a pair a line, {"chosen": [messages], "rejected": [messages]}, two conversations that
+            begin alike, or {"prompt": ..., "chosen": ..., "rejected": ...}, each a text or messages
 prompts:
-    .jsonl  a prompt a line, {"prompt": ..., "answer": "..."}. The prompt is a text or a list of messages;
-            the answer goes to the reward function with the completion ("" if it needs none)
+    .jsonl  a prompt a line, {"prompt": ..., "answer": "..."}. The prompt is a text or messages; the
+            answer goes to the reward function with the completion ("" if it needs none)
 images:
-    .jsonl  as for chat, and a content may show images: `images --help`
---tokenizer: bytes, x.model (SentencePiece), x.tiktoken, a folder with vocab.json and merges.txt, or gpt2.
+    .jsonl  as for chat, and a content may show images: see `images --help`
+--tokenizer: bytes, x.model (SentencePiece), x.tiktoken, a folder with vocab.json and merges.txt,
+gpt2, or a run.
 
-Text must be UTF-8; nothing is normalised. --out_dir appears complete or not at all, and an existing one is
-never touched. Memory does not grow with the input.
+Text must be UTF-8; nothing is normalised. --out_dir appears complete or not at all, and an existing
+one is never touched. Memory does not grow with the input.
 """
 import contextlib
 import dataclasses
@@ -78,8 +79,8 @@ NEAR = 1000
 
 @dataclass(frozen=True)
 class TextConfig(SetConfig):
-    val_frac: float = 0.0              # or: the fraction of the documents (.txt: of its end) to hold out
-    tokenizer: str = "bytes"           # bytes, x.model, x.tiktoken, a vocab.json folder, gpt2, a run
+    val_frac: float = 0.0              # instead: fraction to hold out (.txt: of its end)
+    tokenizer: str = "bytes"           # bytes, x.model, x.tiktoken, folder, gpt2, run: see above
 
 
 @dataclass(frozen=True)
@@ -97,8 +98,8 @@ class PairsConfig(ExampleConfig):
 @dataclass(frozen=True)
 class PromptsConfig(ExampleConfig):
     out_dir: str = "out/prompts"       # folder to write, must not exist
-    long_rows: Literal["error", "skip"] = "error"  # longer ones: stop at the first, or leave out
-    fields: tuple[str, ...] = ("prompt", "answer")  # the names of the prompt and the answer in a row
+    long_rows: Literal["error", "skip"] = "error"  # longer rows: stop, or skip
+    fields: tuple[str, ...] = ("prompt", "answer")  # names of the prompt, the answer
 
 
 @dataclass(frozen=True)
@@ -216,7 +217,7 @@ def check_splits(splits, cfg, unit, report):
 def prepare_set(cfg, kind_class, endings, read, writer_class):
     """
     Files with these endings into cfg.out_dir; see common/data.py for what is in there.
-    read(path, split, kind, draw, report) -> iterator of (split, "file:number", what its writer adds)
+    read(path, split, kind, draw, report) -> iterator of (split, "file:number", what is written)
     """
     with whole_or_nothing(cfg.out_dir) as folder:
         inputs = inputs_of(cfg, endings)
@@ -324,7 +325,7 @@ class TextWriter(SetWriter):
 
 
 def documents_of(path, home, kind, draw, report):
-    """Yield (split, "file:number", ids) of the documents of a file, a long one in several pieces."""
+    """Yield (split, "file:number", ids) of a file's documents, a long one in several pieces."""
     limit = kind.tokenizer.vocab_size
     for block in blocks(divide(path, home, kind, draw, report), lambda piece: len(piece[2])):
         encoded = kind.encode([content for _, _, content in block])
@@ -359,7 +360,7 @@ def divide(path, home, kind, draw, report):
 
 
 def divide_txt(path, home, val_frac):
-    """Yield (split, number, text): the last val_frac of the characters are held out, from a line's start."""
+    """Yield (split, number, text). The last val_frac, from the start of a line, is held out."""
     border, seen = math.inf, 0
     if val_frac:
         border = round((1 - val_frac) * sum(len(piece) for _, piece in read_txt(path)))
@@ -542,7 +543,8 @@ if __name__ == "__main__":
     show_user_errors()
     command, *options = sys.argv[1:] or ["--help"]
     if command in ("-h", "--help"):
-        print(__doc__.strip() + "\n\nThe options of a command: python data/prepare.py COMMAND --help")
+        print(__doc__.strip())
+        print("\nThe options of a command: python data/prepare.py COMMAND --help")
     elif command == "images":
         # read here alone: it needs Pillow
         from extras.image_rows import ImageChats, ImagesConfig

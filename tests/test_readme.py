@@ -118,7 +118,7 @@ def test_the_two_lines_of_each_format_are_what_prepare_takes(kind, tmp_path):
         Image = pytest.importorskip("PIL.Image", reason="the extra images")
         Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
     out = run("data/prepare.py", kind, f"--input={tmp_path}/rows.jsonl", f"--out_dir={tmp_path}/set").stdout
-    assert ": 2 " in out, out
+    assert re.search(r"train\.npy: \w+ 2, ", out), out
 
 
 def test_the_stage_table_names_every_script_with_its_data_and_page():
