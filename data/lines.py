@@ -31,7 +31,11 @@ REQUESTS = ("A line from {letter}, {words} words, ending in {mark}",
             "{words} words. First letter {letter}, last mark {mark}",
             "Begin with {letter}, end with {mark}, use {words} words",
             "Give me {words} words that start with {letter} and stop at {mark}")
-PATTERNS = dict(letter="(?P<letter>[A-Z])", words=r"(?P<words>\d+)", mark="(?P<mark>[.,?!;:])")
+PATTERNS = dict(
+    letter="(?P<letter>[A-Z])",
+    words=r"(?P<words>\d+)",
+    mark="(?P<mark>[.,?!;:])",
+)
 PARTS = ("letter", "words", "mark")
 # one verse line, nothing but words and marks
 LINE = re.compile(r"[A-Z][A-Za-z' ,;:.!?-]*[.,?!;:]")
@@ -90,7 +94,7 @@ def met(text, answer):
 
 
 def reward(prompts, completions, answers):
-    """For train_grpo.py: the share of letter, words, mark that is met, less for what is no verse."""
+    """For train_grpo.py: share of letter, words and mark that is met, less for what is no verse."""
     rewards = []
     for prompt, completion in zip(prompts, completions):
         text = re.sub(r"</?answer>", "", completion)

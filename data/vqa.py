@@ -2,7 +2,7 @@
 easy-VQA (github.com/vzhou842/easy-VQA): questions about pictures of one coloured shape, 64 x 64
 pixels.
 
-    python data/vqa.py --out_dir=out/vqa       # or --blank=true: the same questions to a grey picture
+    python data/vqa.py --out_dir=out/vqa     # or --blank=true: the same questions to a grey picture
 
 Writes train.jsonl and val.jsonl for `data/prepare.py images`: the questions about a picture in a
 shuffled order, --turns in a conversation, --shuffles times over; test.jsonl, one a conversation;
