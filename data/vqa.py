@@ -21,10 +21,10 @@ from pathlib import Path
 # the repository's root must be on the path first
 sys.path.insert(0, str(Path(__file__).absolute().parents[1]))
 
-from common.config import parse_config  # noqa: E402
-from common.errors import UserError  # noqa: E402
-from data.prepare import chat_row, whole_or_nothing, write_rows  # noqa: E402
-from extras.images import pillow  # noqa: E402
+from common.config import parse_config
+from common.errors import UserError
+from data.prepare import chat_row, whole_or_nothing, write_rows
+from extras.images import pillow
 
 PACKAGE = "easy-vqa==1.0"
 

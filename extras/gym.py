@@ -24,10 +24,10 @@ from pathlib import Path
 # the repository's root must be on the path first
 sys.path.insert(0, str(Path(__file__).absolute().parents[1]))
 
-from common.config import parse_config  # noqa: E402
-from common.errors import UserError  # noqa: E402
-from common.rewards import answer_of  # noqa: E402
-from data.prepare import chat_row, whole_or_nothing, write_rows  # noqa: E402
+from common.config import parse_config
+from common.errors import UserError
+from common.rewards import answer_of
+from data.prepare import chat_row, whole_or_nothing, write_rows
 
 # the optional extra "gym" of pyproject.toml
 PACKAGE = "reasoning-gym==0.1.25"
@@ -57,7 +57,7 @@ def tasks():
 
 
 def create(task, params, seed=0, size=1):
-    """-> reasoning-gym's dataset of a task, params a dict; UserError for an unknown one of either"""
+    """-> reasoning-gym's dataset of a task, params a dict; UserError where one is unknown"""
     known = tasks()
     if task not in known:
         near = difflib.get_close_matches(task, known, 1)
