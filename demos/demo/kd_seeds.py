@@ -4,7 +4,8 @@ Distillation against the same student on text alone, same steps and tokens, over
     python demos/demo/kd_seeds.py [seeds]         # after the demo; 3 seeds if not told otherwise
 
 A seed decides on the student's first weights and the order of the data. Runs go to
-out/demo/kd_seeds and are not run again. Prints the final validation loss (cross-entropy per token) of each.
+out/demo/kd_seeds and are not run again. Prints the final validation loss (cross-entropy per token)
+of each.
 """
 import functools
 import statistics

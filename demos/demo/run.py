@@ -10,6 +10,7 @@ start over. Writes out/demo/
     summary.json    for every stage what was measured, before and after, and its seconds
     log.txt         all that the scripts have printed
 """
+import collections
 import functools
 import itertools
 import json
@@ -84,9 +85,9 @@ class Progress:
     def end(self, rows):
         changes = [f"{row['measure']} {row['before']:.3f} -> {row['after']:.3f}" for row in rows]
         stage_time = short_time(time.time() - self.stage_started)
-        self.print(f"{self.stage}: {stage_time}; {', '.join(changes)}", end="\n")
+        self.print(f"{self.stage}: {stage_time}; {', '.join(changes)}")
 
-    def print(self, line, end):
+    def print(self, line, end="\n"):
         blank = f"\r{'':<100}\r" if self.is_tty else ""
         print(blank + line, end=end, flush=True)
 
@@ -96,16 +97,19 @@ def run_script(watch, *command):
     with open(f"{OUT}/log.txt", "a", encoding="utf-8") as log:
         print("\n$ python " + " ".join(command), file=log, flush=True)
         process = subprocess.Popen(
-            [sys.executable, *command], text=True, encoding="utf-8",
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        last = []
+            [sys.executable, *command],
+            text=True,
+            encoding="utf-8",
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        last = collections.deque(maxlen=10)
         for line in process.stdout:
             print(line, end="", file=log, flush=True)
             watch(line)
-            last = [*last[-9:], line]
+            last.append(line)
     if process.wait():
-        print("\n" + "".join(last) +
-              f"{command[0]} failed; all it has printed is in {OUT}/log.txt")
+        print(f"\n{''.join(last)}{command[0]} failed; all it has printed is in {OUT}/log.txt")
         sys.exit(process.returncode)
 
 
@@ -129,34 +133,28 @@ def metrics(name, key):
     return [row[key] for row in read_rows(f"{OUT}/{name}/metrics.jsonl") if key in row]
 
 
-def test_chats():
-    """-> conversations, each a held-out request and its line"""
-    return read_rows(f"{OUT}/lines/test.jsonl")
-
-
 @functools.cache
 def lines_met(name, temperature, num_samples):
-    """How a run's replies to the held-out requests do -> shares of each part, of verse, of all"""
+    """How a run's replies to the held-out requests do -> shares (each part, verse, all), requests"""
     model, tokenizer = load(f"{OUT}/{name}", "cpu")
-    chats = [chat[:1] for chat in test_chats()]
+    chats = [chat[:1] for chat in read_rows(f"{OUT}/lines/test.jsonl")]
     cfg = SamplingConfig(max_new_tokens=48, temperature=temperature)
     texts = [tokenizer.decode(ids) for ids in replies(model, tokenizer, chats, cfg, num_samples)]
     met = [lines.met(chats[i // num_samples][0]["content"], text) for i, text in enumerate(texts)]
     shares = {part: sum(m[part] for m in met) / len(met) for part in lines.PARTS}
     shares["verse"] = sum(map(lines.verse_share, texts)) / len(texts)
     shares["all"] = sum(all(m.values()) for m in met) / len(met)
-    return shares
+    return shares, len(chats)
 
 
-def compare(what, part, first, last, temperature=1.0, num_samples=4):
-    """-> row about a share of two runs' replies"""
-    before, after = [lines_met(name, temperature, num_samples) for name in (first, last)]
-    return measure(what, before[part], after[part])
+def compare(part, what, first, last, temperature=1.0, num_samples=4):
+    """-> row about a share of two runs' replies; what: with {n} for the number of requests"""
+    before, n = lines_met(first, temperature, num_samples)
+    after, _ = lines_met(last, temperature, num_samples)
+    return measure(what.format(n=n), before[part], after[part])
 
 
-def whole_request(first, last):
-    what = f"whole request met, T = 1, {len(test_chats())} x 4"
-    return compare(what, "all", first, last)
+WHOLE = "all", "whole request met, T = 1, {n} x 4"
 
 
 # -----------------------------------------------------------------------------
@@ -194,10 +192,10 @@ def prepare_lines(run):
 def sft(run):
     prepare_lines(run)
     run("train_sft.py", "demos/demo/sft.py", "--resume=true")
-    rows = [whole_request("pretrain", "sft")]
+    rows = [compare(*WHOLE, "pretrain", "sft")]
     for part in lines.PARTS:
-        what = f"{part} right, greedy, {len(test_chats())}"
-        rows.append(compare(what, part, "pretrain", "sft", temperature=0.0, num_samples=1))
+        what = part + " right, greedy, {n}"
+        rows.append(compare(part, what, "pretrain", "sft", temperature=0.0, num_samples=1))
     return rows
 
 
@@ -208,7 +206,7 @@ def dpo(run):
     return [
         measure(f"pair accuracy by reward, {n} pairs", accuracy[0], accuracy[-1]),
         measure(f"better answer is likelier, {n} pairs", ranking[0], ranking[-1]),
-        whole_request("sft", "dpo"),
+        compare(*WHOLE, "sft", "dpo"),
     ]
 
 
@@ -218,8 +216,8 @@ def grpo(run):
     packed = "true" if fbgemm and not torch.cuda.is_available() else "false"
     run("train_grpo.py", "demos/demo/grpo.py", f"--packed={packed}", "--resume=true")
     return [
-        whole_request("dpo", "grpo"),
-        compare("words that are verse, T = 1", "verse", "dpo", "grpo"),
+        compare(*WHOLE, "dpo", "grpo"),
+        compare("verse", "words that are verse, T = 1", "dpo", "grpo"),
     ]
 
 
@@ -237,8 +235,21 @@ def kd(run):
     return [measure("student's val loss: alone, taught", alone, taught)]
 
 
-STAGES = dict(prepare=prepare_text, pretrain=pretrain, sft=sft, dpo=dpo, grpo=grpo, kd=kd)
-RUNS = dict(pretrain=["pretrain"], sft=["sft"], dpo=["dpo"], grpo=["grpo"], kd=["kd_alone", "kd"])
+STAGES = {
+    "prepare": prepare_text,
+    "pretrain": pretrain,
+    "sft": sft,
+    "dpo": dpo,
+    "grpo": grpo,
+    "kd": kd,
+}
+RUNS = {
+    "pretrain": ["pretrain"],
+    "sft": ["sft"],
+    "dpo": ["dpo"],
+    "grpo": ["grpo"],
+    "kd": ["kd_alone", "kd"],
+}
 
 
 # -----------------------------------------------------------------------------

@@ -16,7 +16,15 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).absolute().parents[2]))
 
 from common.sampling import SamplingConfig
-from demos.shared import begin, kept, prepare, print_row, read_rows, replies, run
+from demos.shared import (
+    begin,
+    kept,
+    prepare,
+    print_row,
+    read_rows,
+    replies,
+    run,
+)
 from extras import gym
 from sample import load
 
