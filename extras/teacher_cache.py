@@ -58,7 +58,8 @@ class TeacherCache:
             def part(name, kind):
                 values = self.arrays[f"{split}_{name}"][rows].astype(kind)
                 return torch.from_numpy(values).to(self.device)
-            ids, top, rest = part("ids", "int64"), part("logps", "float32"), part("rest", "float32")
+            ids, top = part("ids", "int64"), part("logps", "float32")
+            rest = part("rest", "float32")
             if rest.isnan().any():
                 raise UserError("--cache_dir: the teacher was not asked about all of these tokens; "
                                 "remove the cache, and it is made again")

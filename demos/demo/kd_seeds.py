@@ -35,5 +35,5 @@ if __name__ == "__main__":
         print(f"{name:<8}{each}   mean {statistics.mean(values):.4f}, "
               f"standard deviation {spread:.4f}")
     better = [alone - taught for alone, taught in zip(results["alone"], results["taught"])]
-    mean, least = statistics.mean(better), min(better)
-    print(f"the teacher is worth {mean:.4f} on average, {least:.4f} at least")
+    print(f"the teacher is worth {statistics.mean(better):.4f} on average, "
+          f"{min(better):.4f} at least")

@@ -135,7 +135,7 @@ def metrics(name, key):
 
 @functools.cache
 def lines_met(name, temperature, num_samples):
-    """How a run's replies to the held-out requests do -> shares (each part, verse, all), requests"""
+    """How a run's replies to the held-out requests do -> shares by part, verse, all; requests"""
     model, tokenizer = load(f"{OUT}/{name}", "cpu")
     chats = [chat[:1] for chat in read_rows(f"{OUT}/lines/test.jsonl")]
     cfg = SamplingConfig(max_new_tokens=48, temperature=temperature)
