@@ -172,6 +172,9 @@ def whole_or_nothing(out_dir):
     shutil.rmtree(aside, ignore_errors=True)
     try:
         os.makedirs(aside)
+    except OSError as error:
+        raise UserError(f"--out_dir={out_dir}: cannot write there ({error.strerror})") from None
+    try:
         yield aside
         os.rename(aside, out_dir)
     except OSError as error:
@@ -180,6 +183,18 @@ def whole_or_nothing(out_dir):
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
+
+
+def write_rows(folder, name, rows):
+    """Rows, of what JSON can hold, to folder/NAME.jsonl"""
+    path = os.path.join(folder, f"{name}.jsonl")
+    with open(path, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def chat_row(question, answer):
+    """-> a conversation of one turn, as `chat` reads it"""
+    return [dict(role="user", content=question), dict(role="assistant", content=answer)]
 
 
 def describe(folder, cfg, kind, splits, report):

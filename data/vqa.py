@@ -1,26 +1,30 @@
 """
-easy-VQA (github.com/vzhou842/easy-VQA): questions about pictures of one coloured shape, 64 x 64 pixels.
+easy-VQA (github.com/vzhou842/easy-VQA): questions about pictures of one coloured shape, 64 x 64
+pixels.
 
-    python data/vqa.py --out_dir=out/vqa             # or --blank=true: the same questions to a grey picture
+    python data/vqa.py --out_dir=out/vqa     # or --blank=true: the same questions to a grey picture
 
-Writes train.jsonl and val.jsonl for `data/prepare.py images`: the questions about a picture in a shuffled
-order, --turns in a conversation, --shuffles times over; test.jsonl, one a conversation; and images/. Later
-answers of a conversation often follow from earlier ones, without a look at the picture. Three quarters of the
-questions are answered by yes or no, which teaches little: --yes_no of these are for training, new ones in
-every shuffle. The test pictures are the package's own; those of val are held out from its training pictures.
+Writes train.jsonl and val.jsonl for `data/prepare.py images`: the questions about a picture in a
+shuffled order, --turns in a conversation, --shuffles times over; test.jsonl, one a conversation;
+and images/. Later answers of a conversation often follow from earlier ones, without a look at the
+picture. Three quarters of the questions are answered by yes or no, which teaches little: --yes_no
+of these are for training, new ones in every shuffle. The test pictures are the package's own; those
+of val are held out from its training pictures.
 """
-import json
 import os
 import random
 import shutil
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+# the repository's root must be on the path first
+sys.path.insert(0, str(Path(__file__).absolute().parents[1]))
 
-from common.config import parse_config  # noqa: E402  (the repository's root must be on the path first)
-from common.errors import UserError  # noqa: E402
-from extras.images import pillow  # noqa: E402
+from common.config import parse_config
+from common.errors import UserError
+from data.prepare import chat_row, whole_or_nothing, write_rows
+from extras.images import pillow
 
 PACKAGE = "easy-vqa==1.0"
 
@@ -29,10 +33,10 @@ PACKAGE = "easy-vqa==1.0"
 class Config:
     out_dir: str = "out/vqa"           # folder to write, must not exist
     val: int = 200                     # training pictures that are held out for validation
-    turns: int = 1                     # questions in a training conversation at most; 0 = all about a picture
-    yes_no: float = 0.25               # share of the training questions with these answers that is kept
+    turns: int = 1                     # questions in a training conversation at most; 0 = all
+    yes_no: float = 0.25               # share of training questions with these answers that is kept
     shuffles: int = 1                  # times that the questions about a training picture come
-    blank: bool = False                # every picture is the same grey: what the questions alone tell
+    blank: bool = False                # every picture is grey: what the questions alone tell
     seed: int = 1337                   # which pictures are held out, orders of questions
 
 
@@ -44,8 +48,9 @@ def read_package():
         raise UserError(f"pip install {PACKAGE} is needed for this: {error}") from None
     splits = {}
     for split, questions, paths in (
-            ("train", easy_vqa.get_train_questions(), easy_vqa.get_train_image_paths()),
-            ("test", easy_vqa.get_test_questions(), easy_vqa.get_test_image_paths())):
+        ("train", easy_vqa.get_train_questions(), easy_vqa.get_train_image_paths()),
+        ("test", easy_vqa.get_test_questions(), easy_vqa.get_test_image_paths()),
+    ):
         splits[split] = {paths[number]: [] for number in sorted(paths)}
         for question, answer, number in zip(*questions):
             splits[split][paths[number]].append((question, answer))
@@ -54,53 +59,61 @@ def read_package():
 
 def conversation(path, turns):
     """A picture and (question, answer) pairs -> a row for `data/prepare.py images`"""
-    messages = [dict(role=role, content=text) for turn in turns
-                for role, text in zip(("user", "assistant"), turn)]
-    messages[0]["content"] = [dict(type="image", path=path), dict(type="text", text=messages[0]["content"])]
+    messages = []
+    for question, answer in turns:
+        messages += chat_row(question, answer)
+    first = messages[0]
+    first["content"] = [dict(type="image", path=path), dict(type="text", text=first["content"])]
     return messages
 
 
 def build(cfg, splits):
     """-> dict of split (train, val, test) to list of (picture's path, turns)"""
     rng, train = random.Random(cfg.seed), splits["train"]
-    if not 1 <= cfg.val < len(train) or cfg.shuffles < 1 or cfg.turns < 0 or not 0 <= cfg.yes_no <= 1:
+    in_range = 1 <= cfg.val < len(train) and 0 <= cfg.yes_no <= 1
+    if not in_range or cfg.shuffles < 1 or cfg.turns < 0:
         raise UserError(f"--val={cfg.val} --shuffles={cfg.shuffles} --turns={cfg.turns} --yes_no="
-                        f"{cfg.yes_no}: expected 1 to {len(train) - 1}, at least 1, at least 0, 0 to 1")
+                        f"{cfg.yes_no}: expected 1 to {len(train) - 1}, at least 1, at least 0, "
+                        "0 to 1")
     held_out = set(rng.sample(list(train), cfg.val))
-    rows = {"train": [], "val": [], "test": [(path, [turn]) for path, turns in splits["test"].items()
-                                             for turn in turns]}
+    rows = {"train": [], "val": [], "test": []}
+    for path, turns in splits["test"].items():
+        rows["test"] += [(path, [turn]) for turn in turns]
     for path, turns in train.items():
-        for _ in range(1 if path in held_out else cfg.shuffles):
-            order = [turn for turn in rng.sample(turns, len(turns))
-                     if path in held_out or turn[1] not in ("yes", "no") or rng.random() < cfg.yes_no]
+        split = "val" if path in held_out else "train"
+        for _ in range(cfg.shuffles if split == "train" else 1):
+            order = rng.sample(turns, len(turns))
+            if split == "train":
+                order = [turn for turn in order
+                         if turn[1] not in ("yes", "no") or rng.random() < cfg.yes_no]
             most = cfg.turns or max(1, len(order))
-            rows["val" if path in held_out else "train"] += [
-                (path, order[start:start + most]) for start in range(0, len(order), most)]
+            for start in range(0, len(order), most):
+                rows[split].append((path, order[start:start + most]))
     return rows
+
+
+def copy_pictures(folder, splits, blank):
+    """Pictures, or a grey one, into folder/images -> dict of a picture's path to the one there"""
+    names = {path: f"images/{split}_{os.path.basename(path)}"
+             for split, pictures in splits.items() for path in pictures}
+    os.mkdir(f"{folder}/images")
+    if blank:
+        grey = "images/grey.png"
+        pillow()[0].new("RGB", (64, 64), (128, 128, 128)).save(f"{folder}/{grey}")
+        return dict.fromkeys(names, grey)
+    for path, name in names.items():
+        shutil.copyfile(path, f"{folder}/{name}")
+    return names
 
 
 if __name__ == "__main__":
     cfg = parse_config(Config)
-    if os.path.exists(cfg.out_dir):
-        raise UserError(f"--out_dir={cfg.out_dir}: already there; remove it or choose another")
-    splits, aside = read_package(), cfg.out_dir.rstrip("/") + ".partial"
-    rows = build(cfg, splits)
-    try:
-        shutil.rmtree(aside, ignore_errors=True)              # of a run that was killed
-        names = {path: f"images/{split}_{os.path.basename(path)}"
-                 for split in splits for path in splits[split]}
-        os.makedirs(os.path.join(aside, "images"))
-        if cfg.blank:
-            names = dict.fromkeys(names, "images/grey.png")
-            pillow()[0].new("RGB", (64, 64), (128, 128, 128)).save(os.path.join(aside, "images/grey.png"))
-        else:
-            for path, name in names.items():
-                shutil.copyfile(path, os.path.join(aside, name))
+    with whole_or_nothing(cfg.out_dir) as folder:
+        splits = read_package()
+        rows = build(cfg, splits)
+        names = copy_pictures(folder, splits, cfg.blank)
         for split, conversations in rows.items():
-            with open(os.path.join(aside, f"{split}.jsonl"), "w", encoding="utf-8") as file:
-                for path, turns in conversations:
-                    file.write(json.dumps(conversation(names[path], turns)) + "\n")
-        os.rename(aside, cfg.out_dir)
-    except OSError as error:
-        raise UserError(f"--out_dir={cfg.out_dir}: cannot write there ({error.strerror})") from None
-    print(f"{cfg.out_dir}: " + ", ".join(f"{len(rows[split]):,} {split}" for split in rows))
+            write_rows(folder, split, [
+                conversation(names[path], turns) for path, turns in conversations])
+    sizes = ", ".join(f"{len(rows[split]):,} {split}" for split in rows)
+    print(f"{cfg.out_dir}: {sizes}")

@@ -1,9 +1,9 @@
 """
-What a run would take (--dry_run=true): memory, FLOPs and time, measured on one micro-batch, not guessed. And
-before there is a model: how large it may be.
+What a run would take (--dry_run=true): memory, FLOPs and time, measured on one micro-batch, not
+guessed. And before there is a model: how large it may be.
 
     print(estimate(model, optimizer, data, cfg, num_steps, autocast, token_flops))
-    python -m extras.capacity --memory_gib=24,80 --ranks=1,8        # bytes a parameter, largest models
+    python -m extras.capacity --memory_gib=24,80 --ranks=1,8  # bytes a parameter, largest models
 """
 import time
 
@@ -14,13 +14,15 @@ from common import dist
 
 def measure(model, forward, autocast):
     """
-    forward() -> hidden states of model. It and backward, without the loss -> seconds of the faster of two,
-    bytes that are kept for backward in between. Leaves the gradients at zero.
+    forward() -> hidden states of model. It and backward, without the loss -> seconds of the faster
+    of two, bytes that are kept for backward in between. Leaves the gradients at zero.
     """
     times = []
-    for _ in range(2):                                        # the first one warms up
+    # the first one warms up
+    for _ in range(2):
         own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-        kept = {}                                             # storage -> bytes
+        # storage -> bytes
+        kept = {}
 
         def keep(tensor):
             storage = tensor.untyped_storage()
@@ -30,7 +32,8 @@ def measure(model, forward, autocast):
         start = time.perf_counter()
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), autocast:
             hidden = forward()
-        if hidden.requires_grad:                              # not where all is frozen and no image is shown
+        # not where all is frozen and no image is shown
+        if hidden.requires_grad:
             hidden.float().sum().backward()
         if hidden.is_cuda:
             torch.cuda.synchronize()
@@ -41,77 +44,97 @@ def measure(model, forward, autocast):
     return min(times), sum(kept.values())
 
 
+def weight_bytes(model):
+    return sum(p.numel() * p.element_size() for p in model.parameters())
+
+
 def estimate(model, optimizer, data, cfg, num_steps, autocast, token_flops, models=(), tokens=0,
              rollout=None, rollouts=0.0):
     """
-    -> text. data: as in data.py; cfg: batch_size, seq_len; token_flops: of a token with its loss; models:
-    others in memory, or None; tokens: that a row gets besides the data's, at most; rollout(): answers a
-    micro-batch, of which a step takes `rollouts`
+    -> text. data: as in data.py; cfg: batch_size, seq_len; token_flops: of a token with its loss;
+    models: others in memory, or None; tokens: that a row gets besides the data's, at most;
+    rollout(): answers a micro-batch, of which a step takes `rollouts`
     """
-    def weights(model):
-        return sum(p.numel() * p.element_size() for p in model.parameters())
-    ranks, device = dist.world()[1], model.head.device
+    ranks = dist.world()[1]
     row_tokens = data.num_tokens / data.num_rows + tokens
     length = max(1, min(cfg.seq_len, round(row_tokens)))
-    optimizer.sync = False                                    # nothing travels
+    # nothing travels
+    optimizer.sync = False
     if data.images:
         batch = data.batch(0)
         inputs, more = batch.tokens, dict(batch.inputs, docs=batch.docs)
     else:
-        inputs, more = torch.zeros(data.micro_batch_size, length, dtype=torch.int64, device=device), {}
+        shape = data.micro_batch_size, length
+        inputs, more = torch.zeros(shape, dtype=torch.int64, device=model.head.device), {}
     seconds, kept = measure(model, lambda: model(inputs, **more), autocast)
-    rollout_s = 0.0
+    rollout_time = ""
     if rollout:
         start = time.perf_counter()
         with torch.no_grad(), autocast:
             rollout()
         rollout_s = (time.perf_counter() - start) * rollouts * num_steps
+        rollout_time = f", {dist.short_time(rollout_s)} of rollouts"
     rows_measured, length_measured = inputs.shape
     done = model.flops_per_token(length, head_frac=0.0) * inputs.numel()
-    speed = done / seconds                                    # of this rank
-    tokens = cfg.batch_size * row_tokens                      # of a step
+    # of this rank
+    speed = done / seconds
+    # of a step
+    tokens = cfg.batch_size * row_tokens
     flops, epoch = token_flops * tokens * num_steps, data.num_rows / cfg.batch_size
-    memory = {"weights": weights(model), "gradients": sum(4 * p.numel() for p in model.parameters()
-                                                          if p.requires_grad),
-              "optimizer": optimizer.state_bytes(), "kept for backward": kept,
-              "other models": sum(weights(other) for other in models if other is not None)}
+    trained = [p for p in model.parameters() if p.requires_grad]
+    memory = {
+        "weights": weight_bytes(model),
+        "gradients": sum(4 * p.numel() for p in trained),
+        "optimizer": optimizer.state_bytes(),
+        "kept for backward": kept,
+        "other models": sum(weight_bytes(other) for other in models if other is not None),
+    }
     share = ", ".join(f"{name} {size / 2**20:,.0f}" for name, size in memory.items() if size)
-    rows = dict(
-        model=model.size(),
-        data=f"{data.num_tokens:,} tokens in {data.num_rows:,} samples; an epoch is {epoch:,.1f} steps",
-        step=f"{tokens:,.0f} tokens in {cfg.batch_size} samples, {data.micro_batch_size} at once on each of "
-             f"{ranks} rank{'s'[:ranks > 1]}",
-        run=f"{num_steps:,} steps, {num_steps / epoch:,.2f} epochs, {tokens * num_steps:,.0f} tokens, "
-            f"{flops:.2e} FLOPs",
-        memory=f"{sum(memory.values()) / 2**20:,.0f} MiB a rank: {share}; torch and some logits come on top",
-        speed=f"{speed / 1e9:,.1f} GFLOP/s a rank, measured on {rows_measured} x {length_measured} tokens",
-        time=f"{dist.short_time(flops / speed / ranks)} of updates"
-             + f", {dist.short_time(rollout_s)} of rollouts" * bool(rollout)
-             + "; evaluation, samples and saving come on top")
-    return "\n".join([*(f"{name:<10}{text}" for name, text in rows.items()),
-                      "Nothing was written. Leave out --dry_run to train."])
+    updates = dist.short_time(flops / speed / ranks)
+    return "\n".join([
+        f"model     {model.size()}",
+        f"data      {data.num_tokens:,} tokens in {data.num_rows:,} samples; "
+        f"an epoch is {epoch:,.1f} steps",
+        f"step      {tokens:,.0f} tokens in {cfg.batch_size} samples, {data.micro_batch_size} at "
+        f"once on each of {ranks} rank" + ("s" if ranks > 1 else ""),
+        f"run       {num_steps:,} steps, {num_steps / epoch:,.2f} epochs, "
+        f"{tokens * num_steps:,.0f} tokens, {flops:.2e} FLOPs",
+        f"memory    {sum(memory.values()) / 2**20:,.0f} MiB a rank: {share}; "
+        "torch and some logits come on top",
+        f"speed     {speed / 1e9:,.1f} GFLOP/s a rank, "
+        f"measured on {rows_measured} x {length_measured} tokens",
+        f"time      {updates} of updates{rollout_time}; "
+        "evaluation, samples and saving come on top",
+        "Nothing was written. Leave out --dry_run to train.",
+    ])
 
 
 def bytes_per_parameter(param_dtype, slots, shards):
     """
-    Of weights, fp32 gradients and optimizer state on a rank: slots moments (AdamW 2, Lion 1) and, of bfloat16
-    weights, a master copy, all fp32 and cut into `shards` parts (ZeRO-1, 1910.02054, section 5.2)
+    Of weights, fp32 gradients and optimizer state on a rank: slots moments (AdamW 2, Lion 1) and,
+    of bfloat16 weights, a master copy, all fp32 and cut into `shards` parts (ZeRO-1, 1910.02054,
+    section 5.2)
     """
     weight = {"float32": 4, "bfloat16": 2}[param_dtype]
     return weight + 4 + 4 * (slots + (weight < 4)) / shards
 
 
 def capacity_table(memory_gib, ranks, optimizer, free_frac):
-    """-> text: bytes a parameter, and billions of parameters of the largest model, by GPU and ranks"""
+    """-> text: bytes a parameter, and billions of parameters of the largest model, by GPU, ranks"""
     slots = dict(adamw=2, lion=1)[optimizer]
-    lines = [f"{optimizer}, --zero1=true: bytes a parameter, billions of parameters of the largest model; "
-             f"{free_frac:.0%} of the memory is left free",
-             f"{'weights':<10}{'ranks':>6}{'bytes':>8}" + "".join(f"{f'{g:g} GiB':>10}" for g in memory_gib)]
+    names = [f"{gib:g} GiB" for gib in memory_gib]
+    lines = [
+        f"{optimizer}, --zero1=true: bytes a parameter, billions of parameters of the largest "
+        f"model; {free_frac:.0%} of the memory is left free",
+        f"{'weights':<10}{'ranks':>6}{'bytes':>8}" + "".join(f"{name:>10}" for name in names),
+    ]
     for dtype in ("float32", "bfloat16"):
         for n in ranks:
             size = bytes_per_parameter(dtype, slots, n)
-            lines.append(f"{dtype:<10}{n:>6}{size:>8.2f}" + "".join(
-                f"{gib * 2**30 * (1 - free_frac) / size / 1e9:>10.2f}" for gib in memory_gib))
+            row = f"{dtype:<10}{n:>6}{size:>8.2f}"
+            for gib in memory_gib:
+                row += f"{gib * 2**30 * (1 - free_frac) / size / 1e9:>10.2f}"
+            lines.append(row)
     return "\n".join(lines)
 
 
@@ -126,11 +149,12 @@ if __name__ == "__main__":  # the only part that knows other modules
     class Config:
         memory_gib: tuple[float, ...] = (24, 40, 80, 141)  # memory of a GPU
         ranks: tuple[int, ...] = (1, 2, 4, 8, 64)  # numbers of GPUs
-        optimizer: Literal["adamw", "lion"] = "adamw"  # what is kept for each parameter: 2 or 1 fp32 moments
-        free_frac: float = 0.25            # of the memory, for activations and what torch itself takes
+        optimizer: Literal["adamw", "lion"] = "adamw"  # 2 or 1 fp32 moments a parameter
+        free_frac: float = 0.25        # of the memory, for activations and what torch itself takes
 
     cfg = parse_config(Config)
     if min((*cfg.memory_gib, *cfg.ranks), default=0) <= 0 or not 0 <= cfg.free_frac < 1:
-        raise UserError(f"--memory_gib={cfg.memory_gib} --ranks={cfg.ranks} --free_frac={cfg.free_frac}: "
-                        "expected positive numbers, and a fraction below 1")
+        raise UserError(f"--memory_gib={cfg.memory_gib} --ranks={cfg.ranks} "
+                        f"--free_frac={cfg.free_frac}: expected positive numbers, and a fraction "
+                        "below 1")
     print(capacity_table(cfg.memory_gib, cfg.ranks, cfg.optimizer, cfg.free_frac))

@@ -1,40 +1,44 @@
 """
-Tasks of reasoning-gym (github.com/open-thought/reasoning-gym): a program asks, and scores the answers.
+Tasks of reasoning-gym (github.com/open-thought/reasoning-gym): a program asks, and scores answers.
 
     python extras/gym.py --task=spell_backward --params='{"max_word_len": 5}' --out_dir=out/gym
 
-Writes train_prompts.jsonl, val_prompts.jsonl and test_prompts.jsonl for `data/prepare.py prompts`, with
-`reward` here, and train.jsonl, ... with reasoning-gym's own answers for `data/prepare.py chat`, where the
-task has such. No question occurs twice, in whatever case of letters: what val and test ask never occurs in
-train.
+Writes train_prompts.jsonl, val_prompts.jsonl and test_prompts.jsonl for `data/prepare.py prompts`,
+with `reward` here, and train.jsonl, ... with reasoning-gym's own answers for
+`data/prepare.py chat`, where the task has such. No question occurs twice, in whatever case of
+letters: what val and test ask never occurs in train.
 The "answer" of a prompt is JSON of all that the scorer needs: task, params and entry.
 
-Some tasks' scorers hand the answer to Python's `eval` or sympy's parser (binary_matrix, countdown, n_queens,
-puzzle24, spiral_matrix, string_insertion, polynomials and integrals): what a model writes is run then.
+Some tasks' scorers hand the answer to Python's `eval` or sympy's parser (binary_matrix, countdown,
+n_queens, puzzle24, spiral_matrix, string_insertion, polynomials and integrals): what a model writes
+is run then.
 """
 import dataclasses
 import difflib
 import functools
 import json
-import os
-import shutil
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+# the repository's root must be on the path first
+sys.path.insert(0, str(Path(__file__).absolute().parents[1]))
 
-from common.config import parse_config  # noqa: E402  (the repository's root must be on the path first)
-from common.errors import UserError  # noqa: E402
-from common.rewards import answer_of  # noqa: E402
+from common.config import parse_config
+from common.errors import UserError
+from common.rewards import answer_of
+from data.prepare import chat_row, whole_or_nothing, write_rows
 
-PACKAGE = "reasoning-gym==0.1.25"      # the optional extra "gym" of pyproject.toml
-DRAWS = 20                             # items to draw for each question that is wanted, at most
+# the optional extra "gym" of pyproject.toml
+PACKAGE = "reasoning-gym==0.1.25"
+# items to draw for each question that is wanted, at most
+DRAWS = 20
 
 
 @dataclass(frozen=True)
 class Config:
     task: str = "spell_backward"       # reasoning-gym's name of the task family
-    params: str = "{}"                 # its parameters, JSON: {"min_word_len": 3, "max_word_len": 5}
+    params: str = "{}"                 # its parameters, JSON: {"max_word_len": 5, ...}
     out_dir: str = "out/gym"           # folder to write, must not exist
     train: int = 4000                  # training questions
     val: int = 200                     # validation questions
@@ -43,27 +47,30 @@ class Config:
 
 
 def tasks():
-    """-> reasoning-gym's task families: dict of name to (class of datasets, class of their parameters)"""
+    """-> reasoning-gym's task families: dict of name to (class of datasets, class of parameters)"""
     try:
         from reasoning_gym.factory import DATASETS
     except ImportError as error:
-        raise UserError(f"pip install {PACKAGE} (the extra gym) is needed for this: {error}") from None
+        raise UserError(f"pip install {PACKAGE} (the extra gym) is needed for this: "
+                        f"{error}") from None
     return DATASETS
 
 
 def create(task, params, seed=0, size=1):
-    """-> reasoning-gym's dataset of a task, params a dict; UserError for an unknown task or parameter"""
-    if task not in tasks():
-        near = difflib.get_close_matches(task, tasks(), 1)
-        raise UserError(f"--task={task}: reasoning-gym has none such" + (
-            f"; did you mean {near[0]}?" if near else f"; expected one of {', '.join(sorted(tasks()))}"))
-    known = {field.name for field in dataclasses.fields(tasks()[task][1])} - {"seed", "size"}
-    if unknown := sorted(set(params) - known):
-        raise UserError(f"--params: {task} has no {unknown[0]}, only {', '.join(sorted(known))}")
+    """-> reasoning-gym's dataset of a task, params a dict; UserError where one is unknown"""
+    known = tasks()
+    if task not in known:
+        near = difflib.get_close_matches(task, known, 1)
+        mend = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(sorted(known))}"
+        raise UserError(f"--task={task}: reasoning-gym has none such; {mend}")
+    names = {field.name for field in dataclasses.fields(known[task][1])} - {"seed", "size"}
+    if unknown := sorted(set(params) - names):
+        raise UserError(f"--params: {task} has no {unknown[0]}, only {', '.join(sorted(names))}")
     import reasoning_gym
     try:
         return reasoning_gym.create_dataset(task, seed=seed, size=size, **params)
-    except Exception as error:  # an AssertionError mostly; what else wrong values lead to is up to the task
+    # an AssertionError mostly; what else wrong values lead to is up to the task
+    except Exception as error:
         raise refused(task, params, error) from None
 
 
@@ -80,7 +87,7 @@ def scorer(task, params):
 
 
 def reward(prompts, completions, answers):
-    """For train_grpo.py: reasoning-gym's own score of what stands between the answer tags, 0 to 1."""
+    """For train_grpo.py: reasoning-gym's own score of what is between the answer tags, 0 to 1."""
     return [score(answer_of(text), answer) for text, answer in zip(completions, answers)]
 
 
@@ -90,69 +97,69 @@ def score(text, answer):
     judge = scorer(row["task"], json.dumps(row["params"]))
     try:
         return float(judge.score_answer(text, row["entry"]))
-    except Exception:  # some scorers stumble over what is no answer, int("x"); `build` has tried the entry
+    # some scorers stumble over what is no answer, int("x"); `build` has tried the entry
+    except Exception:
         return 0.0
 
 
-def build(cfg):
-    """-> dict of split to list of (question, reasoning-gym's answer or None, "answer" for `reward`)"""
+def read_params(text):
     try:
-        params = json.loads(cfg.params)
+        params = json.loads(text)
     except ValueError as error:
-        raise UserError(f"--params={cfg.params}: not JSON ({error})") from None
+        raise UserError(f"--params={text}: not JSON ({error})") from None
     if not isinstance(params, dict):
-        raise UserError(f"--params={cfg.params}: expected a JSON object, {{\"name\": value}}")
-    sizes = dict(test=cfg.test, val=cfg.val, train=cfg.train)     # a longer train keeps what is held out
+        raise UserError(f"--params={text}: expected a JSON object, {{\"name\": value}}")
+    return params
+
+
+def build(cfg):
+    """
+    -> dict of split to list of (question, reasoning-gym's answer or None, "answer" for `reward`)
+    """
+    params = read_params(cfg.params)
+    # a longer train keeps what is held out
+    sizes = dict(test=cfg.test, val=cfg.val, train=cfg.train)
+    asked = f"--train={cfg.train} --val={cfg.val} --test={cfg.test}"
     if min(sizes.values()) < 1 or cfg.seed < 0:
-        raise UserError(f"--train={cfg.train} --val={cfg.val} --test={cfg.test} --seed={cfg.seed}: expected "
-                        "at least 1 each, the seed at least 0")
+        raise UserError(f"{asked} --seed={cfg.seed}: expected at least 1 each, the seed at least 0")
     wanted = sum(sizes.values())
-    items, rows = create(cfg.task, params, cfg.seed, DRAWS * wanted), {}
-    for i in range(DRAWS * wanted):
+    draws = DRAWS * wanted
+    items, rows = create(cfg.task, params, cfg.seed, draws), {}
+    for i in range(draws):
+        said = None
         try:
             entry = items[i]
-            said = entry["answer"] if isinstance(entry["answer"], str) else None
             answer = json.dumps(dict(task=cfg.task, params=params, entry=entry))
-            own = None if said is None else items.score_answer(said.strip(), entry)
-        except Exception as error:  # what wrong parameters lead to is up to the task
+            if isinstance(entry["answer"], str):
+                said = entry["answer"]
+                own = items.score_answer(said.strip(), entry)
+        # what wrong parameters lead to is up to the task
+        except Exception as error:
             raise refused(cfg.task, params, error) from None
-        if said is not None and score(said.strip(), answer) != own:
-            raise UserError(f"--task={cfg.task}: its entries cannot be kept as JSON: the answer to item {i} "
-                            f"then scores {score(said.strip(), answer):.3g}, not {own:.3g}")
-        rows.setdefault(entry["question"].casefold(), (entry["question"], said, answer))
+        if said is not None and (kept := score(said.strip(), answer)) != own:
+            raise UserError(f"--task={cfg.task}: its entries cannot be kept as JSON: the answer to "
+                            f"item {i} then scores {kept:.3g}, not {own:.3g}")
+        question = entry["question"]
+        rows.setdefault(question.casefold(), (question, said, answer))
         if len(rows) == wanted:
             break
     else:
-        raise UserError(f"--train={cfg.train} --val={cfg.val} --test={cfg.test}: only {len(rows):,} "
-                        f"different questions in {DRAWS * wanted:,} draws; ask for fewer, or other --params")
+        raise UserError(f"{asked}: only {len(rows):,} different questions in {draws:,} draws; "
+                        "ask for fewer, or other --params")
     rows = iter(rows.values())
     return {split: [next(rows) for _ in range(size)] for split, size in sizes.items()}
 
 
-def write(path, rows):
-    with open(path, "w", encoding="utf-8") as file:
-        for row in rows:
-            file.write(json.dumps(row) + "\n")
-
-
 if __name__ == "__main__":
     cfg = parse_config(Config)
-    if os.path.exists(cfg.out_dir):
-        raise UserError(f"--out_dir={cfg.out_dir}: already there; remove it or choose another")
-    splits, aside = build(cfg), cfg.out_dir.rstrip("/") + ".partial"
-    answered = all(said for rows in splits.values() for _, said, _ in rows)
-    try:
-        shutil.rmtree(aside, ignore_errors=True)              # of a run that was killed
-        os.makedirs(aside)
+    with whole_or_nothing(cfg.out_dir) as folder:
+        splits = build(cfg)
+        answered = all(said for rows in splits.values() for _, said, _ in rows)
         for split, rows in splits.items():
-            write(os.path.join(aside, f"{split}_prompts.jsonl"), [
+            write_rows(folder, f"{split}_prompts", [
                 dict(prompt=question, answer=answer) for question, _, answer in rows])
             if answered:
-                write(os.path.join(aside, f"{split}.jsonl"), [
-                    [dict(role="user", content=question), dict(role="assistant", content=said)]
-                    for question, said, _ in rows])
-        os.rename(aside, cfg.out_dir)
-    except OSError as error:
-        raise UserError(f"--out_dir={cfg.out_dir}: cannot write there ({error.strerror})") from None
-    print(f"{cfg.out_dir}: " + ", ".join(f"{len(splits[s]):,} {s}" for s in ("train", "val", "test"))
-          + ("" if answered else f"; prompts only, as {cfg.task} has no answers to learn from"))
+                write_rows(folder, split, [chat_row(question, said) for question, said, _ in rows])
+    sizes = ", ".join(f"{len(splits[split]):,} {split}" for split in ("train", "val", "test"))
+    print(f"{cfg.out_dir}: {sizes}", end="")
+    print("" if answered else f"; prompts only, as {cfg.task} has no answers to learn from")

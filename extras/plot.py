@@ -1,11 +1,11 @@
 """
 Curves of one or several runs, from their metrics.jsonl.
 
-    python -m extras.plot out/pretrain                                    # writes out/pretrain/curves.png
+    python -m extras.plot out/pretrain                            # writes out/pretrain/curves.png
     python -m extras.plot out/sft out/dpo --out=curves.svg --smooth=20
 
-One panel for each of PANELS that a run has: a line a run, points where it was evaluated. Needs the extra
-`plot` (matplotlib).
+One panel for each of PANELS that a run has: a line a run, points where it was evaluated. Needs the
+extra `plot` (matplotlib).
 """
 import importlib
 import json
@@ -16,13 +16,22 @@ import sys
 from common.errors import UserError, show_user_errors
 
 # title of a panel -> keys of metrics.jsonl; "val_..." ones are drawn as points
-PANELS = {"loss": ("loss", "val_loss"), "bits per byte": ("val_bits_per_byte",),
-          "divergence from the teacher": ("kd", "val_kd"), "reward": ("reward", "val_reward"),
-          "pass@1": ("pass", "val_pass"), "accuracy of pairs": ("accuracy", "val_accuracy"),
-          "margin": ("margin",), "KL": ("kl",), "entropy": ("entropy",), "answer length": ("length",),
-          "load balance of experts": ("balance",), "learning rate": ("lr",), "gradient norm": ("grad_norm",),
-          "tokens per second": ("tok_per_s",)}
-STEPS_ONLY = "loss"                            # a training step has it; so has every stage
+PANELS = {
+    "loss": ["loss", "val_loss"],
+    "bits per byte": ["val_bits_per_byte"],
+    "divergence from the teacher": ["kd", "val_kd"],
+    "reward": ["reward", "val_reward"],
+    "pass@1": ["pass", "val_pass"],
+    "accuracy of pairs": ["accuracy", "val_accuracy"],
+    "margin": ["margin"],
+    "KL": ["kl"],
+    "entropy": ["entropy"],
+    "answer length": ["length"],
+    "load balance of experts": ["balance"],
+    "learning rate": ["lr"],
+    "gradient norm": ["grad_norm"],
+    "tokens per second": ["tok_per_s"],
+}
 
 
 def read_metrics(run):
@@ -45,9 +54,14 @@ def read_metrics(run):
 
 def curve(records, key):
     """-> steps, values of a key where it is a number; a training step counts as done: step + 1"""
-    pairs = [(r["step"] + (STEPS_ONLY in r), r[key]) for r in records
-             if isinstance(r.get(key), (int, float)) and math.isfinite(r[key])]
-    return [step for step, _ in pairs], [value for _, value in pairs]
+    steps, values = [], []
+    for record in records:
+        value = record.get(key)
+        if isinstance(value, (int, float)) and math.isfinite(value):
+            # a training step has a loss, in every stage
+            steps.append(record["step"] + ("loss" in record))
+            values.append(value)
+    return steps, values
 
 
 def smoothed(values, window):
@@ -61,14 +75,14 @@ def smoothed(values, window):
 
 def draw(runs, out, smooth=1):
     """
-    runs: dict of label to records; out: path that ends in .png, .svg or .pdf; smooth: steps to average over
-    -> titles of the panels drawn
+    runs: dict of label to records; out: path that ends in .png, .svg or .pdf; smooth: steps to
+    average over -> titles of the panels drawn
     """
     try:
         figures = importlib.import_module("matplotlib.figure")
     except ImportError:
-        raise UserError("matplotlib is missing, which draws curves: pip install matplotlib, or this package "
-                        'with its extra "plot"') from None
+        raise UserError("matplotlib is missing, which draws curves: pip install matplotlib, "
+                        'or this package with its extra "plot"') from None
     panels = {title: keys for title, keys in PANELS.items()
               if any(curve(records, key)[0] for records in runs.values() for key in keys)}
     if not panels:
@@ -81,19 +95,20 @@ def draw(runs, out, smooth=1):
         for number, (label, records) in enumerate(runs.items()):
             for key in keys:
                 steps, values = curve(records, key)
+                color = f"C{number % 10}"
                 if key.startswith("val_"):
-                    axes.plot(steps, values, "o--", color=f"C{number % 10}", markersize=4, linewidth=1,
+                    axes.plot(steps, values, "o--", color=color, markersize=4, linewidth=1,
                               label=f"{label}, validation")
                 elif steps:
-                    axes.plot(steps, smoothed(values, smooth), color=f"C{number % 10}", linewidth=1.2,
+                    axes.plot(steps, smoothed(values, smooth), color=color, linewidth=1.2,
                               label=label)
         axes.set_title(title, fontsize=10)
         axes.tick_params(labelsize=8)
         axes.grid(alpha=0.3)
         if i >= len(panels) - columns:
             axes.set_xlabel("steps", fontsize=8)
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper left", ncols=2 * columns,
-                  fontsize=8)
+    handles = figure.axes[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside upper left", ncols=2 * columns, fontsize=8)
     try:
         figure.savefig(out, dpi=110)
     except (OSError, ValueError) as error:
@@ -108,15 +123,18 @@ if __name__ == "__main__":  # the only part that knows other modules
 
     @dataclass(frozen=True)
     class Config:
-        out: str = ""                      # picture to write, .png, .svg or .pdf; "" = RUN/curves.png
-        smooth: int = 1                    # steps that a point of the curve is the mean of
+        out: str = ""                  # picture to write, .png, .svg or .pdf; "" = RUN/curves.png
+        smooth: int = 1                # steps that a point of the curve is the mean of
 
     show_user_errors()
     arguments = sys.argv[1:] or ["--help"]
-    folders = [argument for argument in arguments if not argument.startswith("-")]
-    cfg = parse_config(Config, [argument for argument in arguments if argument.startswith("-")])
+    options = [argument for argument in arguments if argument.startswith("-")]
+    folders = [argument for argument in arguments if argument not in options]
+    cfg = parse_config(Config, options)
     if not folders or cfg.smooth < 1:
-        raise UserError("expected: python -m extras.plot RUN [RUN ...] [--out=FILE.png] [--smooth=STEPS]")
+        raise UserError("expected: python -m extras.plot RUN [RUN ...] [--out=FILE.png] "
+                        "[--smooth=STEPS]")
     out = cfg.out or os.path.join(folders[0], "curves.png")
-    titles = draw({os.path.normpath(folder): read_metrics(folder) for folder in folders}, out, cfg.smooth)
+    runs = {os.path.normpath(folder): read_metrics(folder) for folder in folders}
+    titles = draw(runs, out, cfg.smooth)
     print(f"{out}: {', '.join(titles)}")

@@ -1,14 +1,16 @@
 """
-What a teacher says to every token of a set, kept on disk: its k likeliest next tokens and their log-probs,
-the rest of its probability spread evenly over the other tokens. Then a run needs no teacher in memory.
+What a teacher says to every token of a set, kept on disk: its k likeliest next tokens and their
+log-probs, the rest of its probability spread evenly over the other tokens. Then a run needs no
+teacher in memory.
 
     folder/
-        arrays.json                       what it was made from, and how far it is from the teacher; last
-        train_ids.npy, train_logps.npy    (N, k) for the N tokens of the split; uint16 or int32, float16
+        arrays.json                       what it was made from, and how far from the teacher; last
+        train_ids.npy, train_logps.npy    (N, k) for the N tokens; uint16 or int32, float16
         train_rest.npy                    (N,) float32, the log-prob of each other token
 
-It appears whole or not at all (made in folder.*.partial, renamed) and is memory-mapped: it may be larger than
-memory. Runs that make the same one at once keep the first; a killed run leaves its .partial behind.
+It appears whole or not at all (made in folder.*.partial, renamed) and is memory-mapped: it may be
+larger than memory. Runs that make the same one at once keep the first; a killed run leaves its
+.partial behind.
 """
 import json
 import math
@@ -24,7 +26,7 @@ from common.errors import UserError
 
 
 def top_k(logits, k):
-    """logits (n, V), k < V -> ids and log-probs (n, k) of the k likeliest, rest (n,): of each other token"""
+    """logits (n, V), k < V -> ids, log-probs (n, k) of the k likeliest, rest (n,): of each other"""
     logps = logits.log_softmax(-1)
     top, ids = logps.topk(k)
     rest = logps.scatter(1, ids, -torch.inf).logsumexp(-1) - math.log(logits.shape[-1] - k)
@@ -32,36 +34,46 @@ def top_k(logits, k):
 
 
 def top_k_logits(ids, logps, rest, vocab_size):
-    """The way back: ids int64, logps (n, k), rest (n,) -> (n, V) log-probs, which may serve as logits"""
+    """The way back: ids int64, logps (n, k), rest (n,) -> (n, V) log-probs, usable as logits"""
     return rest[:, None].repeat(1, vocab_size).scatter_(1, ids, logps)
 
 
 class TeacherCache:
-    """info: {"mass", "kl"}, see `write_cache`; logits(split, places) -> teacher of losses.linear_kd_loss"""
+    """
+    info: {"mass", "kl"}, see `write_cache`; logits(split, places) -> teacher of
+    losses.linear_kd_loss
+    """
 
     def __init__(self, info, arrays, vocab_size, device):
         self.info, self.arrays, self.vocab_size, self.device = info, arrays, vocab_size, device
 
     def logits(self, split, places):
-        """places (B, T) int64 of tokens in the split's file -> function of positions (n,) to logits (n, V)"""
+        """
+        places (B, T) int64 of tokens in the split's file -> function of positions (n,) to logits
+        (n, V)
+        """
         def at(positions):
             rows = places.flatten()[positions.cpu()].numpy()
-            kinds = dict(ids="int64", logps="float32", rest="float32")
-            parts = [self.arrays[f"{split}_{name}"][rows].astype(kind) for name, kind in kinds.items()]
-            if np.isnan(parts[2]).any():
-                raise UserError("--cache_dir: the teacher was not asked about all of these tokens; remove "
-                                "the cache, and it is made again")
-            return top_k_logits(*(torch.from_numpy(part).to(self.device) for part in parts), self.vocab_size)
+
+            def part(name, kind):
+                values = self.arrays[f"{split}_{name}"][rows].astype(kind)
+                return torch.from_numpy(values).to(self.device)
+            ids, top = part("ids", "int64"), part("logps", "float32")
+            rest = part("rest", "float32")
+            if rest.isnan().any():
+                raise UserError("--cache_dir: the teacher was not asked about all of these tokens; "
+                                "remove the cache, and it is made again")
+            return top_k_logits(ids, top, rest, self.vocab_size)
         return at
 
 
 def open_cache(folder, key, vocab_size, device):
-    """-> the TeacherCache that `write_cache` left in folder for this key (str), None without a folder"""
+    """-> the TeacherCache that `write_cache` left in folder for this key (str), None without one"""
     def read():
         if not os.path.exists(folder):
             return None
         try:
-            with open(os.path.join(folder, "arrays.json"), encoding="utf-8") as file:
+            with open(f"{folder}/arrays.json", encoding="utf-8") as file:
                 return json.load(file)
         except (OSError, ValueError) as error:
             raise UserError(f"--cache_dir={folder}: no cache of a teacher ({error}); "
@@ -70,77 +82,93 @@ def open_cache(folder, key, vocab_size, device):
     if content is None:
         return None
     if content["key"] != key:
-        raise UserError(f"--cache_dir={folder}: is of another teacher, other data or other options; "
-                        "name another folder, or remove it")
-    try:
-        arrays = {name: np.load(os.path.join(folder, f"{name}.npy"), mmap_mode="r", allow_pickle=False)
-                  for name in content["shapes"]}
-    except (OSError, ValueError) as error:
-        raise UserError(f"--cache_dir={folder}: damaged ({error}); remove it, and it is made again") from None
+        raise UserError(f"--cache_dir={folder}: is of another teacher, other data or other "
+                        "options; name another folder, or remove it")
+    arrays = {}
     for name, shape in content["shapes"].items():
-        if list(arrays[name].shape) != shape:
-            raise UserError(f"--cache_dir={folder}: damaged, {name} is {arrays[name].shape}; remove it")
+        try:
+            array = np.load(f"{folder}/{name}.npy", mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise UserError(f"--cache_dir={folder}: damaged ({error}); remove it, and it is made "
+                            "again") from None
+        if list(array.shape) != shape:
+            raise UserError(f"--cache_dir={folder}: damaged, {name} is {array.shape}; remove it")
+        arrays[name] = array
     return TeacherCache(content["info"], arrays, vocab_size, device)
 
 
 @torch.no_grad()
 def write_cache(folder, key, k, vocab_size, sets, ask, autocast):
     """
-    Ask the teacher about every target of the sets, all ranks together. sets: dict split -> TokenData or
-    ChatData; ask(split, i, batch) -> what it says to micro-batch i, as losses.linear_kd_loss takes it. Kept
-    with it, averaged over the targets: mass, the probability of the k tokens; kl, KL(teacher || cache).
+    Ask the teacher about every target of the sets, all ranks together. sets: dict split ->
+    TokenData or ChatData; ask(split, i, batch) -> what it says to micro-batch i, as
+    losses.linear_kd_loss takes it. Kept with it, averaged over the targets: mass, the probability
+    of the k tokens; kl, KL(teacher || cache).
     """
-    kinds = dict(ids=([k], "uint16" if vocab_size <= 2**16 else "int32"), logps=([k], "float16"),
-                 rest=([], "float32"))
-    shapes = {f"{split}_{name}": [len(data.tokens), *shape]
-              for split, data in sets.items() for name, (shape, _) in kinds.items()}
-
-    def create():
-        aside = f"{folder.rstrip('/')}.{uuid.uuid4().hex[:8]}.partial"    # another run may be making one, too
-        try:
-            os.makedirs(aside)
-            for name, shape in shapes.items():
-                path, (_, kind) = os.path.join(aside, f"{name}.npy"), kinds[name.rsplit("_", 1)[1]]
-                array = np.lib.format.open_memmap(path, "w+", kind, tuple(shape))
-                if kind == "float32":
-                    array[:] = np.nan                         # not asked yet: never to be taught
-                array.flush()
-            return aside
-        except OSError as error:
-            raise UserError(f"--cache_dir={folder}: cannot be written ({error.strerror})") from None
-    aside = dist.from_rank_zero(create)
-    arrays = {name: np.load(os.path.join(aside, f"{name}.npy"), mmap_mode="r+") for name in shapes}
-    total = torch.zeros(3, dtype=torch.float64)               # mass, divergence, targets
+    aside = dist.from_rank_zero(lambda: create(folder, k, vocab_size, sets))
+    names = [f"{split}_{name}" for split in sets for name in ("ids", "logps", "rest")]
+    arrays = {name: np.load(f"{aside}/{name}.npy", mmap_mode="r+") for name in names}
+    # mass, divergence, targets
+    total = torch.zeros(3, dtype=torch.float64)
     for split, data in sets.items():
-        data.limit(data.num_rows)                             # each row once
+        # each row once
+        data.limit(data.num_rows)
         for i in range(data.num_batches):
             batch = data.batch(i)
             places = data.file_offsets(i).flatten()
             with autocast:
                 logits_at = ask(split, i, batch)
                 for at in batch.mask.flatten().nonzero()[:, 0].split(128):
-                    logps = logits_at(at).float().log_softmax(-1)                          # (n, V)
+                    logps = logits_at(at).float().log_softmax(-1)                    # (n, V)
                     ids, top, rest = top_k(logps, k)
                     kept = top_k_logits(ids, top.half().float(), rest, vocab_size).log_softmax(-1)
                     kl = (logps.exp() * (logps - kept)).sum()
-                    total += torch.stack([top.exp().sum(), kl, kl.new_tensor(len(at))]).double().cpu()
+                    sums = torch.stack([top.exp().sum(), kl, kl.new_tensor(len(at))])
+                    total += sums.double().cpu()
                     place = places[at.cpu()].numpy()
-                    for name, values in (("ids", ids), ("logps", top), ("rest", rest)):
+                    for name, values in dict(ids=ids, logps=top, rest=rest).items():
                         arrays[f"{split}_{name}"][place] = values.cpu().numpy()
     for array in arrays.values():
         array.flush()
-    mass, kl, n = dist.all_sum(total).tolist()                # and every rank is done
+    # and every rank is done
+    mass, kl, n = dist.all_sum(total).tolist()
+    shapes = {name: array.shape for name, array in arrays.items()}
+    content = dict(key=key, info=dict(mass=mass / n, kl=kl / n), shapes=shapes)
+    dist.from_rank_zero(lambda: publish(aside, folder, content))
 
-    def publish():
-        try:
-            with open(os.path.join(aside, "arrays.json"), "w", encoding="utf-8") as file:
-                json.dump(dict(key=key, info=dict(mass=mass / n, kl=kl / n), shapes=shapes), file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.rename(aside, folder)
-        except OSError as error:
-            shutil.rmtree(aside, ignore_errors=True)
-            if os.path.exists(os.path.join(folder, "arrays.json")):
-                return                                        # another run was first; its key is checked next
+
+def create(folder, k, vocab_size, sets):
+    """Arrays that wait for their values -> their folder; another run may be making such, too"""
+    aside = f"{folder.rstrip('/')}.{uuid.uuid4().hex[:8]}.partial"
+    kinds = dict(
+        ids=("uint16" if vocab_size <= 2**16 else "int32", [k]),
+        logps=("float16", [k]),
+        rest=("float32", []),
+    )
+    try:
+        os.makedirs(aside)
+        for split, data in sets.items():
+            for name, (kind, row) in kinds.items():
+                path, shape = f"{aside}/{split}_{name}.npy", (len(data.tokens), *row)
+                array = np.lib.format.open_memmap(path, "w+", kind, shape)
+                # not asked yet: never to be taught
+                if name == "rest":
+                    array[:] = np.nan
+                array.flush()
+        return aside
+    except OSError as error:
+        raise UserError(f"--cache_dir={folder}: cannot be written ({error.strerror})") from None
+
+
+def publish(aside, folder, content):
+    try:
+        with open(f"{aside}/arrays.json", "w", encoding="utf-8") as file:
+            json.dump(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.rename(aside, folder)
+    except OSError as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        # unless another run was first; its key is checked next
+        if not os.path.exists(f"{folder}/arrays.json"):
             raise UserError(f"--cache_dir={folder}: cannot be written ({error.strerror})") from None
-    dist.from_rank_zero(publish)

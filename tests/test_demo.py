@@ -3,14 +3,11 @@ import html.parser
 import json
 import os
 import re
-import sys
 
 import pytest
-from conftest import ROOT
 
-sys.path.insert(0, str(ROOT / "demos/demo"))
-import report  # noqa: E402  (demos/demo must be on the path first)
-import run as demo  # noqa: E402
+from demos.demo import report
+from demos.demo import run as demo
 
 
 def test_a_log_file_gets_lines_without_carriage_returns(capsys, monkeypatch):
@@ -47,12 +44,12 @@ def test_the_second_run_of_a_stage_counts_on(capsys, monkeypatch):
 
 
 def test_a_failing_script_ends_the_demo_with_its_last_lines(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(demo, "ROOT", tmp_path)
+    monkeypatch.chdir(tmp_path)
     (tmp_path / demo.OUT).mkdir(parents=True)
     (tmp_path / "bad.py").write_text("print('first')\nraise SystemExit('error: it is broken')")
     seen = []
     with pytest.raises(SystemExit) as leaving:
-        demo.run(seen.append, "bad.py", "--x=1")
+        demo.run_script(seen.append, "bad.py", "--x=1")
     assert leaving.value.code == 1 and seen == ["first\n", "error: it is broken\n"]
     out = capsys.readouterr().out
     assert "error: it is broken\nbad.py failed; all it has printed is in out/demo/log.txt" in out
@@ -73,7 +70,7 @@ def write_run(folder, name, texts):
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(demo, "ROOT", tmp_path)
+    monkeypatch.chdir(tmp_path)
     folder = tmp_path / demo.OUT
     for name in ("pretrain", "kd_alone", "kd"):
         write_run(folder, name, [(f"{name} 0a", f"{name} 0b"), (f"{name} 1a", f"{name} <i>&1b")])

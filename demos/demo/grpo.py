@@ -1,4 +1,5 @@
-# lines to order: rewarded for letter, words and mark of a line that is verse, from the demo's DPO model
+# lines to order: rewarded for letter, words and mark of a line that is verse, from the demo's DPO
+# model
 data_dir = "out/demo/prompts"
 out_dir = "out/demo/grpo"
 init_from = "out/demo/dpo"

@@ -3,9 +3,11 @@ Distillation against the same student on text alone, same steps and tokens, over
 
     python demos/demo/kd_seeds.py [seeds]         # after the demo; 3 seeds if not told otherwise
 
-A seed decides on the student's first weights and the order of the data. Runs go to out/demo/kd_seeds and are
-not run again. Prints the final validation loss (cross-entropy per token) of each.
+A seed decides on the student's first weights and the order of the data. Runs go to
+out/demo/kd_seeds and are not run again. Prints the final validation loss (cross-entropy per token)
+of each.
 """
+import functools
 import statistics
 import sys
 
@@ -16,14 +18,22 @@ def show(line):
     print(line, end="", flush=True)
 
 
+def losses(name, seeds):
+    """-> the final validation loss of each seed's student, taught or alone"""
+    run = functools.partial(demo.run_script, show)
+    return [demo.student(run, f"kd_seeds/{name}_{seed}", name == "taught", seed) for seed in seeds]
+
+
 if __name__ == "__main__":
+    demo.begin(demo.OUT)
     seeds = range(1, 1 + int(sys.argv[1] if sys.argv[1:] else 3))
-    results = {name: [demo.student(show, f"kd_seeds/{name}_{seed}", name == "taught", seed) for seed in seeds]
-               for name in ("alone", "taught")}
+    results = {name: losses(name, seeds) for name in ("alone", "taught")}
     print(f"\nvalidation loss per token, {len(seeds)} seeds")
     for name, values in results.items():
         spread = statistics.stdev(values) if len(values) > 1 else 0.0
-        print(f"{name:<8}" + " ".join(f"{value:.4f}" for value in values)
-              + f"   mean {statistics.mean(values):.4f}, standard deviation {spread:.4f}")
+        each = " ".join(f"{value:.4f}" for value in values)
+        print(f"{name:<8}{each}   mean {statistics.mean(values):.4f}, "
+              f"standard deviation {spread:.4f}")
     better = [alone - taught for alone, taught in zip(results["alone"], results["taught"])]
-    print(f"the teacher is worth {statistics.mean(better):.4f} on average, {min(better):.4f} at least")
+    print(f"the teacher is worth {statistics.mean(better):.4f} on average, "
+          f"{min(better):.4f} at least")

@@ -1,4 +1,4 @@
-"""The demo's page: table, curves and samples in one HTML file that needs no other file and no network."""
+"""The demo's page: table, curves and samples in one HTML file that needs nothing else."""
 import base64
 import html
 import importlib.util
@@ -13,57 +13,78 @@ body { font: 15px/1.5 system-ui, sans-serif; max-width: 1080px; margin: 2em auto
 h1 { font-size: 1.5em } h2 { font-size: 1.2em; margin-top: 2em }
 table { border-collapse: collapse; width: 100% } th { text-align: left; font-weight: 600 }
 th, td { padding: .3em .7em; border-bottom: 1px solid #ddd; vertical-align: top }
-table:not(.samples) :nth-child(n + 3):is(td, th) { text-align: right; font-variant-numeric: tabular-nums }
+table:not(.samples) :nth-child(n + 3):is(td, th) {
+    text-align: right; font-variant-numeric: tabular-nums
+}
 .samples { table-layout: fixed }
 .samples td { white-space: pre-wrap; overflow-wrap: anywhere; font-family: serif }
-.prompt { background: #f4f4f4; font-family: monospace } img { max-width: 100% } .note { color: #666 }
+.prompt { background: #f4f4f4; font-family: monospace }
+img { max-width: 100% } .note { color: #666 }
 """
 ABOUT = dict(
     pretrain="Shakespeare's works, token by token. Before: random weights.",
     sft="Learns to answer requests for a line: its first letter, number of words and last mark.",
     dpo="Prefers a line that meets the request to one that nearly does.",
     grpo="Rewarded for what a program can check of the lines that it writes itself.",
-    kd="A model of a third of the size, trained on the text alone, and taught by the pretrained one.")
+    kd="A model of a third of the size, trained on the text alone, and taught by the pretrained one.",
+)
 
 
 def curves(folder, names):
     """-> HTML: the curves of these runs in one picture, or how to get them"""
     if importlib.util.find_spec("matplotlib") is None:
-        return ('<p class="note">Curves are drawn with matplotlib: pip install matplotlib, and run this '
-                "again.</p>")
+        return ('<p class="note">Curves are drawn with matplotlib: pip install matplotlib, and run '
+                "this again.</p>")
     path = folder / names[-1] / "curves.svg"
-    plot.draw({name: plot.read_metrics(str(folder / name)) for name in names}, str(path), smooth=5)
+    runs = {name: plot.read_metrics(str(folder / name)) for name in names}
+    plot.draw(runs, str(path), smooth=5)
     picture = base64.b64encode(path.read_bytes()).decode()
-    return f'<img alt="curves of {html.escape(", ".join(names))}" src="data:image/svg+xml;base64,{picture}">'
+    title = html.escape(", ".join(names))
+    return f'<img alt="curves of {title}" src="data:image/svg+xml;base64,{picture}">'
 
 
-def cells(values, kind="td"):
+def cells(*values, kind="td"):
     """Texts and numbers -> HTML of a row"""
-    return "<tr>" + "".join(
-        f"<{kind}>{html.escape(f'{value:,.3f}' if isinstance(value, float) else str(value))}</{kind}>"
-        for value in values) + "</tr>"
+    row = ""
+    for value in values:
+        text = f"{value:,.3f}" if isinstance(value, float) else str(value)
+        row += f"<{kind}>{html.escape(text)}</{kind}>"
+    return f"<tr>{row}</tr>"
 
 
 def write(folder, summary, samples, runs):
     """
-    Write folder/report.html. summary: as in summary.json; samples: dict of stage to list of (prompt, text
-    before, after); runs: dict of stage to names of its runs in the folder
+    Write folder/report.html. summary: as in summary.json; samples: dict of stage to list of
+    (prompt, text before, after); runs: dict of stage to names of its runs in the folder
     """
-    rows = [cells(("stage", "measured on held-out data", "before", "after", "seconds"), "th")]
+    rows, total = [], 0.0
     for stage, row in summary.items():
-        rows.append(cells((stage, row["measure"], row["before"], row["after"], f"{row['seconds']:.0f}")))
-        rows += [cells(("", more["measure"], more["before"], more["after"], "")) for more in row["also"]]
-    seconds = sum(row["seconds"] for row in summary.values())
-    page = [f"<h1>llm-stages: what each stage of the demo changed</h1>\n<p>{seconds / 60:.1f} minutes on "
-            f"{html.escape(platform.machine())}, {torch.get_num_threads()} threads, torch "
-            f"{html.escape(torch.__version__)}.</p>\n<table>{''.join(rows)}</table>"]
+        seconds = f"{row['seconds']:.0f}"
+        rows.append(cells(stage, row["measure"], row["before"], row["after"], seconds))
+        for more in row["also"]:
+            rows.append(cells("", more["measure"], more["before"], more["after"], ""))
+        total += row["seconds"]
+    head = cells("stage", "measured on held-out data", "before", "after", "seconds", kind="th")
+    page = [
+        "<h1>llm-stages: what each stage of the demo changed</h1>",
+        f"<p>{total / 60:.1f} minutes on {html.escape(platform.machine())}, "
+        f"{torch.get_num_threads()} threads, torch {html.escape(torch.__version__)}.</p>",
+        f"<table>{head}{''.join(rows)}</table>",
+    ]
     for stage, texts in samples.items():
         names = ("before", "after") if len(runs[stage]) == 1 else ("alone", "taught")
-        page.append(f"<h2>{stage}</h2>\n<p>{html.escape(ABOUT[stage])}</p>\n{curves(folder, runs[stage])}\n"
-                    f'<table class="samples">{cells(names, "th")}' + "".join(
-                        f'<tr><td class="prompt" colspan="2">{html.escape(prompt)}</td></tr>'
-                        f"{cells((old.strip(), new.strip()))}" for prompt, old, new in texts) + "</table>")
+        page += [
+            f"<h2>{stage}</h2>",
+            f"<p>{html.escape(ABOUT[stage])}</p>",
+            curves(folder, runs[stage]),
+            f'<table class="samples">{cells(*names, kind="th")}',
+        ]
+        for prompt, old, new in texts:
+            page.append(f'<tr><td class="prompt" colspan="2">{html.escape(prompt)}</td></tr>')
+            page.append(cells(old.strip(), new.strip()))
+        page.append("</table>")
     (folder / "report.html").write_text(
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width='
-        f'device-width, initial-scale=1"><title>llm-stages demo</title><style>{STYLE}</style></head><body>\n'
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>llm-stages demo</title><style>{STYLE}</style></head><body>\n"
         + "\n".join(page) + "\n</body></html>\n", encoding="utf-8")

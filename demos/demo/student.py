@@ -1,4 +1,5 @@
-# a model of a third of the size of the demo's pretrained one; alone by train_pretrain.py, taught with kd.py
+# a model of a third of the size of the demo's pretrained one; alone by train_pretrain.py, taught
+# with kd.py
 data_dir = "out/demo/data"
 num_steps = 100
 batch_size = 16                        # rows per step

@@ -3,66 +3,69 @@ Context extension: a model trained on rows of 256 bytes meets rows of 1024, by e
 
     python demos/long_context/run.py
 
-Prints the validation loss per byte of whole rows and of their last quarter, 768 bytes and more into them:
-right after the extension, and after 50 steps on rows of 1024. "none" is plain RoPE. Everything goes to
-out/long_context; runs that are there are not made again.
+Prints the validation loss per byte of whole rows and of their last quarter, 768 bytes and more into
+them: right after the extension, and after 50 steps on rows of 1024. "none" is plain RoPE.
+Everything goes to out/long_context; runs that are there are not made again.
 """
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+# the repository's root must be on the path first
+sys.path.insert(0, str(Path(__file__).absolute().parents[2]))
 
-from common import checkpoint, dist, losses  # noqa: E402  (the root must be on the path first)
-from common.data import TokenData  # noqa: E402
-from common.model import GPT, ModelConfig  # noqa: E402
+from common import checkpoint, losses
+from common.data import TokenData
+from common.model import GPT, ModelConfig
+from demos.shared import begin, prepare, print_row, run
 
-OUT = Path("out/long_context")
-# options of the model; plain RoPE in rows of 1024 is linear scaling of an original length of 1024: by 1
-KINDS = {"none": dict(rope_scaling="linear", rope_original_len=1024), "linear": dict(rope_scaling="linear"),
-         "dynamic": dict(rope_scaling="dynamic"), "yarn": dict(rope_scaling="yarn")}
-
-
-def run(*command):
-    """Run a script of the repository; this ends where one fails."""
-    print("\n$ python " + " ".join(map(str, command)), flush=True)
-    if code := subprocess.run([sys.executable, *map(str, command)], cwd=ROOT).returncode:
-        sys.exit(code)
+OUT = "out/long_context"
+# options of the model; plain RoPE in rows of 1024 is linear scaling of an original length of 1024
+KINDS = {
+    "none": dict(rope_scaling="linear", rope_original_len=1024),
+    "linear": dict(rope_scaling="linear"),
+    "dynamic": dict(rope_scaling="dynamic"),
+    "yarn": dict(rope_scaling="yarn"),
+}
 
 
 @torch.no_grad()
-def val_losses(name, options, seq_len, rows=128):
-    """Of a run's latest weights, extended as train_*.py extends them -> of all, of the last quarter"""
-    folder = checkpoint.find(str(ROOT / OUT / name))
+def val_losses(name, options, seq_len):
+    """
+    Of 128 rows of 1024 bytes or as many bytes of shorter ones, by a run's latest weights, extended
+    as train_*.py extends them -> of all, of the last quarter
+    """
+    folder = checkpoint.find(f"{OUT}/{name}")
     config = ModelConfig(**checkpoint.read_manifest(folder)["model"])
     model = GPT(config.continued(replace(config, **options), seq_len)).eval()
     checkpoint.load_weights(folder, model)
-    data, logps = TokenData(str(ROOT / OUT / "bytes"), "val", seq_len, 16), []
-    for i in range(rows * 1024 // seq_len // 16):
-        batch = data.batch(i)                                       # (B, T) each
+    data, logps = TokenData(f"{OUT}/bytes", "val", seq_len, 16), []
+    for i in range(128 * 1024 // seq_len // 16):
+        batch = data.batch(i)
         logps.append(losses.token_logps(model(batch.tokens), model.head, batch.targets))
-    logps = torch.cat(logps)
+    logps = torch.cat(logps)                                  # (rows, seq_len)
     return -logps.mean().item(), -logps[:, -seq_len // 4:].mean().item()
 
 
+def extend(kind, options):
+    """Train the model of rows of 256 for 50 steps on rows of 1024"""
+    run("train_pretrain.py", "demos/long_context/pretrain.py", "--resume=true",
+        f"--init_from={OUT}/256", f"--out_dir={OUT}/{kind}", "--seq_len=1024", "--batch_size=4",
+        "--num_steps=50", "--lr=3e-4", "--warmup_steps=10", "--eval_seqs=0",
+        *(f"--model.{name}={value}" for name, value in options.items()))
+
+
 if __name__ == "__main__":
-    dist.init("cpu")
-    if not (ROOT / OUT / "bytes").exists():
-        run("data/prepare.py", "text", "--input=data/shakespeare/train.jsonl.gz",
-            "--val_input=data/shakespeare/val.jsonl.gz", f"--out_dir={OUT}/bytes")
+    begin(OUT)
+    prepare(run, "text", "data/shakespeare/*.jsonl.gz", f"{OUT}/bytes")
     run("train_pretrain.py", "demos/long_context/pretrain.py", "--resume=true")
     table = []
     for kind, options in KINDS.items():
-        run("train_pretrain.py", "demos/long_context/pretrain.py", f"--init_from={OUT}/256",
-            f"--out_dir={OUT}/{kind}", "--resume=true", "--seq_len=1024", "--batch_size=4", "--num_steps=50",
-            "--lr=3e-4", "--warmup_steps=10", "--eval_seqs=0",
-            *(f"--model.{name}={value}" for name, value in options.items()))
+        extend(kind, options)
         table.append((kind, *val_losses("256", options, 1024), *val_losses(kind, {}, 1024)))
-    print(f"\nvalidation loss per byte; rows of 256: {val_losses('256', {}, 256)[0]:.3f}\n"
-          f"{'rows of 1024':<14}{'at once':>10}{'last 256':>10}{'50 steps':>10}{'last 256':>10}")
-    for kind, *values in table:
-        print(f"{kind:<14}" + "".join(f"{value:>10.3f}" for value in values))
+    print(f"\nvalidation loss per byte; rows of 256: {val_losses('256', {}, 256)[0]:.3f}")
+    columns = ("rows of 1024", "at once", "last 256", "50 steps", "last 256")
+    for row in (columns, *table):
+        print_row(*row, width=14, column=10)
