@@ -1,4 +1,5 @@
-# nanoGPT's CPU configuration (4 layers, 4 heads, 128 channels, context 64, batch 12, 2000 steps) on bytes
+# nanoGPT's CPU configuration (4 layers, 4 heads, 128 channels, context 64, batch 12, 2000 steps) on
+# bytes
 data_dir = "out/shakespeare_bytes"
 out_dir = "out/shakespeare_cpu"
 num_steps = 2000

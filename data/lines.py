@@ -9,6 +9,7 @@ test.jsonl for `data/prepare.py chat`, train_pairs.jsonl, ... for `data/prepare.
 line against a near miss, and train_prompts.jsonl, ... for `data/prepare.py prompts`, with `reward`
 here. What val and test ask for never occurs in train: some triples are held out.
 """
+
 import functools
 import gzip
 import json
@@ -27,10 +28,12 @@ from common.errors import UserError  # noqa: E402
 from data.prepare import chat_row, whole_or_nothing, write_rows  # noqa: E402
 
 MARKS = ".,?!;:"
-REQUESTS = ("A line from {letter}, {words} words, ending in {mark}",
-            "{words} words. First letter {letter}, last mark {mark}",
-            "Begin with {letter}, end with {mark}, use {words} words",
-            "Give me {words} words that start with {letter} and stop at {mark}")
+REQUESTS = (
+    "A line from {letter}, {words} words, ending in {mark}",
+    "{words} words. First letter {letter}, last mark {mark}",
+    "Begin with {letter}, end with {mark}, use {words} words",
+    "Give me {words} words that start with {letter} and stop at {mark}",
+)
 PATTERNS = dict(
     letter="(?P<letter>[A-Z])",
     words=r"(?P<words>\d+)",
@@ -47,12 +50,14 @@ NO_VERSE = re.compile(r"[.,?!;:]['\s]*[.,?!;:]|[^\w\s.,?!;:'-]|[\d_]")
 
 @dataclass(frozen=True)
 class Config:
+    # fmt: off
     corpus: str = "data/shakespeare"   # folder with train.jsonl.gz
     out_dir: str = "out/lines"         # folder to write, must not exist
     held_out: int = 50                 # (letter, words, mark) triples for val, and as many for test
     most: int = 40                     # lines of a triple at most: frequent ones must not dominate
     pairs: int = 4000                  # training pairs
     seed: int = 1337                   # which triples, lines, phrasings and misses
+    # fmt: on
 
 
 def triple_of(line):
@@ -124,7 +129,7 @@ def verse_share(line):
         return 0.0
     good = 0
     for i, word in enumerate(words):
-        repeated = word in words[max(0, i - 2):i] or words[:i].count(word) >= 2
+        repeated = word in words[max(0, i - 2) : i] or words[:i].count(word) >= 2
         good += word in corpus_words() and not repeated
     return good / max(1, len(words))
 
@@ -138,10 +143,13 @@ def verse_lines(corpus):
     except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"--corpus={corpus}: cannot read {path} ({error or 'damaged'})") from None
     lines = [" ".join(line.split()) for work in works for line in work.split("\n")]
-    return [line for line in dict.fromkeys(lines)
-            if LINE.fullmatch(line)
-            and 3 <= len(line.split()) <= 10
-            and not SPEAKER_OR_HEADING.search(line)]
+    return [
+        line
+        for line in dict.fromkeys(lines)
+        if LINE.fullmatch(line)
+        and 3 <= len(line.split()) <= 10
+        and not SPEAKER_OR_HEADING.search(line)
+    ]
 
 
 def build(cfg):
@@ -149,11 +157,13 @@ def build(cfg):
     rng, groups = random.Random(cfg.seed), by_triple(verse_lines(cfg.corpus))
     common = sorted(triple for triple, lines in groups.items() if len(lines) >= 10)
     if not 1 <= 2 * cfg.held_out <= len(common) or cfg.most < 1:
-        raise UserError(f"--held_out={cfg.held_out} --most={cfg.most}: "
-                        f"expected 1 to {len(common) // 2}, and at least 1")
+        raise UserError(
+            f"--held_out={cfg.held_out} --most={cfg.most}: "
+            f"expected 1 to {len(common) // 2}, and at least 1"
+        )
     drawn = rng.sample(common, 2 * cfg.held_out)
     home = dict.fromkeys(drawn, "test")
-    home.update(dict.fromkeys(drawn[:cfg.held_out], "val"))
+    home.update(dict.fromkeys(drawn[: cfg.held_out], "val"))
     splits = {"train": [], "val": [], "test": []}
     for triple, lines in sorted(groups.items()):
         split = home.get(triple, "train")
@@ -218,9 +228,13 @@ if __name__ == "__main__":
         for split, rows in splits.items():
             pairs = build_pairs(rows, splits["train"], cfg.pairs, cfg.seed)
             write_rows(folder, split, [chat_row(*row) for row in rows])
-            write_rows(folder, f"{split}_prompts", [
-                dict(prompt=text, answer=line) for text, line in rows])
-            write_rows(folder, f"{split}_pairs", [
-                dict(prompt=text, chosen=line, rejected=miss) for text, line, miss in pairs])
+            write_rows(
+                folder, f"{split}_prompts", [dict(prompt=text, answer=line) for text, line in rows]
+            )
+            write_rows(
+                folder,
+                f"{split}_pairs",
+                [dict(prompt=text, chosen=line, rejected=miss) for text, line, miss in pairs],
+            )
     sizes = ", ".join(f"{len(rows):,} {split}" for split, rows in splits.items())
     print(f"{cfg.out_dir}: {sizes}")

@@ -29,6 +29,7 @@ gpt2, or a run.
 Text must be UTF-8; nothing is normalised. --out_dir appears complete or not at all, and an existing
 one is never touched. Memory does not grow with the input.
 """
+
 import contextlib
 import dataclasses
 import hashlib
@@ -79,39 +80,50 @@ NEAR = 1000
 
 @dataclass(frozen=True)
 class TextConfig(SetConfig):
+    # fmt: off
     val_frac: float = 0.0              # instead: fraction to hold out (.txt: of its end)
     tokenizer: str = "bytes"           # bytes, x.model, x.tiktoken, folder, gpt2, run: see above
+    # fmt: on
 
 
 @dataclass(frozen=True)
 class ChatConfig(ExampleConfig):
+    # fmt: off
     out_dir: str = "out/chat"          # folder to write, must not exist
     fields: tuple[str, ...] = ()       # rows of two texts: the names of the user's, the assistant's
+    # fmt: on
 
 
 @dataclass(frozen=True)
 class PairsConfig(ExampleConfig):
+    # fmt: off
     out_dir: str = "out/pairs"         # folder to write, must not exist
     max_len: int = 0                   # maximum of prompt and one answer in tokens; 0 = no limit
+    # fmt: on
 
 
 @dataclass(frozen=True)
 class PromptsConfig(ExampleConfig):
+    # fmt: off
     out_dir: str = "out/prompts"       # folder to write, must not exist
     long_rows: Literal["error", "skip"] = "error"  # longer rows: stop, or skip
     fields: tuple[str, ...] = ("prompt", "answer")  # names of the prompt, the answer
+    # fmt: on
 
 
 @dataclass(frozen=True)
 class TokenizerConfig:
+    # fmt: off
     input: tuple[str, ...] = ()        # files and globs of text (.txt, .jsonl)
     fields: tuple[str, ...] = ("text",)  # what to learn from in a .jsonl row; of conversations: all
     vocab_size: int = 4096             # number of tokens, special ones included
     out: str = "out/tokenizer.model"   # SentencePiece model to write, must not exist
+    # fmt: on
 
 
 # -----------------------------------------------------------------------------
 # sets
+
 
 class Progress:
     """A line every ten seconds: the file that is read, and how much has been written."""
@@ -125,12 +137,17 @@ class Progress:
             return
         self.last = now
         tokens = sum(writer.tokens.count for writer in writers.values())
-        print(f"{path} | {tokens:,} tokens | {tokens / (now - self.start):,.0f} tok/s",
-              file=sys.stderr, flush=True)
+        print(
+            f"{path} | {tokens:,} tokens | {tokens / (now - self.start):,.0f} tok/s",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def token_byte_counts(tokenizer):
-    """-> (V,) uint16: bytes of text each token stands for, to turn nats per token into bits per byte"""
+    """
+    -> (V,) uint16: bytes of text each token stands for, to turn nats per token into bits per byte
+    """
     return np.array([len(b) for b in tokenizer.token_bytes], dtype=np.uint16)
 
 
@@ -139,6 +156,7 @@ class ArrayWriter:
     A .npy of unknown length, written front to back: room is left for the header, which comes last.
     entry: the shape of what it is a list of
     """
+
     HEADER = 128
 
     def __init__(self, path, dtype, entry=()):
@@ -203,10 +221,18 @@ def describe(folder, cfg, kind, splits, report):
     for name, content in tokenizer.files().items():
         with open(os.path.join(folder, name), "wb") as file:
             file.write(content)
-    meta = dict(kind=kind.name, vocab_size=tokenizer.vocab_size, end=tokenizer.end,
-                pad=tokenizer.pad, fingerprint=tokenizer.fingerprint,
-                data_fingerprint=splits["train"]["sha256"][:16], splits=splits,
-                left_out=report.left_out(), made_with=dataclasses.asdict(cfg), **kind.meta)
+    meta = dict(
+        kind=kind.name,
+        vocab_size=tokenizer.vocab_size,
+        end=tokenizer.end,
+        pad=tokenizer.pad,
+        fingerprint=tokenizer.fingerprint,
+        data_fingerprint=splits["train"]["sha256"][:16],
+        splits=splits,
+        left_out=report.left_out(),
+        made_with=dataclasses.asdict(cfg),
+        **kind.meta,
+    )
     with open(os.path.join(folder, "meta.json"), "w", encoding="utf-8") as file:
         json.dump(meta, file, indent=1)
 
@@ -221,11 +247,14 @@ def check_splits(splits, cfg, unit, report):
     if not train and not val:
         raise UserError(f"--input: no {unit} left to train on")
     if not train:
-        raise UserError(f"--input: no {unit} left to train on, everything went to validation; "
-                        "lower --val_frac")
+        raise UserError(
+            f"--input: no {unit} left to train on, everything went to validation; lower --val_frac"
+        )
     if cfg.val_frac:
-        raise UserError(f"--val_frac={cfg.val_frac}: none of the {train} {unit} was drawn for "
-                        "validation; raise it, or name files with --val_input")
+        raise UserError(
+            f"--val_frac={cfg.val_frac}: none of the {train} {unit} was drawn for "
+            "validation; raise it, or name files with --val_input"
+        )
     raise UserError(f"--val_input={','.join(cfg.val_input)}: no {unit} in there")
 
 
@@ -287,6 +316,7 @@ def blocks(items, size):
 # -----------------------------------------------------------------------------
 # text
 
+
 class Text(Kind):
     name, unit = "text", "documents"
 
@@ -335,8 +365,12 @@ class TextWriter(SetWriter):
         self.tokens.close()
         # the same for each split
         np.save(os.path.join(self.folder, "token_bytes.npy"), self.byte_counts)
-        return dict(documents=self.count, tokens=self.tokens.count, bytes=self.bytes,
-                    sha256=self.tokens.sha.hexdigest())
+        return dict(
+            documents=self.count,
+            tokens=self.tokens.count,
+            bytes=self.bytes,
+            sha256=self.tokens.sha.hexdigest(),
+        )
 
 
 def documents_of(path, home, kind, draw, report):
@@ -351,8 +385,10 @@ def documents_of(path, home, kind, draw, report):
                 continue
             if path.endswith(ID_FILES) and not 0 <= ids.min() <= ids.max() < limit:
                 wrong = ids.min() if ids.min() < 0 else ids.max()
-                raise UserError(f"{where}: a document with token id {wrong}, but --tokenizer has "
-                                f"{limit}; give the tokenizer that made these ids")
+                raise UserError(
+                    f"{where}: a document with token id {wrong}, but --tokenizer has "
+                    f"{limit}; give the tokenizer that made these ids"
+                )
             yield split, where, ids
 
 
@@ -403,6 +439,7 @@ def prepare_text(cfg):
 # -----------------------------------------------------------------------------
 # conversations, pairs, prompts
 
+
 class ExampleWriter(SetWriter):
     """Examples, one after the other: tokens, which of them are targets, where each part begins."""
 
@@ -433,8 +470,14 @@ class ExampleWriter(SetWriter):
             array.close()
         sums = "".join(array.sha.hexdigest() for array in self.arrays)
         more = self.kind.counts(*self.arrays[3:])
-        return dict({self.kind.unit: self.count}, tokens=self.tokens.count, targets=self.targets,
-                    longest=self.longest, sha256=hashlib.sha256(sums.encode()).hexdigest(), **more)
+        return dict(
+            {self.kind.unit: self.count},
+            tokens=self.tokens.count,
+            targets=self.targets,
+            longest=self.longest,
+            sha256=hashlib.sha256(sums.encode()).hexdigest(),
+            **more,
+        )
 
 
 def examples_of(path, home, kind, draw, report):
@@ -458,8 +501,10 @@ def cut_to_fit(example, where, kind, report):
     if long_rows == "error":
         # prompts cannot be cut
         cut = ", or --long_rows=cut" if example.replies else ""
-        raise UserError(f"{where}: {length} tokens, more than --max_len={most}; raise it, "
-                        f"or leave such rows out with --long_rows=skip{cut}")
+        raise UserError(
+            f"{where}: {length} tokens, more than --max_len={most}; raise it, "
+            f"or leave such rows out with --long_rows=skip{cut}"
+        )
     room = max(0, most - len(example.prompt[0]))
     replies = [(ids[:room], learn[:room]) for ids, learn in example.replies]
     if long_rows == "skip":
@@ -480,15 +525,19 @@ def cut_to_fit(example, where, kind, report):
 
 def prepare_examples(cfg, kind_class):
     if cfg.max_len < 0 or cfg.long_rows != "error" and not cfg.max_len:
-        raise UserError(f"--max_len={cfg.max_len}: expected a number of tokens, "
-                        "or 0 = no limit and no --long_rows")
+        raise UserError(
+            f"--max_len={cfg.max_len}: expected a number of tokens, "
+            "or 0 = no limit and no --long_rows"
+        )
     prepare_set(cfg, kind_class, ROW_FILES, examples_of, ExampleWriter)
 
 
 def prepare_chat(cfg):
     if len(cfg.fields) not in (0, 2):
-        raise UserError(f"--fields={','.join(cfg.fields)}: give two names, "
-                        "of the user's text and the assistant's")
+        raise UserError(
+            f"--fields={','.join(cfg.fields)}: give two names, "
+            "of the user's text and the assistant's"
+        )
     prepare_examples(cfg, Chats)
 
 
@@ -498,13 +547,15 @@ def prepare_pairs(cfg):
 
 def prepare_prompts(cfg):
     if len(cfg.fields) != 2:
-        raise UserError(f"--fields={','.join(cfg.fields)}: give two names, "
-                        "of the prompt and the answer")
+        raise UserError(
+            f"--fields={','.join(cfg.fields)}: give two names, of the prompt and the answer"
+        )
     prepare_examples(cfg, Prompts)
 
 
 # -----------------------------------------------------------------------------
 # tokenizers
+
 
 def read_lines(paths, fields):
     """Yield the lines of text that a vocabulary is learned from."""
@@ -533,6 +584,7 @@ def prepare_tokenizer(cfg):
         except UserError as error:
             # SentencePiece would hide it
             mistakes.append(error)
+
     try:
         model = train_sentencepiece(lines(), cfg.vocab_size)
     finally:
@@ -549,9 +601,12 @@ def prepare_tokenizer(cfg):
 
 
 COMMANDS = {
-    "text": (TextConfig, prepare_text), "chat": (ChatConfig, prepare_chat),
-    "pairs": (PairsConfig, prepare_pairs), "prompts": (PromptsConfig, prepare_prompts),
-    "tokenizer": (TokenizerConfig, prepare_tokenizer)}
+    "text": (TextConfig, prepare_text),
+    "chat": (ChatConfig, prepare_chat),
+    "pairs": (PairsConfig, prepare_pairs),
+    "prompts": (PromptsConfig, prepare_prompts),
+    "tokenizer": (TokenizerConfig, prepare_tokenizer),
+}
 
 
 if __name__ == "__main__":
@@ -563,6 +618,7 @@ if __name__ == "__main__":
     elif command == "images":
         # read here alone: it needs Pillow
         from extras.image_rows import ImageChats, ImagesConfig
+
         prepare_examples(parse_config(ImagesConfig, options), ImageChats)
     elif command in COMMANDS:
         config_class, prepare = COMMANDS[command]

@@ -5,6 +5,7 @@ and rows to tokens, one class for each kind of row.
 Text must be UTF-8; nothing is normalised. A row that cannot be used raises ValueError, or `BadRow`
 where it is not malformed; `Report` ends the run there, or counts the row.
 """
+
 import contextlib
 import glob
 import gzip
@@ -32,6 +33,7 @@ SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 @dataclass(frozen=True)
 class SetConfig:
+    # fmt: off
     input: tuple[str, ...] = ()        # files and globs to train on, separated by commas
     val_input: tuple[str, ...] = ()    # files and globs to validate on
     val_frac: float = 0.0              # instead: fraction of the rows to hold out
@@ -39,17 +41,21 @@ class SetConfig:
     out_dir: str = "out/data"          # folder to write, must not exist
     bad_rows: Literal["error", "skip"] = "error"  # bad rows: stop, or skip and count them
     seed: int = 1337                   # of the random choice that --val_frac makes
+    # fmt: on
 
 
 @dataclass(frozen=True)
 class ExampleConfig(SetConfig):
+    # fmt: off
     answer_tags: bool = True           # put <answer> and </answer> around what an assistant says
     max_len: int = 0                   # maximum length in tokens, tags included; 0 = no limit
     long_rows: Literal["error", "skip", "cut"] = "error"  # longer rows: stop, skip, cut the end
+    # fmt: on
 
 
 # -----------------------------------------------------------------------------
 # files
+
 
 def find_files(patterns, endings, option="--input"):
     """-> paths that globs match, in order, without repeats; UserError where one matches nothing"""
@@ -58,8 +64,9 @@ def find_files(patterns, endings, option="--input"):
         found = [pattern] if os.path.isfile(pattern) else sorted(glob.glob(pattern, recursive=True))
         found = [path for path in found if os.path.isfile(path)]
         if not found and os.path.isdir(pattern):
-            raise UserError(f"{option}={pattern}: a folder; give {pattern}/*.jsonl, "
-                            f"{pattern}/*.txt or the like")
+            raise UserError(
+                f"{option}={pattern}: a folder; give {pattern}/*.jsonl, {pattern}/*.txt or the like"
+            )
         if not found:
             raise UserError(f"{option}={pattern}: no such file")
         paths += found
@@ -77,8 +84,10 @@ def find_files(patterns, endings, option="--input"):
 def inputs_of(cfg, endings):
     """-> list of (split, path); UserError where the options contradict each other"""
     if cfg.val_input and cfg.val_frac or not 0 <= cfg.val_frac < 1:
-        raise UserError(f"--val_frac={cfg.val_frac}: must be a fraction below 1, "
-                        "and not together with --val_input")
+        raise UserError(
+            f"--val_frac={cfg.val_frac}: must be a fraction below 1, "
+            "and not together with --val_input"
+        )
     train = find_files(cfg.input, endings)
     val = find_files(cfg.val_input, endings, "--val_input")
     for path in val:
@@ -128,6 +137,7 @@ class Report:
 # -----------------------------------------------------------------------------
 # documents: yield (number in its file, text or array of ids), a long one in several pieces
 
+
 def read_txt(path):
     """One document, in blocks that end with a line (unless the line is longer than a block)."""
     with open_bytes(path) as file:
@@ -138,12 +148,15 @@ def read_txt(path):
             while block := text.read(BLOCK):
                 yield 0, block + text.readline(BLOCK)
         except UnicodeDecodeError as error:
-            raise UserError(f"{path}: not UTF-8 text ({error.reason} near byte {file.tell()}); "
-                            "convert it first, e.g. with iconv") from None
+            raise UserError(
+                f"{path}: not UTF-8 text ({error.reason} near byte {file.tell()}); "
+                "convert it first, e.g. with iconv"
+            ) from None
 
 
 class OnlyLists(pickle.Unpickler):
     """Reads lists and ints. A pickle that asks for anything by name could run code."""
+
     def find_class(self, module, name):
         raise pickle.UnpicklingError(f"it asks for {module}.{name}")
 
@@ -160,12 +173,14 @@ def read_ids(path):
         raise UserError(f"{path}: refused or damaged ({reason})") from None
     if isinstance(documents, np.ndarray):
         if documents.ndim not in (1, 2) or documents.dtype.kind not in "iu":
-            raise UserError(f"{path}: expected an integer array of one or two dimensions, "
-                            f"got {documents.dtype} {documents.shape}")
+            raise UserError(
+                f"{path}: expected an integer array of one or two dimensions, "
+                f"got {documents.dtype} {documents.shape}"
+            )
         documents = np.atleast_2d(documents)
     for number, ids in enumerate(documents):
         for start in range(0, max(1, len(ids)), BLOCK):
-            yield number, ids[start:start + BLOCK]
+            yield number, ids[start : start + BLOCK]
 
 
 def load_pkl(path):
@@ -186,8 +201,10 @@ def load_pkl(path):
 # -----------------------------------------------------------------------------
 # rows
 
+
 class BadRow(ValueError):
     """A row that is left out for another reason than being malformed."""
+
     def __init__(self, message, reason):
         super().__init__(message)
         self.reason = reason
@@ -210,8 +227,11 @@ def read_rows(path, report, parse, kind=""):
                     # half a character is not text
                     json.dumps(row, ensure_ascii=False).encode()
             except UnicodeDecodeError as error:
-                report.bad("malformed", where, f"not UTF-8 ({error.reason}); "
-                                               "convert the whole file, e.g. with iconv")
+                report.bad(
+                    "malformed",
+                    where,
+                    f"not UTF-8 ({error.reason}); convert the whole file, e.g. with iconv",
+                )
                 continue
             except (ValueError, RecursionError) as error:
                 report.bad("malformed", where, f"not JSON ({error}), one row a line")
@@ -227,8 +247,11 @@ def read_rows(path, report, parse, kind=""):
 
 # the keys of rows, and whose they are
 HINTS = {
-    ("chosen", "rejected"): "pairs", ("prompt", "answer"): "prompts",
-    ("messages",): "chat", ("text",): "text"}
+    ("chosen", "rejected"): "pairs",
+    ("prompt", "answer"): "prompts",
+    ("messages",): "chat",
+    ("text",): "text",
+}
 
 
 def shown(row, text, kind):
@@ -238,8 +261,10 @@ def shown(row, text, kind):
     if len(text) > 60:
         text = f"a row with {', '.join(row)[:60]}"
     if "conversations" in row:
-        return text + (', which is ShareGPT\'s form; call "conversations" "messages", '
-                       '"from" "role" and "value" "content"')
+        return text + (
+            ', which is ShareGPT\'s form; call "conversations" "messages", '
+            '"from" "role" and "value" "content"'
+        )
     kinds = [name for keys, name in HINTS.items() if row.keys() >= set(keys)]
     if kind and kinds and kind not in kinds:
         text += f", which is for `data/prepare.py {kinds[0]}`"
@@ -260,8 +285,9 @@ def texts_of(row, fields):
         messages = row.get("messages")
     if not texts and isinstance(messages, list):
         messages = [message for message in messages if isinstance(message, dict)]
-        said = [message[key] for message in messages for key in ("content", "think")
-                if key in message]
+        said = [
+            message[key] for message in messages for key in ("content", "think") if key in message
+        ]
         texts = [text for text in said if not isinstance(text, list)]
         # a content may be a list of texts and images
         parts = [part for text in said if isinstance(text, list) for part in text]
@@ -274,12 +300,14 @@ def texts_of(row, fields):
 # -----------------------------------------------------------------------------
 # kinds of rows that become examples
 
+
 @dataclass
 class Example:
     """
     A row in tokens. The prompt and one of the replies make a sequence; a conversation is a reply
     without a prompt. Each is (ids, learn), lists of int and bool: learn where an id is a target
     """
+
     replies: list
     prompt: tuple = ([], [])
 
@@ -300,6 +328,7 @@ class Kind:
                    tokens, or raises BadRow; array(name, dtype, shape of an entry) opens a file
     counts(*those arrays) -> what meta.json counts of them
     """
+
     meta = {}
 
     def __init__(self, cfg, tokenizer):
@@ -328,8 +357,9 @@ class Chats(Kind):
             return chat_of_fields(row, *self.cfg.fields)
         messages = row["messages"] if isinstance(row, dict) and "messages" in row else row
         if isinstance(messages, dict):
-            raise ValueError('expected [messages] or {"messages": [...]}, '
-                             "or --fields for rows of two texts")
+            raise ValueError(
+                'expected [messages] or {"messages": [...]}, or --fields for rows of two texts'
+            )
         check_conversation(messages)
         return check_reply(messages)
 
@@ -360,11 +390,13 @@ class Prompts(Kind):
         def add(row, example):
             rows.write(np.frombuffer(json.dumps(row).encode(), np.uint8))
             offsets.write([rows.count])
+
         return add
 
 
 class Pairs(Kind):
     """Rows are (prompt, chosen, rejected), lists of messages; the last two start with a reply."""
+
     name = unit = "pairs"
 
     def parse(self, row, folder):
@@ -395,7 +427,7 @@ class Pairs(Kind):
 
 def split_pair(prompt, chosen, rejected):
     """-> prompt, chosen, rejected, where what both begin with is the prompt; ValueError"""
-    if chosen[:len(prompt)] == prompt == rejected[:len(prompt)]:
+    if chosen[: len(prompt)] == prompt == rejected[: len(prompt)]:
         # the conversations begin with it themselves
         prompt = []
     elif prompt and prompt[-1]["role"] == chosen[0]["role"] == "user" and len(chosen) > 1:
@@ -416,7 +448,8 @@ def as_messages(role, content):
 
 def chat_of_fields(row, question, answer):
     if not isinstance(row, dict) or not all(
-            isinstance(row.get(name), str) for name in (question, answer)):
+        isinstance(row.get(name), str) for name in (question, answer)
+    ):
         raise ValueError(f"expected texts {question} and {answer} as --fields says")
     return as_messages("user", row[question]) + as_messages("assistant", row[answer])
 

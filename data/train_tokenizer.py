@@ -1,4 +1,5 @@
 """A new SentencePiece vocabulary, for `python data/prepare.py tokenizer`."""
+
 import io
 import os
 import re
@@ -11,27 +12,49 @@ from common.tokenizer import SPECIAL_TOKENS
 
 def train_sentencepiece(lines, vocab_size):
     """
-    Train a BPE vocabulary on an iterable of lines. vocab_size counts our special tokens too, so that it is
-    the model's. -> content of a .model file. Lossless (but for a literal U+2581): no
+    Train a BPE vocabulary on an iterable of lines. vocab_size counts our special tokens too, so
+    that it is the model's. -> content of a .model file. Lossless (but for a literal U+2581): no
     normalisation, no added spaces, bytes for what is not in the vocabulary.
     """
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(lines), model_writer=model, model_type="bpe",
-            vocab_size=vocab_size - len(SPECIAL_TOKENS), byte_fallback=True, character_coverage=0.9995,
-            normalization_rule_name="identity", add_dummy_prefix=False, remove_extra_whitespaces=False,
-            allow_whitespace_only_pieces=True, split_digits=True, user_defined_symbols=["\n"],
-            bos_id=-1, eos_id=-1, pad_id=-1, max_sentence_length=1 << 16, input_sentence_size=2_000_000,
-            shuffle_input_sentence=True, num_threads=os.cpu_count(), minloglevel=2)
+            sentence_iterator=iter(lines),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size - len(SPECIAL_TOKENS),
+            byte_fallback=True,
+            character_coverage=0.9995,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            split_digits=True,
+            user_defined_symbols=["\n"],
+            bos_id=-1,
+            eos_id=-1,
+            pad_id=-1,
+            max_sentence_length=1 << 16,
+            input_sentence_size=2_000_000,
+            shuffle_input_sentence=True,
+            num_threads=os.cpu_count(),
+            minloglevel=2,
+        )
     except RuntimeError as error:
         most = re.search(r"value <= (\d+)", str(error))
         if few := re.search(r"smaller than required_chars\. \d+ vs (\d+)", str(error)):
             least = int(few[1]) + len(SPECIAL_TOKENS)
-            raise UserError(f"--vocab_size={vocab_size}: bytes and this text's characters alone take {least} "
-                            f"tokens; give more, such as {-(-2 * least // 1024) * 1024}") from None
-        raise UserError(f"--vocab_size={vocab_size}: " + (
-            f"this text has words for {int(most[1]) + len(SPECIAL_TOKENS)} tokens at most; "
-            "lower it or give more text"
-            if most else f"SentencePiece refuses ({str(error).splitlines()[-1]})")) from None
+            raise UserError(
+                f"--vocab_size={vocab_size}: bytes and this text's characters alone take {least} "
+                f"tokens; give more, such as {-(-2 * least // 1024) * 1024}"
+            ) from None
+        raise UserError(
+            f"--vocab_size={vocab_size}: "
+            + (
+                f"this text has words for {int(most[1]) + len(SPECIAL_TOKENS)} tokens at most; "
+                "lower it or give more text"
+                if most
+                else f"SentencePiece refuses ({str(error).splitlines()[-1]})"
+            )
+        ) from None
     return model.getvalue()

@@ -11,6 +11,7 @@ picture. Three quarters of the questions are answered by yes or no, which teache
 of these are for training, new ones in every shuffle. The test pictures are the package's own; those
 of val are held out from its training pictures.
 """
+
 import os
 import random
 import shutil
@@ -31,6 +32,7 @@ PACKAGE = "easy-vqa==1.0"
 
 @dataclass(frozen=True)
 class Config:
+    # fmt: off
     out_dir: str = "out/vqa"           # folder to write, must not exist
     val: int = 200                     # training pictures that are held out for validation
     turns: int = 1                     # questions in a training conversation at most; 0 = all
@@ -38,6 +40,7 @@ class Config:
     shuffles: int = 1                  # times that the questions about a training picture come
     blank: bool = False                # every picture is grey: what the questions alone tell
     seed: int = 1337                   # which pictures are held out, orders of questions
+    # fmt: on
 
 
 def read_package():
@@ -72,9 +75,11 @@ def build(cfg, splits):
     rng, train = random.Random(cfg.seed), splits["train"]
     in_range = 1 <= cfg.val < len(train) and 0 <= cfg.yes_no <= 1
     if not in_range or cfg.shuffles < 1 or cfg.turns < 0:
-        raise UserError(f"--val={cfg.val} --shuffles={cfg.shuffles} --turns={cfg.turns} --yes_no="
-                        f"{cfg.yes_no}: expected 1 to {len(train) - 1}, at least 1, at least 0, "
-                        "0 to 1")
+        raise UserError(
+            f"--val={cfg.val} --shuffles={cfg.shuffles} --turns={cfg.turns} --yes_no="
+            f"{cfg.yes_no}: expected 1 to {len(train) - 1}, at least 1, at least 0, "
+            "0 to 1"
+        )
     held_out = set(rng.sample(list(train), cfg.val))
     rows = {"train": [], "val": [], "test": []}
     for path, turns in splits["test"].items():
@@ -84,18 +89,24 @@ def build(cfg, splits):
         for _ in range(cfg.shuffles if split == "train" else 1):
             order = rng.sample(turns, len(turns))
             if split == "train":
-                order = [turn for turn in order
-                         if turn[1] not in ("yes", "no") or rng.random() < cfg.yes_no]
+                order = [
+                    turn
+                    for turn in order
+                    if turn[1] not in ("yes", "no") or rng.random() < cfg.yes_no
+                ]
             most = cfg.turns or max(1, len(order))
             for start in range(0, len(order), most):
-                rows[split].append((path, order[start:start + most]))
+                rows[split].append((path, order[start : start + most]))
     return rows
 
 
 def copy_pictures(folder, splits, blank):
     """Pictures, or a grey one, into folder/images -> dict of a picture's path to the one there"""
-    names = {path: f"images/{split}_{os.path.basename(path)}"
-             for split, pictures in splits.items() for path in pictures}
+    names = {
+        path: f"images/{split}_{os.path.basename(path)}"
+        for split, pictures in splits.items()
+        for path in pictures
+    }
     os.mkdir(f"{folder}/images")
     if blank:
         grey = "images/grey.png"
@@ -113,7 +124,8 @@ if __name__ == "__main__":
         rows = build(cfg, splits)
         names = copy_pictures(folder, splits, cfg.blank)
         for split, conversations in rows.items():
-            write_rows(folder, split, [
-                conversation(names[path], turns) for path, turns in conversations])
+            write_rows(
+                folder, split, [conversation(names[path], turns) for path, turns in conversations]
+            )
     sizes = ", ".join(f"{len(rows[split]):,} {split}" for split in rows)
     print(f"{cfg.out_dir}: {sizes}")

@@ -1,4 +1,5 @@
 """What the demos have in common: running scripts, results that are kept, answers, tables."""
+
 import json
 import os
 import subprocess
@@ -32,8 +33,14 @@ def run(*command):
 def prepare(run, kind, rows, out_dir, *options):
     """A set of files like "rows/*.jsonl", where * is train or val, unless it is there"""
     if not Path(out_dir).exists():
-        run("data/prepare.py", kind, f"--input={rows.replace('*', 'train')}",
-            f"--val_input={rows.replace('*', 'val')}", f"--out_dir={out_dir}", *options)
+        run(
+            "data/prepare.py",
+            kind,
+            f"--input={rows.replace('*', 'train')}",
+            f"--val_input={rows.replace('*', 'val')}",
+            f"--out_dir={out_dir}",
+            *options,
+        )
 
 
 def kept(path, make, *args):

@@ -5,6 +5,7 @@ guessed. And before there is a model: how large it may be.
     print(estimate(model, optimizer, data, cfg, num_steps, autocast, token_flops))
     python -m extras.capacity --memory_gib=24,80 --ranks=1,8  # bytes a parameter, largest models
 """
+
 import time
 
 import torch
@@ -29,6 +30,7 @@ def measure(model, forward, autocast):
             if storage.data_ptr() not in own:
                 kept[storage.data_ptr()] = storage.nbytes()
             return tensor
+
         start = time.perf_counter()
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), autocast:
             hidden = forward()
@@ -48,8 +50,19 @@ def weight_bytes(model):
     return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
-def estimate(model, optimizer, data, cfg, num_steps, autocast, token_flops, models=(), tokens=0,
-             rollout=None, rollouts=0.0):
+def estimate(
+    model,
+    optimizer,
+    data,
+    cfg,
+    num_steps,
+    autocast,
+    token_flops,
+    models=(),
+    tokens=0,
+    rollout=None,
+    rollouts=0.0,
+):
     """
     -> text. data: as in data.py; cfg: batch_size, seq_len; token_flops: of a token with its loss;
     models: others in memory, or None; tokens: that a row gets besides the data's, at most;
@@ -91,22 +104,24 @@ def estimate(model, optimizer, data, cfg, num_steps, autocast, token_flops, mode
     }
     share = ", ".join(f"{name} {size / 2**20:,.0f}" for name, size in memory.items() if size)
     updates = dist.short_time(flops / speed / ranks)
-    return "\n".join([
-        f"model     {model.size()}",
-        f"data      {data.num_tokens:,} tokens in {data.num_rows:,} samples; "
-        f"an epoch is {epoch:,.1f} steps",
-        f"step      {tokens:,.0f} tokens in {cfg.batch_size} samples, {data.micro_batch_size} at "
-        f"once on each of {ranks} rank" + ("s" if ranks > 1 else ""),
-        f"run       {num_steps:,} steps, {num_steps / epoch:,.2f} epochs, "
-        f"{tokens * num_steps:,.0f} tokens, {flops:.2e} FLOPs",
-        f"memory    {sum(memory.values()) / 2**20:,.0f} MiB a rank: {share}; "
-        "torch and some logits come on top",
-        f"speed     {speed / 1e9:,.1f} GFLOP/s a rank, "
-        f"measured on {rows_measured} x {length_measured} tokens",
-        f"time      {updates} of updates{rollout_time}; "
-        "evaluation, samples and saving come on top",
-        "Nothing was written. Leave out --dry_run to train.",
-    ])
+    return "\n".join(
+        [
+            f"model     {model.size()}",
+            f"data      {data.num_tokens:,} tokens in {data.num_rows:,} samples; "
+            f"an epoch is {epoch:,.1f} steps",
+            f"step      {tokens:,.0f} tokens in {cfg.batch_size} samples, "
+            f"{data.micro_batch_size} at once on each of {ranks} rank" + ("s" if ranks > 1 else ""),
+            f"run       {num_steps:,} steps, {num_steps / epoch:,.2f} epochs, "
+            f"{tokens * num_steps:,.0f} tokens, {flops:.2e} FLOPs",
+            f"memory    {sum(memory.values()) / 2**20:,.0f} MiB a rank: {share}; "
+            "torch and some logits come on top",
+            f"speed     {speed / 1e9:,.1f} GFLOP/s a rank, "
+            f"measured on {rows_measured} x {length_measured} tokens",
+            f"time      {updates} of updates{rollout_time}; "
+            "evaluation, samples and saving come on top",
+            "Nothing was written. Leave out --dry_run to train.",
+        ]
+    )
 
 
 def bytes_per_parameter(param_dtype, slots, shards):
@@ -150,11 +165,13 @@ if __name__ == "__main__":  # the only part that knows other modules
         memory_gib: tuple[float, ...] = (24, 40, 80, 141)  # memory of a GPU
         ranks: tuple[int, ...] = (1, 2, 4, 8, 64)  # numbers of GPUs
         optimizer: Literal["adamw", "lion"] = "adamw"  # 2 or 1 fp32 moments a parameter
-        free_frac: float = 0.25        # of the memory, for activations and what torch itself takes
+        free_frac: float = 0.25  # of the memory, for activations and what torch itself takes
 
     cfg = parse_config(Config)
     if min((*cfg.memory_gib, *cfg.ranks), default=0) <= 0 or not 0 <= cfg.free_frac < 1:
-        raise UserError(f"--memory_gib={cfg.memory_gib} --ranks={cfg.ranks} "
-                        f"--free_frac={cfg.free_frac}: expected positive numbers, and a fraction "
-                        "below 1")
+        raise UserError(
+            f"--memory_gib={cfg.memory_gib} --ranks={cfg.ranks} "
+            f"--free_frac={cfg.free_frac}: expected positive numbers, and a fraction "
+            "below 1"
+        )
     print(capacity_table(cfg.memory_gib, cfg.ranks, cfg.optimizer, cfg.free_frac))

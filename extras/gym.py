@@ -13,6 +13,7 @@ Some tasks' scorers hand the answer to Python's `eval` or sympy's parser (binary
 n_queens, puzzle24, spiral_matrix, string_insertion, polynomials and integrals): what a model writes
 is run then.
 """
+
 import dataclasses
 import difflib
 import functools
@@ -37,6 +38,7 @@ DRAWS = 20
 
 @dataclass(frozen=True)
 class Config:
+    # fmt: off
     task: str = "spell_backward"       # reasoning-gym's name of the task family
     params: str = "{}"                 # its parameters, JSON: {"max_word_len": 5, ...}
     out_dir: str = "out/gym"           # folder to write, must not exist
@@ -44,6 +46,7 @@ class Config:
     val: int = 200                     # validation questions
     test: int = 200                    # test questions
     seed: int = 1337                   # which questions
+    # fmt: on
 
 
 def tasks():
@@ -51,8 +54,9 @@ def tasks():
     try:
         from reasoning_gym.factory import DATASETS
     except ImportError as error:
-        raise UserError(f"pip install {PACKAGE} (the extra gym) is needed for this: "
-                        f"{error}") from None
+        raise UserError(
+            f"pip install {PACKAGE} (the extra gym) is needed for this: {error}"
+        ) from None
     return DATASETS
 
 
@@ -67,6 +71,7 @@ def create(task, params, seed=0, size=1):
     if unknown := sorted(set(params) - names):
         raise UserError(f"--params: {task} has no {unknown[0]}, only {', '.join(sorted(names))}")
     import reasoning_gym
+
     try:
         return reasoning_gym.create_dataset(task, seed=seed, size=size, **params)
     # an AssertionError mostly; what else wrong values lead to is up to the task
@@ -76,8 +81,10 @@ def create(task, params, seed=0, size=1):
 
 def refused(task, params, error):
     """The UserError for what reasoning-gym raises while it makes questions"""
-    return UserError(f"--task={task} --params='{json.dumps(params)}': reasoning-gym raised "
-                     f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
+    return UserError(
+        f"--task={task} --params='{json.dumps(params)}': reasoning-gym raised "
+        f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    )
 
 
 @functools.cache
@@ -108,7 +115,7 @@ def read_params(text):
     except ValueError as error:
         raise UserError(f"--params={text}: not JSON ({error})") from None
     if not isinstance(params, dict):
-        raise UserError(f"--params={text}: expected a JSON object, {{\"name\": value}}")
+        raise UserError(f'--params={text}: expected a JSON object, {{"name": value}}')
     return params
 
 
@@ -137,15 +144,19 @@ def build(cfg):
         except Exception as error:
             raise refused(cfg.task, params, error) from None
         if said is not None and (kept := score(said.strip(), answer)) != own:
-            raise UserError(f"--task={cfg.task}: its entries cannot be kept as JSON: the answer to "
-                            f"item {i} then scores {kept:.3g}, not {own:.3g}")
+            raise UserError(
+                f"--task={cfg.task}: its entries cannot be kept as JSON: the answer to "
+                f"item {i} then scores {kept:.3g}, not {own:.3g}"
+            )
         question = entry["question"]
         rows.setdefault(question.casefold(), (question, said, answer))
         if len(rows) == wanted:
             break
     else:
-        raise UserError(f"{asked}: only {len(rows):,} different questions in {draws:,} draws; "
-                        "ask for fewer, or other --params")
+        raise UserError(
+            f"{asked}: only {len(rows):,} different questions in {draws:,} draws; "
+            "ask for fewer, or other --params"
+        )
     rows = iter(rows.values())
     return {split: [next(rows) for _ in range(size)] for split, size in sizes.items()}
 
@@ -156,8 +167,11 @@ if __name__ == "__main__":
         splits = build(cfg)
         answered = all(said for rows in splits.values() for _, said, _ in rows)
         for split, rows in splits.items():
-            write_rows(folder, f"{split}_prompts", [
-                dict(prompt=question, answer=answer) for question, _, answer in rows])
+            write_rows(
+                folder,
+                f"{split}_prompts",
+                [dict(prompt=question, answer=answer) for question, _, answer in rows],
+            )
             if answered:
                 write_rows(folder, split, [chat_row(question, said) for question, said, _ in rows])
     sizes = ", ".join(f"{len(splits[split]):,} {split}" for split in ("train", "val", "test"))

@@ -1,26 +1,29 @@
 """
-Folders of transformers (Hugging Face): Llama, Qwen2 (and 2.5), Qwen3 and their mixtures of experts, read and
-written.
+Folders of transformers (Hugging Face): Llama, Qwen2 (and 2.5), Qwen3 and their mixtures of experts,
+read and written.
 
-    python train_sft.py --init_from=Qwen2.5-0.5B --data_dir=...             # any stage, and sample.py
-    python -m extras.hf import --hf_dir=Qwen2.5-0.5B --out_dir=out/qwen     # convert it into a run directory
+    python train_sft.py --init_from=Qwen2.5-0.5B --data_dir=...             # any stage, and
+                                                                            sample.py
+    python -m extras.hf import --hf_dir=Qwen2.5-0.5B --out_dir=out/qwen     # convert it into a run
+                                                                            directory
     python -m extras.hf export --init_from=out/sft --hf_dir=out/sft_hf      # for transformers
 
-Our fused tensors (queries, keys and values; gate and up) are theirs stacked. Both sides rotate halves, so no
-rows are permuted. Needs the optional dependency `hf` (safetensors).
+Our fused tensors (queries, keys and values; gate and up) are theirs stacked. Both sides rotate
+halves, so no rows are permuted. Needs the optional dependency `hf` (safetensors).
 
-Every field of config.json is honoured, or known to change nothing (IGNORED), or an error that names it: a
-model that computes something else than its authors' would be worse than none. Honoured are the fields of
-FIELDS, EXPERT_FIELDS and
+Every field of config.json is honoured, or known to change nothing (IGNORED), or an error that names
+it: a model that computes something else than its authors' would be worse than none. Honoured are
+the fields of FIELDS, EXPERT_FIELDS and
 
     model_type, architectures, max_position_embeddings (max_sequence_length), and the rotary ones:
-    rope_parameters (transformers 5), rope_theta and rope_scaling (before), of rope_type default, linear,
-    dynamic, yarn, llama3
+    rope_parameters (transformers 5), rope_theta and rope_scaling (before), of rope_type default,
+    linear, dynamic, yarn, llama3
     router_aux_loss_coef, mlp_only_layers (the first ones only); Qwen2-MoE: qkv_bias and
     shared_expert_intermediate_size
 
 and the fields of ONLY, with the one value listed there.
 """
+
 import hashlib
 import json
 import math
@@ -41,52 +44,97 @@ from common.tokenizer import load_tokenizer
 
 # our field: theirs
 FIELDS = dict(
-    vocab_size="vocab_size", n_embd="hidden_size", d_ff="intermediate_size",
-    n_layer="num_hidden_layers", n_head="num_attention_heads", n_kv_head="num_key_value_heads",
-    head_dim="head_dim", norm_eps="rms_norm_eps", attn_dropout="attention_dropout",
-    tie_embeddings="tie_word_embeddings")
+    vocab_size="vocab_size",
+    n_embd="hidden_size",
+    d_ff="intermediate_size",
+    n_layer="num_hidden_layers",
+    n_head="num_attention_heads",
+    n_kv_head="num_key_value_heads",
+    head_dim="head_dim",
+    norm_eps="rms_norm_eps",
+    attn_dropout="attention_dropout",
+    tie_embeddings="tie_word_embeddings",
+)
 POSITION_FIELDS = dict(seq_len="max_position_embeddings", rope_theta="rope_theta")
 # theirs about losses, shared experts and layers have other units: see _our_config
-MIXTRAL = dict(n_expert="num_local_experts", n_expert_active="num_experts_per_tok",
-               d_expert="intermediate_size", balance_coef="router_aux_loss_coef")
-QWEN3_MOE = dict(n_expert="num_experts", n_expert_active="num_experts_per_tok",
-                 d_expert="moe_intermediate_size", norm_topk="norm_topk_prob",
-                 balance_coef="router_aux_loss_coef", n_dense_layer="mlp_only_layers")
-QWEN2_MOE = dict(QWEN3_MOE, attn_bias="qkv_bias",
-                 n_shared_expert="shared_expert_intermediate_size")
+MIXTRAL = dict(
+    n_expert="num_local_experts",
+    n_expert_active="num_experts_per_tok",
+    d_expert="intermediate_size",
+    balance_coef="router_aux_loss_coef",
+)
+QWEN3_MOE = dict(
+    n_expert="num_experts",
+    n_expert_active="num_experts_per_tok",
+    d_expert="moe_intermediate_size",
+    norm_topk="norm_topk_prob",
+    balance_coef="router_aux_loss_coef",
+    n_dense_layer="mlp_only_layers",
+)
+QWEN2_MOE = dict(QWEN3_MOE, attn_bias="qkv_bias", n_shared_expert="shared_expert_intermediate_size")
 # rope_type: {our field: theirs}
 LINEAR = dict(rope_factor="factor")
 STRETCH = dict(LINEAR, rope_original_len="original_max_position_embeddings")
 ROPE_FIELDS = dict(
-    default={}, linear=LINEAR, dynamic=LINEAR,
-    llama3=dict(STRETCH, rope_low_freq_factor="low_freq_factor",
-                rope_high_freq_factor="high_freq_factor"),
-    yarn=dict(STRETCH, yarn_beta_fast="beta_fast", yarn_beta_slow="beta_slow", yarn_mscale="mscale",
-              yarn_attention_factor="attention_factor", yarn_mscale_all_dim="mscale_all_dim"))
+    default={},
+    linear=LINEAR,
+    dynamic=LINEAR,
+    llama3=dict(
+        STRETCH, rope_low_freq_factor="low_freq_factor", rope_high_freq_factor="high_freq_factor"
+    ),
+    yarn=dict(
+        STRETCH,
+        yarn_beta_fast="beta_fast",
+        yarn_beta_slow="beta_slow",
+        yarn_mscale="mscale",
+        yarn_attention_factor="attention_factor",
+        yarn_mscale_all_dim="mscale_all_dim",
+    ),
+)
 # of a rope_type that has them; yarn's factor may follow from the lengths
 ROPE_REQUIRED = {"factor", "low_freq_factor", "high_freq_factor"}
 ROPE_ONLY = dict(partial_rotary_factor=1.0, truncate=True)
 # values of absent fields, from the classes of transformers; some depend on the family
 DEFAULTS = dict(
-    rms_norm_eps=1e-6, rope_theta=1e4, attention_dropout=0.0, tie_word_embeddings=False,
-    max_sequence_length=1, norm_topk_prob=False, router_aux_loss_coef=0.001, qkv_bias=True)
+    rms_norm_eps=1e-6,
+    rope_theta=1e4,
+    attention_dropout=0.0,
+    tie_word_embeddings=False,
+    max_sequence_length=1,
+    norm_topk_prob=False,
+    router_aux_loss_coef=0.001,
+    qkv_bias=True,
+)
 # fields that must have this value, if they are there
 ONLY = dict(
-    hidden_act="silu", attention_bias=False, mlp_bias=False, use_sliding_window=False,
-    partial_rotary_factor=1.0, use_mrope=False, is_decoder=False, add_cross_attention=False,
-    decoder_sparse_step=1, router_jitter_noise=0.0, rope_interleaved=False, activation="swiglu")
+    hidden_act="silu",
+    attention_bias=False,
+    mlp_bias=False,
+    use_sliding_window=False,
+    partial_rotary_factor=1.0,
+    use_mrope=False,
+    is_decoder=False,
+    add_cross_attention=False,
+    decoder_sparse_step=1,
+    router_jitter_noise=0.0,
+    rope_interleaved=False,
+    activation="swiglu",
+)
 # fields that change nothing in what these models compute: bookkeeping, initialisation, defaults of
 # text generation; the tokenizer reads the end token for itself; windows are in use with
 # use_sliding_window only
-IGNORED = set("""
+IGNORED = set(
+    """
     _name_or_path transformers_version torch_dtype dtype use_cache initializer_range pretraining_tp
     bos_token_id eos_token_id pad_token_id max_window_layers sliding_window output_attentions
     output_hidden_states return_dict id2label label2id _attn_implementation_autoset unsloth_fixed
     unsloth_version output_router_logits is_llama_config transformers.js_config
-    """.split())
+    """.split()
+)
 # fields that are read, but not as they are
 SPECIAL = {"model_type", "layer_types", "rope_parameters", "rope_scaling", "max_sequence_length"}
-# our tensor, of a layer without its number: theirs, which ours is the stack of; *: number of an expert
+# our tensor, of a layer without its number: theirs, which ours is the stack of; *: number of an
+# expert
 TENSORS = {
     "embed.weight": "model.embed_tokens.weight",
     "attn.qkv.weight": "self_attn.q_proj.weight self_attn.k_proj.weight self_attn.v_proj.weight",
@@ -99,32 +147,43 @@ TENSORS = {
     "mlp.router": "mlp.gate.weight",
     "mlp.gate_up": "mlp.experts.*.gate_proj.weight mlp.experts.*.up_proj.weight",
     "mlp.down": "mlp.experts.*.down_proj.weight",
-    "mlp.shared.gate_up.weight":
-        "mlp.shared_expert.gate_proj.weight mlp.shared_expert.up_proj.weight",
+    "mlp.shared.gate_up.weight": "mlp.shared_expert.gate_proj.weight "
+    "mlp.shared_expert.up_proj.weight",
     "mlp.shared.down.weight": "mlp.shared_expert.down_proj.weight",
     "mlp.shared_gate.weight": "mlp.shared_expert_gate.weight",
     "attn_norm.weight": "input_layernorm.weight",
     "mlp_norm.weight": "post_attention_layernorm.weight",
     "norm.weight": "model.norm.weight",
-    "untied_head.weight": "lm_head.weight"}
+    "untied_head.weight": "lm_head.weight",
+}
 MIXTRAL_TENSORS = {
     "mlp.router": "block_sparse_moe.gate.weight",
     "mlp.gate_up": "block_sparse_moe.experts.*.w1.weight block_sparse_moe.experts.*.w3.weight",
-    "mlp.down": "block_sparse_moe.experts.*.w2.weight"}
+    "mlp.down": "block_sparse_moe.experts.*.w2.weight",
+}
 KINDS = {
-    bool: "true or false", int: "a number (int), at least 1", float: "a number (float), not negative"}
+    bool: "true or false",
+    int: "a number (int), at least 1",
+    float: "a number (float), not negative",
+}
 
 
 # what a family computes, unless it has options or fields of these names
-PLAIN = dict(attn_bias=False, qk_norm=False, n_expert=0, n_shared_expert=0, shared_gate=False,
-             n_dense_layer=0)
+PLAIN = dict(
+    attn_bias=False,
+    qk_norm=False,
+    n_expert=0,
+    n_shared_expert=0,
+    shared_gate=False,
+    n_dense_layer=0,
+)
 
 
 class Family(NamedTuple):
-    architecture: str                  # class of transformers
-    options: dict = {}                 # what sets it apart, fields of ModelConfig
-    expert_fields: dict = {}           # our field: theirs
-    defaults: dict = {}                # these: besides those that all families share
+    architecture: str  # class of transformers
+    options: dict = {}  # what sets it apart, fields of ModelConfig
+    expert_fields: dict = {}  # our field: theirs
+    defaults: dict = {}  # these: besides those that all families share
     only: dict = {}
     tensors: dict = {}
 
@@ -133,30 +192,44 @@ class Family(NamedTuple):
 FAMILIES = dict(
     llama=Family("LlamaForCausalLM"),
     mixtral=Family(
-        "MixtralForCausalLM", dict(norm_topk=True), MIXTRAL,
+        "MixtralForCausalLM",
+        dict(norm_topk=True),
+        MIXTRAL,
         defaults=dict(rms_norm_eps=1e-5, rope_theta=1e6),
-        only=dict(sliding_window=None),                       # in use there without use_sliding_window
-        tensors=MIXTRAL_TENSORS),
+        # in use there without use_sliding_window
+        only=dict(sliding_window=None),
+        tensors=MIXTRAL_TENSORS,
+    ),
     qwen2=Family("Qwen2ForCausalLM", dict(attn_bias=True)),
     qwen2_moe=Family("Qwen2MoeForCausalLM", dict(shared_gate=True), QWEN2_MOE),
     qwen3=Family("Qwen3ForCausalLM", dict(qk_norm=True), defaults=dict(head_dim=128)),
     qwen3_moe=Family(
-        "Qwen3MoeForCausalLM", dict(qk_norm=True), QWEN3_MOE,
-        only=dict(qkv_bias=False, shared_expert_intermediate_size=0, use_qk_norm=True)))
+        "Qwen3MoeForCausalLM",
+        dict(qk_norm=True),
+        QWEN3_MOE,
+        only=dict(qkv_bias=False, shared_expert_intermediate_size=0, use_qk_norm=True),
+    ),
+)
 
 
 @dataclass(frozen=True)
 class Config:
-    hf_dir: str = ""                   # Hugging Face folder; export writes it, and it must not exist
+    # fmt: off
+    hf_dir: str = ""                   # Hugging Face folder; export writes it, so it must not exist
     init_from: str = ""                # export: run or checkpoint of ours
     out_dir: str = ""                  # import: run directory to write, must be new or empty
+    # fmt: on
 
 
 def source(folder):
     """-> checkpoint.Source of a folder of transformers"""
-    return checkpoint.Source(folder, dict(model=read_config(folder)),
-                             lambda model: load_weights(folder, model),
-                             lambda: load_tokenizer(folder).fingerprint, lambda: weights_id(folder))
+    return checkpoint.Source(
+        folder,
+        dict(model=read_config(folder)),
+        lambda model: load_weights(folder, model),
+        lambda: load_tokenizer(folder).fingerprint,
+        lambda: weights_id(folder),
+    )
 
 
 def load_weights(folder, model):
@@ -165,7 +238,7 @@ def load_weights(folder, model):
     head are the mean of the folder's rows plus the model's own initialisation, so that they differ.
     Prints how many.
     """
-    weights = model.state_dict()                              # with vision, which no folder has
+    weights = model.state_dict()  # with vision, which no folder has
     for name, weight in read_weights(folder).items():
         expected = weights[name]
         may_grow = name in ("embed.weight", "untied_head.weight")
@@ -173,7 +246,8 @@ def load_weights(folder, model):
         if weight.shape != expected[:rows].shape:
             raise UserError(
                 f"{folder}: {name} (as it is called here) has the shape {list(weight.shape)}; "
-                f"config.json says {list(expected.shape)}")
+                f"config.json says {list(expected.shape)}"
+            )
         added = expected[rows:]
         if len(added):
             mean = weight.float().mean(dim=0).to(added)
@@ -198,6 +272,7 @@ def weights_id(folder):
 # -----------------------------------------------------------------------------
 # config.json
 
+
 def read_config(folder):
     """-> dict of ModelConfig's fields. UserError names what is not supported."""
     path = Path(folder, "config.json")
@@ -218,7 +293,8 @@ def _our_config(given):
     values = DEFAULTS | family.defaults | given
     n_head = _value(values, "num_attention_heads", int)
     values.setdefault("head_dim", _value(values, "hidden_size", int) // n_head)
-    if model_type == "llama":                                 # Qwen's class has a default that no model uses
+    # Qwen's class has a default that no model uses
+    if model_type == "llama":
         values.setdefault("num_key_value_heads", n_head)
     names = FIELDS | POSITION_FIELDS | family.expert_fields
     names.pop("n_dense_layer", None)
@@ -241,16 +317,22 @@ def _our_config(given):
         # even routing costs k times theirs, whatever the number of layers, and ours for each layer
         share = config["n_expert_active"] / (n_layer - len(dense))
         config["balance_coef"] = round(config["balance_coef"] * share, 12)
-    if "n_shared_expert" in names:                            # theirs: one expert, as large as all of ours
+    # theirs: one expert, as large as all of ours
+    if "n_shared_expert" in names:
         size, d_expert = config["n_shared_expert"], config["d_expert"]
         if size % d_expert:
-            raise _refusal(names["n_shared_expert"], size,
-                           f"a multiple of moe_intermediate_size={d_expert}")
+            raise _refusal(
+                names["n_shared_expert"], size, f"a multiple of moe_intermediate_size={d_expert}"
+            )
         config["n_shared_expert"] = size // d_expert
     for name in given:
         if name not in known:
-            raise _refusal(name, given[name], "no such field, as it may change what the model computes; "
-                           "if it does not, remove it")
+            raise _refusal(
+                name,
+                given[name],
+                "no such field, as it may change what the model computes; "
+                "if it does not, remove it",
+            )
     return config
 
 
@@ -264,7 +346,7 @@ def _read_rope(values, seq_len):
         if not isinstance(given := values.get(field, {}), dict):
             raise _refusal(field, given, "an object")
         for name, value in given.items():
-            name = "rope_type" if name == "type" else name    # before 2024
+            name = "rope_type" if name == "type" else name  # before 2024
             if value is not None and rope.setdefault(name, value) != value:
                 raise _refusal(f"{field}.{name}", value, f"{json.dumps(rope[name])}, as elsewhere")
     kind = rope.pop("rope_type", "default")
@@ -284,17 +366,21 @@ def _read_rope(values, seq_len):
     if kind == "linear":
         seq_len = max(seq_len, stretched_len)
         original = max(1, round(seq_len / factor))
-    if kind in ("dynamic", "yarn"):                           # max_position_embeddings may be the short one
+    # max_position_embeddings may be the short one
+    if kind in ("dynamic", "yarn"):
         seq_len = max(seq_len, round(original * factor))
     scaling = "none" if kind == "default" else kind
-    return rope | dict(rope_scaling=scaling, rope_factor=factor, rope_original_len=original,
-                       seq_len=seq_len)
+    return rope | dict(
+        rope_scaling=scaling, rope_factor=factor, rope_original_len=original, seq_len=seq_len
+    )
 
 
 def _our_fields(values, names):
     """values: of their fields; names: {our field: theirs} -> {our field: value}; ValueError"""
-    return {ours: _value(values, theirs, type(getattr(ModelConfig, ours)))
-            for ours, theirs in names.items()}
+    return {
+        ours: _value(values, theirs, type(getattr(ModelConfig, ours)))
+        for ours, theirs in names.items()
+    }
 
 
 def _expect_only(given, only):
@@ -326,18 +412,23 @@ def _refusal(name, value, expected):
 
 
 def config_json(c, dtype, end):
-    """c: ModelConfig; dtype of the weights; id of the end token -> dict that config.json is to hold"""
+    """
+    c: ModelConfig; dtype of the weights; id of the end token -> dict that config.json is to hold
+    """
     if c.partial_rotary_factor != 1:
-        raise UserError(f"--model.partial_rotary_factor={c.partial_rotary_factor}: none of the families "
-                        f"{', '.join(FAMILIES)} rotates a part of a head; it cannot be exported")
+        raise UserError(
+            f"--model.partial_rotary_factor={c.partial_rotary_factor}: none of the families "
+            f"{', '.join(FAMILIES)} rotates a part of a head; it cannot be exported"
+        )
     model_type = _model_type(c)
     family = FAMILIES[model_type]
     kind = "default" if c.rope_scaling == "none" else c.rope_scaling
     rope = dict(rope_type=kind)
     for ours, theirs in ROPE_FIELDS[kind].items():
-        if value := getattr(c, ours):                         # 0: derived
+        if value := getattr(c, ours):  # 0: derived
             rope[theirs] = value
-    names = FIELDS | family.expert_fields                     # Mixtral: intermediate_size is d_expert
+    # Mixtral: intermediate_size is d_expert
+    names = FIELDS | family.expert_fields
     described = {theirs: getattr(c, ours) for ours, theirs in names.items()}
     if c.n_expert:
         share = c.n_expert_active / (c.n_layer - c.n_dense_layer)
@@ -347,13 +438,19 @@ def config_json(c, dtype, end):
     if "n_shared_expert" in names:
         described["shared_expert_intermediate_size"] *= c.d_expert
     return described | dict(
-        model_type=model_type, architectures=[family.architecture],
-        dtype=str(dtype).removeprefix("torch."), hidden_act="silu", sliding_window=None,
-        bos_token_id=None, eos_token_id=end, pad_token_id=None,
+        model_type=model_type,
+        architectures=[family.architecture],
+        dtype=str(dtype).removeprefix("torch."),
+        hidden_act="silu",
+        sliding_window=None,
+        bos_token_id=None,
+        eos_token_id=end,
+        pad_token_id=None,
         max_position_embeddings=c.rope_original_len if kind == "dynamic" else c.seq_len,
         rope_theta=c.rope_theta,
-        rope_scaling=None if kind == "default" else rope,     # before version 5
-        rope_parameters=dict(rope, rope_theta=c.rope_theta))
+        rope_scaling=None if kind == "default" else rope,  # before version 5
+        rope_parameters=dict(rope, rope_theta=c.rope_theta),
+    )
 
 
 def _model_type(c):
@@ -366,11 +463,13 @@ def _model_type(c):
     given = " ".join(f"--model.{name}={getattr(c, name)}" for name in (*PLAIN, "norm_topk"))
     raise UserError(
         f"{given}: no family of transformers that is known here has these together; it cannot be "
-        "exported (with experts: qk_norm alone as Qwen3-MoE, shared_gate as Qwen2-MoE)")
+        "exported (with experts: qk_norm alone as Qwen3-MoE, shared_gate as Qwen2-MoE)"
+    )
 
 
 # -----------------------------------------------------------------------------
 # weights
+
 
 def names(c):
     """
@@ -386,7 +485,7 @@ def names(c):
             _, layer, name = ours.split(".", 2)
             prefix = f"model.layers.{layer}."
         theirs = [prefix + tensor for tensor in table[name].split()]
-        if weight.ndim == 3:                                  # of experts
+        if weight.ndim == 3:  # of experts
             theirs = [x.replace("*", str(e)) for e in range(len(weight)) for x in theirs]
             weight = weight.flatten(0, 1)
         rows = [len(weight) // len(theirs)] * len(theirs)
@@ -397,8 +496,8 @@ def names(c):
 
 def read_weights(folder):
     """
-    -> our state dict, in the dtype of the files. UserError names a tensor that is missing, left over
-    or of another shape.
+    -> our state dict, in the dtype of the files. UserError names a tensor that is missing, left
+    over or of another shape.
     """
     c, files, weights = ModelConfig(**read_config(folder)), _open_tensors(folder), {}
     for ours, theirs, sizes in names(c):
@@ -409,17 +508,23 @@ def read_weights(folder):
             tensors.append(files.pop(name).get_tensor(name))
             shape, columns = list(tensors[-1].shape), list(tensors[0].shape[1:])
             if shape != [rows, *columns]:
-                raise UserError(f"{folder}: {name} has the shape {shape}; expected {rows} rows as "
-                                f"config.json says, of {columns} numbers")
+                raise UserError(
+                    f"{folder}: {name} has the shape {shape}; expected {rows} rows as "
+                    f"config.json says, of {columns} numbers"
+                )
         weights[ours] = torch.cat(tensors)
-        if ours.endswith(("mlp.gate_up", "mlp.down")):        # of experts: one more axis
+        if ours.endswith(("mlp.gate_up", "mlp.down")):  # of experts: one more axis
             weights[ours] = weights[ours].unflatten(0, (c.n_expert, -1))
     if c.tie_embeddings:
-        files.pop("lm_head.weight", None)                     # a copy of the embedding, in some files
-    left = [name for name in files if not name.endswith(".rotary_emb.inv_freq")]        # computed anew
+        # a copy of the embedding, in some files
+        files.pop("lm_head.weight", None)
+    # computed anew
+    left = [name for name in files if not name.endswith(".rotary_emb.inv_freq")]
     if left:
-        raise UserError(f"{folder}: {left[0]}: unknown tensor ({len(left)} in all); what it does is not "
-                        "supported")
+        raise UserError(
+            f"{folder}: {left[0]}: unknown tensor ({len(left)} in all); what it does is not "
+            "supported"
+        )
     return weights
 
 
@@ -428,8 +533,10 @@ def _open_tensors(folder):
     index = Path(folder, "model.safetensors.index.json")
     single = Path(folder, "model.safetensors")
     if not index.exists() and not single.exists():
-        raise UserError(f"{folder}: no model.safetensors and no index of several; other formats, such "
-                        "as pytorch_model.bin, are not read")
+        raise UserError(
+            f"{folder}: no model.safetensors and no index of several; other formats, such "
+            "as pytorch_model.bin, are not read"
+        )
     if not index.exists():
         return _open_file(single)
     where, tensors = _read_json(index).get("weight_map"), {}
@@ -455,8 +562,8 @@ def _open_file(path):
 
 def write(folder, c, weights, end, files, shard_bytes=5 * 10**9):
     """
-    Write a folder that transformers loads, whole or not at all. c: ModelConfig, resolved; weights: our
-    state dict; end: id of the end token; files: {name: bytes}, the tokenizer's.
+    Write a folder that transformers loads, whole or not at all. c: ModelConfig, resolved; weights:
+    our state dict; end: id of the end token; files: {name: bytes}, the tokenizer's.
     """
     save_file = _safetensors().torch.save_file
     folder, partial = Path(folder), Path(f"{Path(folder)}.partial")
@@ -465,7 +572,8 @@ def write(folder, c, weights, end, files, shard_bytes=5 * 10**9):
     shards, index = _shards(c, weights, shard_bytes)
     texts = {
         "config.json": config_json(c, weights["embed.weight"].dtype, end),
-        "generation_config.json": dict(eos_token_id=end)}
+        "generation_config.json": dict(eos_token_id=end),
+    }
     if len(shards) > 1:
         texts["model.safetensors.index.json"] = index
     try:
@@ -478,7 +586,8 @@ def write(folder, c, weights, end, files, shard_bytes=5 * 10**9):
         for name, shard in shards.items():
             save_file(shard, partial / name, metadata={"format": "pt"})
         partial.rename(folder)
-    except Exception as error:                                # OSError, or safetensors' own on a full disk
+    # OSError, or safetensors' own on a full disk
+    except Exception as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise UserError(f"{folder}: cannot be written ({error})") from None
 
@@ -488,7 +597,7 @@ def _shards(c, weights, shard_bytes):
     shards, total, room = [], 0, -1
     for ours, theirs, rows in names(c):
         weight = weights[ours]
-        if weight.ndim == 3:                                  # of experts
+        if weight.ndim == 3:  # of experts
             weight = weight.flatten(0, 1)
         for name, tensor in zip(theirs, weight.split(rows)):
             if tensor.nbytes > room:
@@ -509,8 +618,10 @@ def _safetensors():
     try:
         import safetensors.torch
     except ImportError:
-        raise UserError("safetensors is missing, which reads and writes Hugging Face's files: "
-                        'pip install safetensors, or this package with its extra "hf"') from None
+        raise UserError(
+            "safetensors is missing, which reads and writes Hugging Face's files: "
+            'pip install safetensors, or this package with its extra "hf"'
+        ) from None
     return safetensors
 
 
@@ -526,6 +637,7 @@ def _read_json(path):
 
 # -----------------------------------------------------------------------------
 # from the command line
+
 
 def export_run(init_from, hf_dir):
     """init_from: run or checkpoint of ours -> text, what has been written to hf_dir"""
@@ -543,11 +655,14 @@ def import_folder(hf_dir, out_dir):
     check_run_directory(out_dir, False)
     config = ModelConfig(**read_config(hf_dir)).resolved()
     tokenizer = load_tokenizer(hf_dir)
-    torch.manual_seed(0)                                      # of additional rows, for our own tokens
+    # of additional rows, for our own tokens
+    torch.manual_seed(0)
     model = GPT(config.continued(config, config.seq_len, tokenizer.vocab_size))
     load_weights(hf_dir, model)
     Path(out_dir).mkdir(parents=True, exist_ok=True)
-    info = dict(model=asdict(model.config), config={}, identity={}, fingerprint=tokenizer.fingerprint)
+    info = dict(
+        model=asdict(model.config), config={}, identity={}, fingerprint=tokenizer.fingerprint
+    )
     checkpoint.save(out_dir, 0, model, None, info, tokenizer.files(), last=True)
     return f"{out_dir}: {model.size()} of {hf_dir}"
 
@@ -561,5 +676,7 @@ if __name__ == "__main__":
     elif command == "import" and cfg.hf_dir and cfg.out_dir:
         print(import_folder(cfg.hf_dir, cfg.out_dir))
     else:
-        raise UserError("expected: python -m extras.hf import --hf_dir=FOLDER --out_dir=RUN, or "
-                        "export --init_from=RUN --hf_dir=FOLDER")
+        raise UserError(
+            "expected: python -m extras.hf import --hf_dir=FOLDER --out_dir=RUN, or "
+            "export --init_from=RUN --hf_dir=FOLDER"
+        )

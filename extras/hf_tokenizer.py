@@ -1,8 +1,10 @@
 """
-Tokenizers of Hugging Face folders: byte-level BPE in tokenizer.json, SentencePiece in tokenizer.model, or
-GPT-2's vocab.json and merges.txt. `common.tokenizer.load_tokenizer` calls `load` for such a folder; what
-comes of it is saved beside sets and checkpoints as plain data, and needs this file no more.
+Tokenizers of Hugging Face folders: byte-level BPE in tokenizer.json, SentencePiece in
+tokenizer.model, or GPT-2's vocab.json and merges.txt. `common.tokenizer.load_tokenizer` calls
+`load` for such a folder; what comes of it is saved beside sets and checkpoints as plain data, and
+needs this file no more.
 """
+
 import base64
 import json
 import os
@@ -22,7 +24,7 @@ def load(folder):
     has_model = os.path.isfile(os.path.join(folder, "tokenizer.model"))
     if not os.path.isfile(os.path.join(folder, "tokenizer.json")) and not has_model:
         return Tokenizer("tiktoken", _read_gpt2_files(folder, config), "gpt2")
-    added = dict(config.get("added_tokens_decoder", {}))                  # id (as a str): token
+    added = dict(config.get("added_tokens_decoder", {}))  # id (as a str): token
     added |= {str(token["id"]): token for token in file.get("added_tokens", [])}
     texts = {i: "" if token["special"] else token["content"] for i, token in added.items()}
     ids = {token["content"]: int(i) for i, token in added.items()}
@@ -36,11 +38,15 @@ def load(folder):
         pieces = Tokenizer(*vocabulary).bpe
         ids |= {pieces.id_to_piece(i): i for i in range(pieces.get_piece_size())}
     else:
-        raise UserError(f"--tokenizer={folder}: tokenizer.json is not byte-level BPE, and there is no "
-                        "SentencePiece tokenizer.model; other kinds are not supported")
+        raise UserError(
+            f"--tokenizer={folder}: tokenizer.json is not byte-level BPE, and there is no "
+            "SentencePiece tokenizer.model; other kinds are not supported"
+        )
     end = _end(folder, config, ids)
     if end is not None and end not in known | set(ids.values()):
-        raise UserError(f"--tokenizer={folder}: eos_token_id={json.dumps(end)}: not an id of this vocabulary")
+        raise UserError(
+            f"--tokenizer={folder}: eos_token_id={json.dumps(end)}: not an id of this vocabulary"
+        )
     special = {}
     if {"<think>", "</think>"} <= ids.keys():
         special = {"think": ids["<think>"], "/think": ids["</think>"]}
@@ -53,7 +59,10 @@ def load(folder):
 
 
 def _end(folder, config, ids):
-    """-> id that ends a turn, or None. An instructed model has several; the tokenizer's own is preferred"""
+    """
+    -> id that ends a turn, or None. An instructed model has several; the tokenizer's own is
+    preferred
+    """
     for name in ("generation_config.json", "config.json"):
         ends = _read_json(folder, name).get("eos_token_id")
         if ends is not None:
@@ -83,25 +92,41 @@ def _begin(file, config, ids):
 
 
 def _role_markers(tokenizer, ids):
-    """ids: dict of a folder's added tokens -> the ids its models read as roles and ends of turns, if known"""
+    """
+    ids: dict of a folder's added tokens -> the ids its models read as roles and ends of turns, if
+    known
+    """
+
     def marker(*parts):
-        return [i for part in parts for i in ([ids[part]] if part in ids else tokenizer.encode(part))]
+        return [
+            i for part in parts for i in ([ids[part]] if part in ids else tokenizer.encode(part))
+        ]
 
     def ends_with(end, *others):
         return {end, *others} <= ids.keys() and tokenizer.end == ids[end]
-    if ends_with("<|im_end|>", "<|im_start|>"):               # ChatML
+
+    if ends_with("<|im_end|>", "<|im_start|>"):  # ChatML
         markers = {role: marker("<|im_start|>", role + "\n") for role in ROLES}
         return markers | dict(end=marker("<|im_end|>", "\n"))
-    if ends_with("<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>"):           # Llama 3
-        return {role: marker("<|start_header_id|>", role, "<|end_header_id|>", "\n\n") for role in ROLES}
+    if ends_with("<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>"):  # Llama 3
+        return {
+            role: marker("<|start_header_id|>", role, "<|end_header_id|>", "\n\n") for role in ROLES
+        }
     return {}
 
 
 def _read_byte_level(file, added, folder):
-    """tokenizer.json, dict of added tokens to ids -> pattern, whether it normalises to NFC, lines of ranks"""
+    """
+    tokenizer.json, dict of added tokens to ids -> pattern, whether it normalises to NFC, lines of
+    ranks
+    """
+
     def refuse(name, value):
-        raise UserError(f"--tokenizer={folder}: tokenizer.json has {name} {json.dumps(value)[:120]}, "
-                        "which is not supported")
+        raise UserError(
+            f"--tokenizer={folder}: tokenizer.json has {name} {json.dumps(value)[:120]}, "
+            "which is not supported"
+        )
+
     model = file["model"]
     for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
         if model.get(name):
@@ -118,13 +143,18 @@ def _read_byte_level(file, added, folder):
         refuse("a pre_tokenizer", file["pre_tokenizer"])
     merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
     alphabet, others = set(_printable().values()), ()
-    if model.get("ignore_merges"):                            # a piece that is a token is that token
-        others = [token for token in model["vocab"] if alphabet.issuperset(token) and token not in added]
+    # a piece that is a token is that token
+    if model.get("ignore_merges"):
+        others = [
+            token for token in model["vocab"] if alphabet.issuperset(token) and token not in added
+        ]
     return pattern, bool(kinds), _ranks(model["vocab"], merges, others)
 
 
 def _split_pattern(pre):
-    """pre: pre_tokenizer of tokenizer.json -> pattern of Tokenizer, or None where it is not supported"""
+    """
+    pre: pre_tokenizer of tokenizer.json -> pattern of Tokenizer, or None where it is not supported
+    """
     *splits, last = pre["pretokenizers"] if pre["type"] == "Sequence" else [pre]
     if last["type"] != "ByteLevel" or last["add_prefix_space"]:
         return None
@@ -134,7 +164,7 @@ def _split_pattern(pre):
             return GPT2_DIGITS
         return None if splits else "gpt2"
     if [split["type"] for split in splits] == ["Split"]:
-        split, = splits
+        (split,) = splits
         if split["behavior"] == "Isolated" and not split["invert"]:
             return split["pattern"].get("Regex")
     return None
@@ -143,18 +173,22 @@ def _split_pattern(pre):
 def _read_gpt2_files(folder, config):
     """vocab.json and merges.txt -> the same as a .tiktoken rank file"""
     kind = config.get("tokenizer_class", "GPT2Tokenizer")
-    if not kind.startswith("GPT2"):                           # splits text in another way
-        raise UserError(f"--tokenizer={folder}: a {kind} with vocab.json and merges.txt only; "
-                        "its tokenizer.json is needed")
+    if not kind.startswith("GPT2"):  # splits text in another way
+        raise UserError(
+            f"--tokenizer={folder}: a {kind} with vocab.json and merges.txt only; "
+            "its tokenizer.json is needed"
+        )
     merges = read_file(os.path.join(folder, "merges.txt")).decode().splitlines()
-    return _ranks(json.loads(read_file(os.path.join(folder, "vocab.json"))),
-                  [line.split() for line in merges if line and not line.startswith("#version")])
+    return _ranks(
+        json.loads(read_file(os.path.join(folder, "vocab.json"))),
+        [line.split() for line in merges if line and not line.startswith("#version")],
+    )
 
 
 def _printable():
     """
-    -> dict of byte to the character that stands for it in GPT-2's files: the visible ones for themselves, for
-    the others U+0100 and on
+    -> dict of byte to the character that stands for it in GPT-2's files: the visible ones for
+    themselves, for the others U+0100 and on
     """
     visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = [b for b in range(256) if b not in visible]
@@ -163,8 +197,8 @@ def _printable():
 
 def _ranks(vocab, merges, others=()):
     """
-    vocab: dict of token, written in printable characters, to id; merges: list of pairs; others: tokens that
-    no pair makes -> lines of base64 and rank
+    vocab: dict of token, written in printable characters, to id; merges: list of pairs; others:
+    tokens that no pair makes -> lines of base64 and rank
     """
     to_byte = {c: b for b, c in _printable().items()}
     merged = [vocab["".join(pair)] for pair in merges]

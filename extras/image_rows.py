@@ -7,6 +7,7 @@ Files are .jsonl with a conversation a line, as for `chat`. A content may be a l
 {"type": "image"} without a path takes the next one too. Paths are relative to the file's folder.
 Without "images" the text "<image>" is text. Assistants show no images.
 """
+
 import hashlib
 import io
 import math
@@ -27,6 +28,7 @@ UNREADABLE = "with unreadable images"
 
 @dataclass(frozen=True)
 class ImagesConfig(ExampleConfig):
+    # fmt: off
     out_dir: str = "out/images"        # folder to write, must not exist
     max_len: int = 0                   # maximum length in tokens, tags and images too; 0 = no limit
     image_size: int = 64               # pixels a side that every picture is resized to
@@ -34,10 +36,12 @@ class ImagesConfig(ExampleConfig):
     resize: Literal["stretch", "crop", "pad"] = "stretch"  # to a square: all, middle, all on black
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)  # of red, green and blue (0 to 1), taken off
     std: tuple[float, ...] = (0.5, 0.5, 0.5)  # what the channels are divided by then
+    # fmt: on
 
 
 class ImageChats(Kind):
     """Conversations whose pictures are stored beside the tokens; see `Kind`"""
+
     name, unit = "chat", "conversations"
 
     def __init__(self, cfg, tokenizer):
@@ -75,11 +79,12 @@ class ImageChats(Kind):
             return known[key]
 
         def add(row, example):
-            (tokens, _), = example.replies
+            ((tokens, _),) = example.replies
             # those before a cut
             shown = tokens.count(self.info["token"]) // self.info["tokens_per_image"]
             ids.write([number(path) for path in paths_of(row)[:shown]])
             offsets.write([ids.count])
+
         return add
 
     def counts(self, images, ids, _):
@@ -103,8 +108,10 @@ def images_info(cfg, token):
     for name in ("image_size", "tokens_per_image"):
         if info[name] < 1:
             raise UserError(f"--{name}={info[name]}: must be at least 1")
-    for name, expected, least in (("mean", "three numbers", -math.inf),
-                                  ("std", "three numbers, above 0", 0)):
+    for name, expected, least in (
+        ("mean", "three numbers", -math.inf),
+        ("std", "three numbers, above 0", 0),
+    ):
         if len(info[name]) != 3 or min(info[name]) <= least:
             raise UserError(f"--{name}={','.join(map(str, info[name]))}: expected {expected}")
         info[name] = list(info[name])
@@ -157,8 +164,10 @@ def parts_of(content, marks):
         return parts
     if not isinstance(content, list):
         return content
-    if all(isinstance(part, dict) and part.get("type") == "text"
-           and isinstance(part.get("text"), str) for part in content):
+    if all(
+        isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
+        for part in content
+    ):
         return "".join(part["text"] for part in content)
     return [dict(part) if isinstance(part, dict) else part for part in content]
 

@@ -17,6 +17,7 @@ pad), mean and std of red, green and blue (0 to 1), token (id of <image>).
 Shapes: N images, S pixels a side, P patches, D channels of the tower, k tokens an image; B
 sequences, T positions, C channels of the model. Pictures are read with Pillow, the extra `images`.
 """
+
 import math
 import re
 from dataclasses import asdict, dataclass, fields, replace
@@ -41,21 +42,25 @@ INFO = ("image_size", "tokens_per_image", "resize", "mean", "std")
 # -----------------------------------------------------------------------------
 # tower and projector
 
+
 @dataclass(frozen=True)
 class VisionConfig:
+    # fmt: off
     tower: str = ""                    # path/to/file.py:function that returns a tower of your own
     patch_size: int = 8                # pixels a side of a patch, a power of 2; for our own tower,
     n_layer: int = 4                   # as what follows: its blocks
     n_head: int = 4                    # heads, divides n_embd
     n_embd: int = 128                  # channels
+    # fmt: on
 
     def check_continued(self, wanted):
         """wanted: this config with what the user asked for; UserError where weights do not fit"""
         for field in fields(self):
             old, new = getattr(self, field.name), getattr(wanted, field.name)
             if field.name != "tower" and new != old:
-                raise UserError(f"--vision.{field.name}={new}: the checkpoint has {old}, "
-                                "which cannot change")
+                raise UserError(
+                    f"--vision.{field.name}={new}: the checkpoint has {old}, which cannot change"
+                )
         self.check_tower(wanted.tower, "vision.tower")
 
     def check_tower(self, tower, option):
@@ -63,8 +68,10 @@ class VisionConfig:
         if tower and not self.tower:
             raise UserError(f"--{option}={tower}: the checkpoint has the usual tower; leave it out")
         if self.tower and not tower:
-            raise UserError(f"--{option}: the checkpoint has a tower of your own, {self.tower} "
-                            f"when it was trained; give it, --{option}=path/to/file.py:name")
+            raise UserError(
+                f"--{option}: the checkpoint has a tower of your own, {self.tower} "
+                f"when it was trained; give it, --{option}=path/to/file.py:name"
+            )
 
 
 class Vision(nn.Module):
@@ -75,20 +82,25 @@ class Vision(nn.Module):
     make_tower() -> callable, an nn.Module or not, of normalised pixels (N, 3, S, S) that returns
     (N, P, D); it is called once to learn its shape. None: `Tower`.
     """
+
     def __init__(self, config, n_embd, images, make_tower=None):
         super().__init__()
         self.config, self.images, self.token = config, images, images["token"]
         self.image_size, self.tokens_per_image = images["image_size"], images["tokens_per_image"]
         if make_tower and replace(config, tower="") != VisionConfig():
-            raise UserError("--vision.tower: is a tower of yours; patch_size, n_layer, n_head and "
-                            "n_embd are of the usual one; leave them out")
+            raise UserError(
+                "--vision.tower: is a tower of yours; patch_size, n_layer, n_head and "
+                "n_embd are of the usual one; leave them out"
+            )
         self.tower = self.guard(make_tower) if make_tower else Tower(config, self.image_size)
         shape = self.guard(lambda: tuple(self.probe(lambda: self.tower(self.blank())).shape))
         if len(shape) != 3 or shape[0] != 2 or shape[1] < self.tokens_per_image:
-            raise UserError(f"--vision: the tower gives {shape} for 2 images of {self.image_size} "
-                            f"pixels a side, expected (2, N, D) with N at least "
-                            f"{self.tokens_per_image}, the set's tokens_per_image")
-        self.shape = shape[1:]                                    # (P, D)
+            raise UserError(
+                f"--vision: the tower gives {shape} for 2 images of {self.image_size} "
+                f"pixels a side, expected (2, N, D) with N at least "
+                f"{self.tokens_per_image}, the set's tokens_per_image"
+            )
+        self.shape = shape[1:]  # (P, D)
         self.norm = nn.RMSNorm(shape[2], eps=1e-6)
         self.out = nn.Linear(shape[2], n_embd)
         # as large as the embeddings beside them in a new model
@@ -115,8 +127,9 @@ class Vision(nn.Module):
             return function()
         except Exception as error:  # whatever the user's tower raises
             message = " ".join(str(error).split())[:200]
-            raise UserError(f"--vision.tower={self.config.tower}: raised {type(error).__name__}: "
-                            f"{message}") from error
+            raise UserError(
+                f"--vision.tower={self.config.tower}: raised {type(error).__name__}: {message}"
+            ) from error
 
     def check_ranks(self, world_size):
         """UserError where training would move a buffer of the tower, which ranks do not share"""
@@ -127,9 +140,11 @@ class Vision(nn.Module):
             self.guard(lambda: self.tower(self.blank()))
         for name, buffer in self.tower.named_buffers():
             if not buffer.equal(before[name]):
-                raise UserError(f"--vision.tower={self.config.tower}: training moves its buffer "
-                                f"{name}, which ranks do not share; use another norm, "
-                                "--freeze_tower=true, or one rank")
+                raise UserError(
+                    f"--vision.tower={self.config.tower}: training moves its buffer "
+                    f"{name}, which ranks do not share; use another norm, "
+                    "--freeze_tower=true, or one rank"
+                )
 
     def learns(self):
         """-> whether the tower has a parameter that learns"""
@@ -139,10 +154,10 @@ class Vision(nn.Module):
     def forward(self, pixels):
         mean = torch.tensor(self.images["mean"], device=pixels.device)
         std = torch.tensor(self.images["std"], device=pixels.device)
-        x = (pixels.float() / 255 - mean) / std                   # (N, S, S, 3)
-        x = self.tower(x.permute(0, 3, 1, 2).to(self.out.weight.dtype))           # (N, P, D)
+        x = (pixels.float() / 255 - mean) / std  # (N, S, S, 3)
+        x = self.tower(x.permute(0, 3, 1, 2).to(self.out.weight.dtype))  # (N, P, D)
         x = pool(x, self.tokens_per_image).to(self.out.weight.dtype)
-        return self.out(self.norm(x))                             # (N, k, C)
+        return self.out(self.norm(x))  # (N, k, C)
 
     def train(self, mode=True):
         """As of any module, but a tower that does not learn stays in eval mode"""
@@ -160,7 +175,7 @@ class Vision(nn.Module):
         `forward` has made of them (U, k, C). ValueError where the numbers do not fit
         """
         if images is None and tokens.shape[1] == 1:
-            return x                                              # a step of sampling
+            return x  # a step of sampling
         here, n = tokens == self.token, 0 if images is None else len(images[1])
         if (found := int(here.sum())) != n * self.tokens_per_image:
             raise ValueError(f"{found} image tokens for {n} images of {self.tokens_per_image} each")
@@ -168,7 +183,7 @@ class Vision(nn.Module):
             return x
         pixels, which = images
         features = pixels if pixels.is_floating_point() else self(pixels)
-        features = features[which].flatten(0, 1)                  # (n * k, C)
+        features = features[which].flatten(0, 1)  # (n * k, C)
         return x.masked_scatter(here[..., None], features.to(x.dtype))
 
     def flops_per_image(self):
@@ -189,7 +204,7 @@ def pool(x, k):
     P = x.shape[1]
     if P == k:
         return x
-    side, small, x = math.isqrt(P), math.isqrt(k), x.transpose(1, 2)              # (N, D, P)
+    side, small, x = math.isqrt(P), math.isqrt(k), x.transpose(1, 2)  # (N, D, P)
     if side**2 == P and small**2 == k:
         x = F.adaptive_avg_pool2d(x.unflatten(2, (side, side)), small).flatten(2)
     else:
@@ -203,6 +218,7 @@ class Tower(nn.Module):
     convolutions that halve the sides embed the patches (2106.14881): shapes are learned sooner than
     with one linear map
     """
+
     def __init__(self, c, image_size):
         super().__init__()
         for name in ("patch_size", "n_layer", "n_head", "n_embd"):
@@ -210,16 +226,19 @@ class Tower(nn.Module):
                 raise UserError(f"--vision.{name}={getattr(c, name)}: must be positive")
         halvings = c.patch_size.bit_length() - 1
         if halvings < 1 or c.patch_size != 1 << halvings or image_size % c.patch_size:
-            raise UserError(f"--vision.patch_size={c.patch_size}: must be a power of 2, at least "
-                            f"2, and divide the set's image_size, {image_size}")
+            raise UserError(
+                f"--vision.patch_size={c.patch_size}: must be a power of 2, at least "
+                f"2, and divide the set's image_size, {image_size}"
+            )
         if c.n_embd % c.n_head:
             raise UserError(f"--vision.n_head={c.n_head}: must divide --vision.n_embd={c.n_embd}")
         side = image_size // c.patch_size
         # channels double up to n_embd
         widths = [3, *(max(1, c.n_embd >> i) for i in reversed(range(halvings)))]
-        self.patch = nn.ModuleList(nn.Conv2d(a, b, 3, stride=2, padding=1)
-                                   for a, b in zip(widths, widths[1:]))
-        self.row = nn.Parameter(torch.randn(side, 1, c.n_embd) * 0.02)            # 2-D positions
+        self.patch = nn.ModuleList(
+            nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in zip(widths, widths[1:])
+        )
+        self.row = nn.Parameter(torch.randn(side, 1, c.n_embd) * 0.02)  # 2-D positions
         self.column = nn.Parameter(torch.randn(1, side, c.n_embd) * 0.02)
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.n_layer))
         for module in self.modules():
@@ -229,7 +248,7 @@ class Tower(nn.Module):
     def forward(self, x):
         for i, conv in enumerate(self.patch):
             x = conv(F.gelu(x) if i else x)
-        x = x.flatten(2).transpose(1, 2)                          # (N, P, D)
+        x = x.flatten(2).transpose(1, 2)  # (N, P, D)
         x = x + (self.row + self.column).flatten(0, 1)
         for block in self.blocks:
             x = block(x)
@@ -238,6 +257,7 @@ class Tower(nn.Module):
 
 class Block(nn.Module):
     """Attention of every patch to all, then an MLP, each behind a norm"""
+
     def __init__(self, c):
         super().__init__()
         self.n_head = c.n_head
@@ -250,12 +270,13 @@ class Block(nn.Module):
         qkv = self.qkv(self.attn_norm(x)).unflatten(2, (3, self.n_head, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         y = F.scaled_dot_product_attention(q, k, v)
-        x = x + self.attn_out(y.transpose(1, 2).flatten(2))       # (N, P, D)
+        x = x + self.attn_out(y.transpose(1, 2).flatten(2))  # (N, P, D)
         return x + self.down(F.gelu(self.up(self.mlp_norm(x))))
 
 
 # -----------------------------------------------------------------------------
 # the model
+
 
 class SeeingGPT(GPT):
     """
@@ -263,7 +284,8 @@ class SeeingGPT(GPT):
 
     images_per_token: of the data, for flops_per_token; about: what `size` says of the vision
     """
-    optional = "vision."                                          # weights that a text model lacks
+
+    optional = "vision."  # weights that a text model lacks
     images_per_token, about = 0.0, ""
 
     def __init__(self, config, vision_config, images, make_tower=None):
@@ -296,8 +318,9 @@ class SeeingGPT(GPT):
         for n, (prompt, of_prompt) in enumerate(zip(prompts, images)):
             found = prompt.count(self.vision.token)
             if found != k * len(of_prompt):
-                raise ValueError(f"prompt {n} has {found} tokens for {len(of_prompt)} images "
-                                 f"of {k} each")
+                raise ValueError(
+                    f"prompt {n} has {found} tokens for {len(of_prompt)} images of {k} each"
+                )
         tokens = [torch.tensor(prompt, device=device) for prompt in prompts]
         tokens = nn.utils.rnn.pad_sequence(tokens, batch_first=True)
         flat, shown = sum(images, []), None
@@ -332,11 +355,15 @@ def new_model(run):
     cfg, images, source = run.cfg, run.meta.get("images"), run.source
     seen = source and source.manifest.get("vision")
     if not images:
-        raise UserError(f"--data_dir={cfg.data_dir}: has no images, so --freeze_llm, "
-                        "--freeze_tower and --vision say nothing; leave them out")
+        raise UserError(
+            f"--data_dir={cfg.data_dir}: has no images, so --freeze_llm, "
+            "--freeze_tower and --vision say nothing; leave them out"
+        )
     if seen and seen["images"] != images:
-        raise UserError(f"{source.folder}: has seen images as {seen['images']}, "
-                        f"--data_dir={cfg.data_dir} has them as {images}; prepare them alike")
+        raise UserError(
+            f"{source.folder}: has seen images as {seen['images']}, "
+            f"--data_dir={cfg.data_dir} has them as {images}; prepare them alike"
+        )
     old = VisionConfig(**seen["config"]) if seen else VisionConfig()
     # a tower is code: it runs where the user names it, not because a checkpoint does
     config = build(old, {"tower": "", **cfg.vision}, "vision.")
@@ -356,15 +383,19 @@ def new_model(run):
         learned = sum(p.numel() for p in model.parameters() if p.requires_grad)
         stay = cfg.freeze_llm and not source or cfg.freeze_tower and not seen and not config.tower
         P, D = model.vision.shape
-        model.about = (f"vision: {vision:,} of the parameters{'' if seen else ', random'}; "
-                       f"{learned:,} learn{', some random ones stay so' if stay else ''}; "
-                       f"{P} features of {D} channels a picture")
+        model.about = (
+            f"vision: {vision:,} of the parameters{'' if seen else ', random'}; "
+            f"{learned:,} learn{', some random ones stay so' if stay else ''}; "
+            f"{P} features of {D} channels a picture"
+        )
         return model
+
     return make
 
 
 # -----------------------------------------------------------------------------
 # the set in training
+
 
 class ImageData(ChatData):
     """
@@ -375,26 +406,29 @@ class ImageData(ChatData):
     train_image_ids.npy      the pictures that stand in the tokens, in order
     train_image_offsets.npy  where each conversation's begin among these
     """
+
     images = True
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         info = self.meta["images"]
         if lacking := {*INFO, "token"} - info.keys():
-            raise UserError(f"{self.data_dir}/meta.json: images lack {min(lacking)}; "
-                            "prepare the set again")
+            raise UserError(
+                f"{self.data_dir}/meta.json: images lack {min(lacking)}; prepare the set again"
+            )
         self.image, S = info["token"], info["image_size"]
         self.pixels = open_array(self.file("images"), self.counts["pictures"], (S, S, 3))
         self.image_ids = open_array(self.file("image_ids"), self.counts["images"])
         n = len(self.image_ids)
         self.image_offsets = self.open_offsets("image_offsets", len(self.lengths), n, least=0)
-        shown = np.diff(self.image_offsets)                       # (conversations,)
+        shown = np.diff(self.image_offsets)  # (conversations,)
         is_image = np.asarray(self.tokens) == self.image
         positions = np.add.reduceat(is_image, self.offsets[:-1], dtype=np.int64)
         fits = (positions == info["tokens_per_image"] * shown).all()
         if not fits or (self.image_ids >= len(self.pixels)).any():
-            raise UserError(f"{self.file('images')}: does not fit its ids and offsets; "
-                            "prepare the set again")
+            raise UserError(
+                f"{self.file('images')}: does not fit its ids and offsets; prepare the set again"
+            )
         self.images_per_token = n / self.num_tokens
 
     def batch(self, i):
@@ -402,8 +436,13 @@ class ImageData(ChatData):
         batch = super().batch(i)
         batch.mask &= batch.targets != self.image
         rows, _ = self.examples(i)
-        ids = np.concatenate([self.image_ids[self.image_offsets[e]:self.image_offsets[e + 1]]
-                              for _, examples in rows for e in examples])
+        ids = np.concatenate(
+            [
+                self.image_ids[self.image_offsets[e] : self.image_offsets[e + 1]]
+                for _, examples in rows
+                for e in examples
+            ]
+        )
         if len(ids):
             pictures, which = np.unique(ids, return_inverse=True)
             images = to_device(self.device, self.pixels[pictures], which)
@@ -414,15 +453,18 @@ class ImageData(ChatData):
 # -----------------------------------------------------------------------------
 # pictures
 
+
 class Shown:
     """
     Pictures that sample.py shows before a text or in the first turn, looked at once. ids: of their
     tokens; UserError where the model has no vision or a picture cannot be read
     """
+
     def __init__(self, paths, model):
         if not isinstance(model, SeeingGPT):
-            raise UserError(f"--image={paths[0]}: the model has no vision; train one on a set with "
-                            "images")
+            raise UserError(
+                f"--image={paths[0]}: the model has no vision; train one on a set with images"
+            )
         self.model, vision, pixels = model, model.vision, []
         for path in paths:
             try:
@@ -448,10 +490,13 @@ def pillow():
     """-> the package that reads pictures; UserError where it is missing"""
     try:
         from PIL import Image, ImageOps
+
         return Image, ImageOps
     except ImportError:
-        raise UserError("Pillow is missing, which reads pictures: pip install pillow, "
-                        'or this package with its extra "images"') from None
+        raise UserError(
+            "Pillow is missing, which reads pictures: pip install pillow, "
+            'or this package with its extra "images"'
+        ) from None
 
 
 def load_image(source, images):
@@ -466,8 +511,9 @@ def load_image(source, images):
             image = ImageOps.exif_transpose(file)
             # modes that Pillow would clip to white
             if image.mode[0] in "IF":
-                raise ValueError(f"pixels of mode {image.mode}; "
-                                 "convert it to 8 bits a channel first")
+                raise ValueError(
+                    f"pixels of mode {image.mode}; convert it to 8 bits a channel first"
+                )
             # what is transparent lies on white
             if image.mode != "RGB":
                 image = image.convert("RGBA")

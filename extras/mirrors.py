@@ -1,7 +1,8 @@
 """
-Records of a run in other places too: Weights & Biases (--wandb=PROJECT), TensorBoard (--tensorboard=true).
-Needs the packages of these names.
+Records of a run in other places too: Weights & Biases (--wandb=PROJECT), TensorBoard
+(--tensorboard=true). Needs the packages of these names.
 """
+
 import hashlib
 import importlib
 import os
@@ -22,18 +23,27 @@ def open_mirrors(out_dir, config, wandb_project, tensorboard, start_step):
     mirrors = []
     if tensorboard:
         writer = extra("torch.utils.tensorboard", "tensorboard").SummaryWriter(
-            os.path.join(out_dir, "tensorboard"), purge_step=start_step or None)
+            os.path.join(out_dir, "tensorboard"), purge_step=start_step or None
+        )
 
         def to_tensorboard(step, numbers):
             for name, value in numbers.items():
                 writer.add_scalar(name, value, step)
-            writer.flush()                                    # nothing is buffered when a kill comes
+            # nothing is buffered when a kill comes
+            writer.flush()
+
         mirrors.append(to_tensorboard)
     if wandb_project:
         name = os.path.abspath(out_dir)
         run = extra("wandb", "wandb").init(
-            project=wandb_project, name=os.path.basename(name), dir=out_dir, config=config, resume="allow",
-            id=hashlib.sha256(name.encode()).hexdigest()[:16])          # a resumed run goes on there too
+            project=wandb_project,
+            name=os.path.basename(name),
+            dir=out_dir,
+            config=config,
+            resume="allow",
+            # a resumed run goes on there too
+            id=hashlib.sha256(name.encode()).hexdigest()[:16],
+        )
         mirrors.append(lambda step, numbers: run.log(numbers, step=step))
     return mirrors
 
@@ -42,5 +52,7 @@ def extra(module, package):
     try:
         return importlib.import_module(module)
     except ImportError:
-        raise UserError(f"--{package}: it is not installed; pip install {package}, or this package with its "
-                        f'extra "{package}"') from None
+        raise UserError(
+            f"--{package}: it is not installed; pip install {package}, or this package with its "
+            f'extra "{package}"'
+        ) from None

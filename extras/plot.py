@@ -7,6 +7,7 @@ Curves of one or several runs, from their metrics.jsonl.
 One panel for each of PANELS that a run has: a line a run, points where it was evaluated. Needs the
 extra `plot` (matplotlib).
 """
+
 import importlib
 import json
 import math
@@ -81,10 +82,15 @@ def draw(runs, out, smooth=1):
     try:
         figures = importlib.import_module("matplotlib.figure")
     except ImportError:
-        raise UserError("matplotlib is missing, which draws curves: pip install matplotlib, "
-                        'or this package with its extra "plot"') from None
-    panels = {title: keys for title, keys in PANELS.items()
-              if any(curve(records, key)[0] for records in runs.values() for key in keys)}
+        raise UserError(
+            "matplotlib is missing, which draws curves: pip install matplotlib, "
+            'or this package with its extra "plot"'
+        ) from None
+    panels = {
+        title: keys
+        for title, keys in PANELS.items()
+        if any(curve(records, key)[0] for records in runs.values() for key in keys)
+    }
     if not panels:
         raise UserError(f"{', '.join(runs)}: nothing to draw yet")
     columns = min(3, len(panels))
@@ -97,11 +103,19 @@ def draw(runs, out, smooth=1):
                 steps, values = curve(records, key)
                 color = f"C{number % 10}"
                 if key.startswith("val_"):
-                    axes.plot(steps, values, "o--", color=color, markersize=4, linewidth=1,
-                              label=f"{label}, validation")
+                    axes.plot(
+                        steps,
+                        values,
+                        "o--",
+                        color=color,
+                        markersize=4,
+                        linewidth=1,
+                        label=f"{label}, validation",
+                    )
                 elif steps:
-                    axes.plot(steps, smoothed(values, smooth), color=color, linewidth=1.2,
-                              label=label)
+                    axes.plot(
+                        steps, smoothed(values, smooth), color=color, linewidth=1.2, label=label
+                    )
         axes.set_title(title, fontsize=10)
         axes.tick_params(labelsize=8)
         axes.grid(alpha=0.3)
@@ -123,8 +137,8 @@ if __name__ == "__main__":  # the only part that knows other modules
 
     @dataclass(frozen=True)
     class Config:
-        out: str = ""                  # picture to write, .png, .svg or .pdf; "" = RUN/curves.png
-        smooth: int = 1                # steps that a point of the curve is the mean of
+        out: str = ""  # picture to write, .png, .svg or .pdf; "" = RUN/curves.png
+        smooth: int = 1  # steps that a point of the curve is the mean of
 
     show_user_errors()
     arguments = sys.argv[1:] or ["--help"]
@@ -132,8 +146,9 @@ if __name__ == "__main__":  # the only part that knows other modules
     folders = [argument for argument in arguments if argument not in options]
     cfg = parse_config(Config, options)
     if not folders or cfg.smooth < 1:
-        raise UserError("expected: python -m extras.plot RUN [RUN ...] [--out=FILE.png] "
-                        "[--smooth=STEPS]")
+        raise UserError(
+            "expected: python -m extras.plot RUN [RUN ...] [--out=FILE.png] [--smooth=STEPS]"
+        )
     out = cfg.out or os.path.join(folders[0], "curves.png")
     runs = {os.path.normpath(folder): read_metrics(folder) for folder in folders}
     titles = draw(runs, out, cfg.smooth)

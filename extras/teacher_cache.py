@@ -12,6 +12,7 @@ It appears whole or not at all (made in folder.*.partial, renamed) and is memory
 larger than memory. Runs that make the same one at once keep the first; a killed run leaves its
 .partial behind.
 """
+
 import json
 import math
 import os
@@ -52,23 +53,29 @@ class TeacherCache:
         places (B, T) int64 of tokens in the split's file -> function of positions (n,) to logits
         (n, V)
         """
+
         def at(positions):
             rows = places.flatten()[positions.cpu()].numpy()
 
             def part(name, kind):
                 values = self.arrays[f"{split}_{name}"][rows].astype(kind)
                 return torch.from_numpy(values).to(self.device)
+
             ids, top = part("ids", "int64"), part("logps", "float32")
             rest = part("rest", "float32")
             if rest.isnan().any():
-                raise UserError("--cache_dir: the teacher was not asked about all of these tokens; "
-                                "remove the cache, and it is made again")
+                raise UserError(
+                    "--cache_dir: the teacher was not asked about all of these tokens; "
+                    "remove the cache, and it is made again"
+                )
             return top_k_logits(ids, top, rest, self.vocab_size)
+
         return at
 
 
 def open_cache(folder, key, vocab_size, device):
     """-> the TeacherCache that `write_cache` left in folder for this key (str), None without one"""
+
     def read():
         if not os.path.exists(folder):
             return None
@@ -76,21 +83,26 @@ def open_cache(folder, key, vocab_size, device):
             with open(f"{folder}/arrays.json", encoding="utf-8") as file:
                 return json.load(file)
         except (OSError, ValueError) as error:
-            raise UserError(f"--cache_dir={folder}: no cache of a teacher ({error}); "
-                            "name another folder") from None
+            raise UserError(
+                f"--cache_dir={folder}: no cache of a teacher ({error}); name another folder"
+            ) from None
+
     content = dist.from_rank_zero(read)
     if content is None:
         return None
     if content["key"] != key:
-        raise UserError(f"--cache_dir={folder}: is of another teacher, other data or other "
-                        "options; name another folder, or remove it")
+        raise UserError(
+            f"--cache_dir={folder}: is of another teacher, other data or other "
+            "options; name another folder, or remove it"
+        )
     arrays = {}
     for name, shape in content["shapes"].items():
         try:
             array = np.load(f"{folder}/{name}.npy", mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError) as error:
-            raise UserError(f"--cache_dir={folder}: damaged ({error}); remove it, and it is made "
-                            "again") from None
+            raise UserError(
+                f"--cache_dir={folder}: damaged ({error}); remove it, and it is made again"
+            ) from None
         if list(array.shape) != shape:
             raise UserError(f"--cache_dir={folder}: damaged, {name} is {array.shape}; remove it")
         arrays[name] = array
@@ -119,7 +131,7 @@ def write_cache(folder, key, k, vocab_size, sets, ask, autocast):
             with autocast:
                 logits_at = ask(split, i, batch)
                 for at in batch.mask.flatten().nonzero()[:, 0].split(128):
-                    logps = logits_at(at).float().log_softmax(-1)                    # (n, V)
+                    logps = logits_at(at).float().log_softmax(-1)  # (n, V)
                     ids, top, rest = top_k(logps, k)
                     kept = top_k_logits(ids, top.half().float(), rest, vocab_size).log_softmax(-1)
                     kl = (logps.exp() * (logps - kept)).sum()

@@ -159,7 +159,7 @@ def test_a_script_fits_in_one_sitting(path):
 @pytest.mark.parametrize("path", PRODUCT, ids=by_name)
 def test_a_file_is_read_in_one_sitting_and_its_lines_fit_100_columns(path):
     lines = path.read_text().splitlines()
-    assert len(lines) <= 600
+    assert len(lines) <= (600 if path in COMMON else 700)
     for number, line in enumerate(lines, 1):
         assert len(line) <= 100, f"{path.name}:{number}"
 

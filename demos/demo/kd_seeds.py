@@ -7,6 +7,7 @@ A seed decides on the student's first weights and the order of the data. Runs go
 out/demo/kd_seeds and are not run again. Prints the final validation loss (cross-entropy per token)
 of each.
 """
+
 import functools
 import statistics
 import sys
@@ -32,8 +33,10 @@ if __name__ == "__main__":
     for name, values in results.items():
         spread = statistics.stdev(values) if len(values) > 1 else 0.0
         each = " ".join(f"{value:.4f}" for value in values)
-        print(f"{name:<8}{each}   mean {statistics.mean(values):.4f}, "
-              f"standard deviation {spread:.4f}")
+        print(
+            f"{name:<8}{each}   mean {statistics.mean(values):.4f}, standard deviation {spread:.4f}"
+        )
     better = [alone - taught for alone, taught in zip(results["alone"], results["taught"])]
-    print(f"the teacher is worth {statistics.mean(better):.4f} on average, "
-          f"{min(better):.4f} at least")
+    print(
+        f"the teacher is worth {statistics.mean(better):.4f} on average, {min(better):.4f} at least"
+    )

@@ -2,7 +2,7 @@
 data_dir = "out/demo/data"
 out_dir = "out/demo/pretrain"
 num_steps = 640
-batch_size = 8                         # sequences per step
+batch_size = 8  # sequences per step
 seq_len = 128
 lr = 3e-3
 warmup_steps = 60

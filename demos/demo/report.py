@@ -1,4 +1,5 @@
 """The demo's page: table, curves and samples in one HTML file that needs nothing else."""
+
 import base64
 import html
 import importlib.util
@@ -26,15 +27,17 @@ ABOUT = dict(
     sft="Learns to answer requests for a line: its first letter, number of words and last mark.",
     dpo="Prefers a line that meets the request to one that nearly does.",
     grpo="Rewarded for what a program can check of the lines that it writes itself.",
-    kd="A model of a third of the size, trained on the text alone, and taught by the pretrained one.",
+    kd="A model of a third of the size, trained on text alone, and taught by the pretrained one.",
 )
 
 
 def curves(folder, names):
     """-> HTML: the curves of these runs in one picture, or how to get them"""
     if importlib.util.find_spec("matplotlib") is None:
-        return ('<p class="note">Curves are drawn with matplotlib: pip install matplotlib, and run '
-                "this again.</p>")
+        return (
+            '<p class="note">Curves are drawn with matplotlib: pip install matplotlib, and run '
+            "this again.</p>"
+        )
     path = folder / names[-1] / "curves.svg"
     runs = {name: plot.read_metrics(str(folder / name)) for name in names}
     plot.draw(runs, str(path), smooth=5)
@@ -87,4 +90,7 @@ def write(folder, summary, samples, runs):
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>llm-stages demo</title><style>{STYLE}</style></head><body>\n"
-        + "\n".join(page) + "\n</body></html>\n", encoding="utf-8")
+        + "\n".join(page)
+        + "\n</body></html>\n",
+        encoding="utf-8",
+    )

@@ -10,6 +10,7 @@ start over. Writes out/demo/
     summary.json    for every stage what was measured, before and after, and its seconds
     log.txt         all that the scripts have printed
 """
+
 import collections
 import functools
 import itertools
@@ -45,6 +46,7 @@ class Progress:
     Where the demo is, in one line: on a terminal it is written over, a log file gets one every 20
     seconds. How long the rest takes follows from SECONDS and from how long what is done has taken.
     """
+
     def __init__(self, stages):
         self.stages, self.is_tty = stages, sys.stdout.isatty()
         self.started, self.shown = time.time(), 0.0
@@ -78,9 +80,11 @@ class Progress:
         stage_time = short_time(now - self.stage_started)
         time_left = short_time((sum(usual) - done) / speed)
         place = f"[{at + 1}/{len(self.stages)}] {self.stage:<8}"
-        self.print(f"{place} | {what:<13} | {stage_time:>6} | whole demo: "
-                   f"{short_time(now - self.started)} done, eta {time_left}",
-                   end="" if self.is_tty else "\n")
+        self.print(
+            f"{place} | {what:<13} | {stage_time:>6} | whole demo: "
+            f"{short_time(now - self.started)} done, eta {time_left}",
+            end="" if self.is_tty else "\n",
+        )
 
     def end(self, rows):
         changes = [f"{row['measure']} {row['before']:.3f} -> {row['after']:.3f}" for row in rows]
@@ -160,11 +164,17 @@ WHOLE = "all", "whole request met, T = 1, {n} x 4"
 # -----------------------------------------------------------------------------
 # stages: run(script, options) -> rows of what was measured
 
+
 def prepare_text(run):
     tokenizer, data = f"{OUT}/tokenizer.model", f"{OUT}/data"
     if not Path(tokenizer).exists():
-        run("data/prepare.py", "tokenizer", f"--input={CORPUS}/train.jsonl.gz",
-            "--vocab_size=2048", f"--out={tokenizer}")
+        run(
+            "data/prepare.py",
+            "tokenizer",
+            f"--input={CORPUS}/train.jsonl.gz",
+            "--vocab_size=2048",
+            f"--out={tokenizer}",
+        )
     prepare(run, "text", f"{CORPUS}/*.jsonl.gz", data, f"--tokenizer={tokenizer}")
     split = splits_of("data")["train"]
     return [measure("bytes per token", 1.0, split["bytes"] / split["tokens"])]
@@ -185,8 +195,9 @@ def prepare_lines(run):
     if not Path(OUT, "lines").exists():
         run("data/lines.py", f"--corpus={CORPUS}", f"--out_dir={OUT}/lines")
     for kind, rows in (("chat", "*"), ("pairs", "*_pairs"), ("prompts", "*_prompts")):
-        prepare(run, kind, f"{OUT}/lines/{rows}.jsonl", f"{OUT}/{kind}",
-                f"--tokenizer={OUT}/pretrain")
+        prepare(
+            run, kind, f"{OUT}/lines/{rows}.jsonl", f"{OUT}/{kind}", f"--tokenizer={OUT}/pretrain"
+        )
 
 
 def sft(run):
@@ -255,6 +266,7 @@ RUNS = {
 # -----------------------------------------------------------------------------
 # what the models write
 
+
 def samples(stage):
     """
     -> list of (prompt, text before the stage, after it), from what its runs wrote at their first
@@ -315,5 +327,7 @@ if __name__ == "__main__":
             print_side_by_side(*row)
     print_table(summary)
     report.write(Path(OUT), summary, texts, RUNS)
-    print(f"\n{OUT}/report.html has this and the curves. Talk to the last model:\n"
-          f"    {Path(sys.executable).name} sample.py --init_from={OUT}/grpo --chat=true")
+    print(
+        f"\n{OUT}/report.html has this and the curves. Talk to the last model:\n"
+        f"    {Path(sys.executable).name} sample.py --init_from={OUT}/grpo --chat=true"
+    )

@@ -2,12 +2,12 @@
 # with kd.py
 data_dir = "out/demo/data"
 num_steps = 100
-batch_size = 16                        # rows per step
+batch_size = 16  # rows per step
 seq_len = 128
 lr = 4e-3
 warmup_steps = 20
 log_every = 50
-eval_every = 0                         # at the end only
+eval_every = 0  # at the end only
 eval_seqs = 512
 save_every = 0
 eval_prompts = ["ROMEO.\n", "KING HENRY.\nOnce more"]

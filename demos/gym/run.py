@@ -8,6 +8,7 @@ Everything goes to out/gym_demo. A stage whose result is there is not run again;
 to start over. Prints what reasoning-gym's scorer gives to answers to the test questions, which no
 stage has seen.
 """
+
 import sys
 import time
 from pathlib import Path

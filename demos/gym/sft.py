@@ -2,7 +2,7 @@
 data_dir = "out/gym_demo/chat"
 out_dir = "out/gym_demo/sft"
 num_steps = 240
-batch_size = 16                        # rows per step, about four questions in each
+batch_size = 16  # rows per step, about four questions in each
 seq_len = 256
 lr = 2e-3
 warmup_steps = 20

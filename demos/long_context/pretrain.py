@@ -2,7 +2,7 @@
 data_dir = "out/long_context/bytes"
 out_dir = "out/long_context/256"
 num_steps = 1000
-batch_size = 16                        # rows per step
+batch_size = 16  # rows per step
 seq_len = 256
 lr = 3e-3
 warmup_steps = 100

@@ -7,6 +7,7 @@ Prints the validation loss per byte of whole rows and of their last quarter, 768
 them: right after the extension, and after 50 steps on rows of 1024. "none" is plain RoPE.
 Everything goes to out/long_context; runs that are there are not made again.
 """
+
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -45,16 +46,26 @@ def val_losses(name, options, seq_len):
     for i in range(128 * 1024 // seq_len // 16):
         batch = data.batch(i)
         logps.append(losses.token_logps(model(batch.tokens), model.head, batch.targets))
-    logps = torch.cat(logps)                                  # (rows, seq_len)
-    return -logps.mean().item(), -logps[:, -seq_len // 4:].mean().item()
+    logps = torch.cat(logps)  # (rows, seq_len)
+    return -logps.mean().item(), -logps[:, -seq_len // 4 :].mean().item()
 
 
 def extend(kind, options):
     """Train the model of rows of 256 for 50 steps on rows of 1024"""
-    run("train_pretrain.py", "demos/long_context/pretrain.py", "--resume=true",
-        f"--init_from={OUT}/256", f"--out_dir={OUT}/{kind}", "--seq_len=1024", "--batch_size=4",
-        "--num_steps=50", "--lr=3e-4", "--warmup_steps=10", "--eval_seqs=0",
-        *(f"--model.{name}={value}" for name, value in options.items()))
+    run(
+        "train_pretrain.py",
+        "demos/long_context/pretrain.py",
+        "--resume=true",
+        f"--init_from={OUT}/256",
+        f"--out_dir={OUT}/{kind}",
+        "--seq_len=1024",
+        "--batch_size=4",
+        "--num_steps=50",
+        "--lr=3e-4",
+        "--warmup_steps=10",
+        "--eval_seqs=0",
+        *(f"--model.{name}={value}" for name, value in options.items()),
+    )
 
 
 if __name__ == "__main__":

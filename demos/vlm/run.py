@@ -8,6 +8,7 @@ Everything goes to out/vlm_demo. What is there is not made again; remove the fol
 Prints how many questions about the 1,000 test pictures, which training has not seen, are answered
 right by greedy generation, a question at a time.
 """
+
 import functools
 import sys
 import time
@@ -34,10 +35,21 @@ def prepare_set(folder, *options):
     if not Path(rows).exists():
         run("data/vqa.py", f"--out_dir={rows}", "--shuffles=4", *options)
     if not Path(vocabulary).exists():
-        run("data/prepare.py", "tokenizer", f"--input={rows}/train.jsonl", "--vocab_size=384",
-            f"--out={vocabulary}")
-    prepare(run, "images", f"{rows}/*.jsonl", f"{folder}/set", f"--tokenizer={vocabulary}",
-            "--answer_tags=false")
+        run(
+            "data/prepare.py",
+            "tokenizer",
+            f"--input={rows}/train.jsonl",
+            "--vocab_size=384",
+            f"--out={vocabulary}",
+        )
+    prepare(
+        run,
+        "images",
+        f"{rows}/*.jsonl",
+        f"{folder}/set",
+        f"--tokenizer={vocabulary}",
+        "--answer_tags=false",
+    )
 
 
 def test(folder):
@@ -52,11 +64,12 @@ def test(folder):
 
     chats, right, open_ended = read_rows(f"{folder}/rows/test.jsonl"), [], []
     for start in range(0, len(chats), BATCH):
-        batch = chats[start:start + BATCH]
+        batch = chats[start : start + BATCH]
         pictures = [[picture(chat[0]["content"][0]["path"])] for chat in batch]
         questions = [chat[:1] for chat in batch]
-        rows = encode_chat(tokenizer, questions, reply=True,
-                           tokens_per_image=vision.tokens_per_image)
+        rows = encode_chat(
+            tokenizer, questions, reply=True, tokens_per_image=vision.tokens_per_image
+        )
         prompts = [ids for ids, _ in rows]
         inputs = model.inputs_of(prompts, pictures)
         replies, *_ = complete(model, prompts, cfg, tokenizer.end, inputs=inputs)
@@ -71,8 +84,13 @@ def train_and_test(name, *options):
     """-> seconds to prepare and train, to test, shares right"""
     start, folder = time.time(), f"{OUT}/{name}"
     prepare_set(folder, *options)
-    run("train_sft.py", "demos/vlm/sft.py", f"--data_dir={folder}/set", f"--out_dir={folder}/run",
-        "--resume=true")
+    run(
+        "train_sft.py",
+        "demos/vlm/sft.py",
+        f"--data_dir={folder}/set",
+        f"--out_dir={folder}/run",
+        "--resume=true",
+    )
     trained = time.time()
     return dict(
         right=test(folder),

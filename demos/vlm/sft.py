@@ -1,7 +1,7 @@
 # Questions about pictures, from random weights; see run.py.
 data_dir = "out/vlm_demo/sees/set"
 out_dir = "out/vlm_demo/sees/run"
-batch_size = 4                         # rows of seventeen questions or so, each with its picture
+batch_size = 4  # rows of seventeen questions or so, each with its picture
 seq_len = 512
 num_steps = 1500
 num_epochs = 0
