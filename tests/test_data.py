@@ -99,7 +99,8 @@ def test_batch_is_a_pure_function(counting):
     first = {i: forward.batch(i) for i in range(12)}
     for i in [*reversed(range(12)), 3, 3, 11, 0]:
         for fresh in (backward, open_data(counting, 4, doc_mask=True)):
-            assert all(torch.equal(a, b) for a, b in zip(parts(fresh.batch(i)), parts(first[i]), strict=True)), i
+            pairs = zip(parts(fresh.batch(i)), parts(first[i]), strict=True)
+            assert all(torch.equal(a, b) for a, b in pairs), i
 
 
 def test_the_global_random_states_are_neither_read_nor_moved(counting):
@@ -410,7 +411,8 @@ def test_a_batch_of_conversations_is_a_pure_function(chats):
     first = {i: forward.batch(i) for i in range(16)}
     for i in [*reversed(range(16)), 3, 3, 11, 0]:
         for fresh in (backward, open_chats(chats, 5)):
-            assert all(torch.equal(a, b) for a, b in zip(parts(fresh.batch(i)), parts(first[i]), strict=True)), i
+            pairs = zip(parts(fresh.batch(i)), parts(first[i]), strict=True)
+            assert all(torch.equal(a, b) for a, b in pairs), i
 
 
 @pytest.mark.parametrize("mask_prompt", [True, False])

@@ -367,8 +367,8 @@ def test_the_example_of_the_documentation_runs(batch):
     hidden, weight, targets = batch
     mask, h, w = torch.rand(B, T) < 0.6, leaf(hidden), leaf(weight)
     block, = re.findall(r"```python\n(.*?)```", page(), re.DOTALL)
-    names = dict(F=F, losses=losses, hidden=h, targets=targets, mask=mask,
-                 model=SimpleNamespace(head=w))
+    names = dict(F=F, losses=losses, hidden=h, model=SimpleNamespace(head=w),
+                 batch=SimpleNamespace(targets=targets, mask=mask))
     exec(block, names)
     names["loss_sum"].backward()
     logits = (hidden.double() @ weight.double().T)[mask]

@@ -495,7 +495,8 @@ def test_a_set_cannot_be_put_under_a_file():
     result = run(ROOT / "data" / "prepare.py", "text", f"--input={os.getcwd()}/a.txt",
                  f"--out_dir={os.getcwd()}/a.txt/set", check=False)
     assert (result.returncode, result.stdout) == (2, "")
-    assert result.stderr == f"error: {os.getcwd()}/a.txt/set.partial: Not a directory\n"
+    assert result.stderr == f"error: --out_dir={os.getcwd()}/a.txt/set: cannot write there " \
+                            "(Not a directory)\n"
 
 
 def test_a_full_disk_ends_with_one_line_and_leaves_nothing():

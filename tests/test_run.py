@@ -1,5 +1,7 @@
 """common/run.py: a script may be driven from Python, and each of its lines be replaced by one's own."""
 import json
+import re
+import textwrap
 
 import pytest
 from conftest import ROOT, run
@@ -11,8 +13,8 @@ from common.run import RunConfig, Step, check_options, count_steps
 from train_pretrain import Config
 
 TIMINGS = {"ms", "tok_per_s", "mfu"}
-OPTIONS = dict(seq_len=32, batch_size=8, micro_batch_size=4, num_steps=6, warmup_steps=2, lr=1e-2, eval_seqs=8,
-               eval_every=3, save_every=4, device="cpu", eval_prompts=("Doc",))
+OPTIONS = dict(seq_len=32, batch_size=8, micro_batch_size=4, num_steps=6, warmup_steps=2, lr=1e-2,
+               eval_seqs=8, eval_every=3, save_every=4, device="cpu", eval_prompts=("Doc",))
 MODEL = dict(n_layer=2, n_head=2, n_embd=16, attn_dropout=0.1)
 
 
@@ -60,9 +62,8 @@ def test_a_config_made_in_python_gives_the_run_of_the_command_line(by_command_li
     ("optimizer = run.optimizer(model)",
      "from common import optim\n    from common.zero1 import ShardedOptimizer\n"
      "    optimizer = ShardedOptimizer(optim.parameter_groups(model))"),
-    ("train_data, val_data = run.data(TokenData, doc_mask=cfg.doc_mask, critical_ids=cfg.critical_ids,\n"
-     "                                    critical_alpha=cfg.critical_alpha)",
-     "train_data, val_data = run.data(TokenData)"),
+    ("        doc_mask=cfg.doc_mask,\n        critical_ids=cfg.critical_ids,\n"
+     "        critical_alpha=cfg.critical_alpha,\n", ""),
     ("optimizer.lr = run.learning_rate(step)",
      "from common.schedule import learning_rate\n"
      "        optimizer.lr = learning_rate('cosine', step.number, 6, 1e-2, 1e-3, 2, 0.0, 0, 1.0, 0.2)"),
@@ -75,6 +76,27 @@ def test_a_line_that_calls_run_may_be_replaced(old, new, by_command_line, token_
           for name, value in OPTIONS.items()),
         *(f"--model.{name}={value}" for name, value in MODEL.items()))
     assert records(tmp_path / "run") == by_command_line
+
+
+@pytest.mark.parametrize("smoothing", [0.1, 0.0])
+def test_the_loss_of_sft_is_changed_in_the_script(smoothing, chat_set, tmp_path):
+    """The example of docs/losses.md; without smoothing and z-loss it is the loss that it replaces."""
+    example, = re.findall(r"```python\n(.*?)```", (ROOT / "docs/losses.md").read_text(), re.DOTALL)
+    if not smoothing:
+        example = example.replace("label_smoothing=0.1", "label_smoothing=0.0").replace("1e-4", "0.0")
+    built_in = ("                loss_sum = losses.linear_cross_entropy(\n"
+                "                    hidden, model.head, batch.targets, batch.mask, batch.weight\n"
+                "                )\n")
+    path = copy_of("train_sft.py", tmp_path, (built_in, textwrap.indent(example, " " * 16)),
+                   ("import torch\n", "import torch\nimport torch.nn.functional as F\n"))
+    options = [f"--data_dir={chat_set}", "--num_steps=4", "--seq_len=150", "--batch_size=4", "--device=cpu",
+               "--micro_batch_size=2", "--eval_seqs=8", *(f"--model.{k}={v}" for k, v in MODEL.items())]
+    run(path, f"--out_dir={tmp_path}/own", *options)
+    run("train_sft.py", f"--out_dir={tmp_path}/built_in", *options)
+    own, built_in = ([line["loss"] for line in map(json.loads, open(tmp_path / name / "metrics.jsonl"))
+                      if "loss" in line] for name in ("own", "built_in"))
+    close = [abs(a - b) < 1e-5 for a, b in zip(own, built_in, strict=True)]
+    assert all(close) if not smoothing else not any(close)
 
 
 def test_what_was_asked_is_the_command_line_or_what_differs_from_the_defaults():
@@ -96,8 +118,9 @@ def test_a_step_starts_dropout_from_its_number_alone():
 
 
 @pytest.mark.parametrize("options, message", [
-    (dict(batch_size=6, micro_batch_size=4), "--batch_size=6: must be a multiple of ranks x micro_batch_size"),
-    (dict(lr=-1.0), "--lr=-1.0: must be at least 0"), (dict(keep_last=0), "--keep_last=0: must be at least 1"),
+    (dict(batch_size=6, micro_batch_size=4), "--batch_size=6: must be a multiple of ranks"),
+    (dict(lr=-1.0), "--lr=-1.0: must be at least 0"),
+    (dict(keep_last=0), "--keep_last=0: must be at least 1"),
     (dict(num_steps=0), "--num_steps=0 --num_epochs=0.0: set one of them")])
 def test_options_that_do_not_fit_are_refused_by_name(options, message):
     with pytest.raises(UserError, match=message):

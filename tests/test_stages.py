@@ -703,8 +703,9 @@ def test_a_teacher_can_be_a_function_of_yours(kd, teacher_run):
     text = (ROOT / "train_kd.py").read_text()
     stock = re.search(r"    raise UserError\(\"--teacher: name a run.*?\n", text)[0]
     folder = max(teacher_run.glob("step_*"))
-    mine = text.replace(stock, f"    config, _, fill = find_teacher({str(folder)!r}, tokenizer)\n"
-                               "    fill(model := GPT(config).eval())\n"
+    mine = text.replace(stock, f"    source = checkpoint.source({str(folder)!r})\n"
+                               "    model = GPT(ModelConfig(**source.manifest['model'])).eval()\n"
+                               "    source.load(model)\n"
                                "    return model(tokens, docs) @ model.head.T\n")
     path, here = kd.folder / "mine.py", f"import hashlib, sys\nsys.path.insert(0, {str(ROOT)!r})\n"
     path.write_text(mine.replace("import hashlib\n", here))

@@ -163,7 +163,8 @@ def bench_chunked():
         hand_s, plain_s = alternate(lambda: backward(losses.linear_cross_entropy),
                                     lambda: backward(chunked_cross_entropy))
         print(f"chunked: V = {V:,}, {N} tokens x {C} channels: "
-              f"plain PyTorch {plain_s * 1000:.0f} ms, by hand {hand_s * 1000:.0f} ms, {plain_s / hand_s:.2f}x; peak memory above inputs: "
+              f"plain PyTorch {plain_s * 1000:.0f} ms, by hand {hand_s * 1000:.0f} ms, "
+              f"{plain_s / hand_s:.2f}x; peak memory above inputs: "
               f"plain PyTorch {plain - nothing:.0f} MiB, by hand {ours - nothing:.0f} MiB, "
               f"{(plain - nothing) / (ours - nothing):.2f}x")
 
