@@ -26,6 +26,7 @@ STAGES = {"train_pretrain.py": ("token_set", TINY),
           "train_grpo.py": ("prompt_set", [*TINY, "--num_samples=4", "--max_new_tokens=8",
                                            "--reward=tests/some_rewards.py:letters"]),
           "train_kd.py": ("chat_set", [*TINY, "--seq_len=150", "--max_new_tokens=8"])}
+slow = pytest.mark.slow
 MOE = ["--model.n_expert=4", "--model.n_expert_active=2", "--model.n_shared_expert=1",
        "--model.n_dense_layer=1", "--model.balance_coef=0.1"]
 SEES = ["--data_dir=image_set", "--vision.n_layer=1", "--vision.n_head=2", "--vision.n_embd=16"]
@@ -57,11 +58,15 @@ VARIANTS = [("train_pretrain.py", ["--doc_mask=true"]), ("train_pretrain.py", ["
             ("train_kd.py", ["--on_policy_frac=0.5", "--data_dir=token_set"]),
             ("train_kd.py", ["--cache_top_k=20"]),
             ("train_kd.py", ["--cache_top_k=20", "--data_dir=token_set", "--temperature=0.7"]),
-            *((script, MOE) for script in STAGES), ("train_pretrain.py", [*MOE, "--optimizer=muon"]),
-            *((script, ["--activation_checkpointing=true", "--model.attn_dropout=0.1"])
-              for script in STAGES if script != "train_grpo.py"),
-            *((script, ["--critical_ids=97,49", "--critical_alpha=3", *["--nll_coef=1"] * ("dpo" in script)])
-              for script in STAGES if script != "train_grpo.py")]
+            ("train_pretrain.py", MOE), ("train_pretrain.py", [*MOE, "--optimizer=muon"]),
+            ("train_pretrain.py", ["--activation_checkpointing=true", "--model.attn_dropout=0.1"]),
+            ("train_pretrain.py", ["--critical_ids=97,49", "--critical_alpha=3"])]
+# what pretraining shows, in the other stages
+VARIANTS += [pytest.param(script, options, marks=slow) for script in STAGES if script != "train_pretrain.py"
+             for options in (MOE, ["--activation_checkpointing=true", "--model.attn_dropout=0.1"],
+                             ["--critical_ids=97,49", "--critical_alpha=3",
+                              *(["--nll_coef=1"] if script == "train_dpo.py" else [])])
+             if script != "train_grpo.py" or options is MOE]
 
 
 def make_stage(script, request, folder):
@@ -87,6 +92,15 @@ def make_stage(script, request, folder):
 @pytest.fixture(params=STAGES)
 def stage(request, tmp_path):
     return make_stage(request.param, request, tmp_path)
+
+
+def once_in_make_test(name, values):
+    """(stage, value) of all; but the first, a value of a stage other than pretraining is slow"""
+    def is_slow(script, value):
+        return value != values[0] and script != "train_pretrain.py"
+    return pytest.mark.parametrize(f"stage, {name}", [
+        pytest.param(script, value, marks=slow if is_slow(script, value) else ())
+        for script in STAGES for value in values], indirect=["stage"], ids=lambda x: str(x)[:20])
 
 
 @pytest.fixture
@@ -183,7 +197,7 @@ def small_set(stage):
     return stage.folder / "small"
 
 
-@pytest.mark.parametrize("model", [[], MOE], ids=["dense", "experts"])
+@once_in_make_test("model", [[], MOE])
 def test_losses_and_weights_do_not_depend_on_the_layout(stage, model):
     # at TINY's learning rate DPO's margins saturate, and grow what rounding differs in beyond the tolerance
     common = ["--num_steps=20", "--eval_every=10", *model, *["--lr=3e-3"] * bool(model)]
@@ -267,7 +281,7 @@ def test_activation_checkpointing_and_compile_change_nothing(one_stage):
 # -----------------------------------------------------------------------------
 # kill, resume, stop
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@once_in_make_test("ranks", [1, 2])
 def test_kill_9_and_resume_equals_the_uninterrupted_run_bit_for_bit(stage, ranks):
     # 62 windows and 8 a step: the kill falls inside an epoch, and the run crosses into the next ones
     options = ["--num_steps=40", "--save_every=5", "--eval_every=7", *stage.dropout,

@@ -556,7 +556,7 @@ def test_layouts_give_the_same_also_where_a_rank_has_no_image(sees, image_set):
             assert max((weights[k] - whole[k]).abs().max().item() for k in whole) < 1e-4
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_kill_9_and_resume_with_images_is_bit_for_bit(sees, ranks):
     options = ["--num_steps=30", "--save_every=5", "--eval_every=7", *["--zero1=true"] * (ranks > 1)]
     sees.start("straight", *options, ranks=ranks)
