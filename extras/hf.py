@@ -437,12 +437,13 @@ def config_json(c, dtype, end):
         described |= dict(decoder_sparse_step=1, mlp_only_layers=list(range(c.n_dense_layer)))
     if "n_shared_expert" in names:
         described["shared_expert_intermediate_size"] *= c.d_expert
+    if model_type == "mixtral":
+        described["sliding_window"] = None
     return described | dict(
         model_type=model_type,
         architectures=[family.architecture],
         dtype=str(dtype).removeprefix("torch."),
         hidden_act="silu",
-        sliding_window=None,
         bos_token_id=None,
         eos_token_id=end,
         pad_token_id=None,
