@@ -107,8 +107,8 @@ class Step:
         Start the clock, and dropout from a state that follows from the step alone (after a resume
         too)
         """
-        dist.seed(self.seed, self.number)
         self.clock = time.perf_counter()
+        dist.seed(self.seed, self.number)
 
     def lap(self):
         """-> seconds since `start` or the last call"""
