@@ -160,9 +160,10 @@ if __name__ == "__main__":
     forward = torch.compile(model) if cfg.compile else model  # forward() trains only
 
     # the reference, the initial policy: log-probs that it gave once, or a second model
-    initial_weights = checkpoint.fingerprint(model)
     if run.previous:
         initial_weights = run.previous.manifest["initial_weights"]
+    else:
+        initial_weights = checkpoint.fingerprint(model)
     sets = {"train": train_data, "val": val_data} if val_data else {"train": train_data}
     sums_of_sets = {split: run.meta["splits"][split]["sha256"] for split in sets}
     key = json.dumps([initial_weights, asdict(model.config), str(run.dtype), sums_of_sets])

@@ -107,8 +107,7 @@ if __name__ == "__main__":
                     hidden, model.head, batch.targets, batch.mask, batch.weight
                 )
             loss = loss_sum / n_targets.clamp(min=1)  # divide once, by the global count
-            scaled = (loss + model.balance_loss() / n_tokens) * optimizer.loss_scale
-            scaled.backward()
+            ((loss + model.balance_loss() / n_tokens) * optimizer.loss_scale).backward()
             step_loss += loss.detach()
 
         step_loss = dist.all_sum(step_loss).item()

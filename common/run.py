@@ -185,7 +185,7 @@ class Run:
                 "beside it"
             )
         folder = checkpoint.latest(cfg.out_dir) if cfg.resume else None
-        self.previous = self.source = folder and checkpoint.source(folder)
+        self.previous = self.source = folder and checkpoint.checkpoint_source(folder)
         if not folder and cfg.init_from:
             self.source = checkpoint.source(cfg.init_from)
         if self.source and self.source.fingerprint() != self.tokenizer.fingerprint:
@@ -403,18 +403,17 @@ class Run:
             last=step.last,
         )
 
-    def record(self, step, n_tokens, also=None, seconds=None, flops=0.0, **values):
+    def record(self, step, n_tokens, also=None, seconds=None, **values):
         """
         Record the update just made. n_tokens: of the whole step, all ranks; values: loss, lr,
         grad_norm and what else to print; also: what to record only; seconds: default, since
-        step.start(); flops: of a token, besides the model's. UserError after --max_bad_steps in a
-        row without a finite loss and norm
+        step.start(). UserError after --max_bad_steps in a row without a finite loss and norm
         """
         self.log.train_step(
             step.number,
             int(n_tokens),
             seconds or step.lap(),
-            self.token_flops + flops,
+            self.token_flops,
             self.peak_flops,
             {**(also or {}), **self.router_stats()},
             **values,
