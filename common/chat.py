@@ -25,7 +25,7 @@ def check_conversation(messages, with_images=False):
         in_parts = isinstance(content, list)
         if not with_images and (in_parts or "images" in fields):
             raise ValueError("images are for `data/prepare.py images` and train_sft.py only")
-        if not isinstance(content, str) and not (in_parts and all(map(_is_part, content))):
+        if not isinstance(content, str) and not (in_parts and all(map(is_part, content))):
             raise ValueError('a message is {"role": "...", "content": "..."}')
         if role not in ROLES:
             raise ValueError(f"unknown role {str(role)[:40]!r}, expected {', '.join(ROLES)}")
@@ -39,8 +39,9 @@ def check_conversation(messages, with_images=False):
             raise ValueError("an assistant's content is text")
 
 
-def _is_part(part):
-    if not isinstance(part, dict) or part.get("type") not in ("text", "image"):
+def is_part(part, kinds=("text", "image")):
+    """-> whether it is a part of a content, and of one of these kinds"""
+    if not isinstance(part, dict) or part.get("type") not in kinds:
         return False
     return isinstance(part.get("text"), str) == (part["type"] == "text")
 

@@ -34,9 +34,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import math
 import os
-import random
 import shutil
 import sys
 import time
@@ -52,38 +50,26 @@ from common.config import parse_config  # noqa: E402
 from common.errors import UserError, show_user_errors  # noqa: E402
 from common.tokenizer import load_tokenizer  # noqa: E402
 from data.readers import (  # noqa: E402
-    BLOCK,
-    ID_FILES,
     ROW_FILES,
     TXT_FILES,
     BadRow,
     Chats,
     ExampleConfig,
-    Kind,
     Pairs,
     Prompts,
     Report,
     SetConfig,
+    Text,
     find_files,
     inputs_of,
-    read_ids,
-    read_rows,
-    read_txt,
-    text_of,
-    texts_of,
+    read_encoded,
+    read_lines,
 )
 from data.train_tokenizer import train_sentencepiece  # noqa: E402
 
-# characters that --val_frac moves a border at most, to the start of a line
-NEAR = 1000
 
-
-@dataclass(frozen=True)
 class TextConfig(SetConfig):
-    # fmt: off
-    val_frac: float = 0.0              # instead: fraction to hold out (.txt: of its end)
-    tokenizer: str = "bytes"           # bytes, x.model, x.tiktoken, folder, gpt2, run: see above
-    # fmt: on
+    """The options of every set; --help prints the docstring of this file."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +84,6 @@ class ChatConfig(ExampleConfig):
 class PairsConfig(ExampleConfig):
     # fmt: off
     out_dir: str = "out/pairs"         # folder to write, must not exist
-    max_len: int = 0                   # maximum of prompt and one answer in tokens; 0 = no limit
     # fmt: on
 
 
@@ -123,25 +108,6 @@ class TokenizerConfig:
 
 # -----------------------------------------------------------------------------
 # sets
-
-
-class Progress:
-    """A line every ten seconds: the file that is read, and how much has been written."""
-
-    def __init__(self):
-        self.start = self.last = time.time()
-
-    def show(self, path, writers):
-        now = time.time()
-        if now - self.last < 10:
-            return
-        self.last = now
-        tokens = sum(writer.tokens.count for writer in writers.values())
-        print(
-            f"{path} | {tokens:,} tokens | {tokens / (now - self.start):,.0f} tok/s",
-            file=sys.stderr,
-            flush=True,
-        )
 
 
 def token_byte_counts(tokenizer):
@@ -196,11 +162,9 @@ def whole_or_nothing(out_dir):
         yield aside
         os.rename(aside, out_dir)
     except OSError as error:
-        shutil.rmtree(aside, ignore_errors=True)
         raise UserError(f"{error.filename or out_dir}: {error.strerror}") from None
-    except BaseException:
+    finally:
         shutil.rmtree(aside, ignore_errors=True)
-        raise
 
 
 def write_rows(folder, name, rows):
@@ -239,13 +203,14 @@ def describe(folder, cfg, kind, splits, report):
 
 def check_splits(splits, cfg, unit, report):
     """UserError when a split that was asked for has got nothing."""
-    train, val = (splits.get(split, {}).get(unit, 0) for split in ("train", "val"))
-    if train and (val or not (cfg.val_frac or cfg.val_input)):
+    counts = [counts[unit] for counts in splits.values()]
+    if all(counts):
         return
     # it may say why
     report.print()
-    if not train and not val:
+    if not any(counts):
         raise UserError(f"--input: no {unit} left to train on")
+    train, _ = counts
     if not train:
         raise UserError(
             f"--input: no {unit} left to train on, everything went to validation; lower --val_frac"
@@ -258,24 +223,25 @@ def check_splits(splits, cfg, unit, report):
     raise UserError(f"--val_input={','.join(cfg.val_input)}: no {unit} in there")
 
 
-def prepare_set(cfg, kind_class, endings, read, writer_class):
-    """
-    Files with these endings into cfg.out_dir; see common/data.py for what is in there.
-    read(path, split, kind, draw, report) -> iterator of (split, "file:number", what is written)
-    """
+def prepare_set(cfg, kind_class, writer_class):
+    """Files into cfg.out_dir; see common/data.py for what is in there."""
     with whole_or_nothing(cfg.out_dir) as folder:
-        inputs = inputs_of(cfg, endings)
+        inputs = inputs_of(cfg, kind_class.endings)
         kind, report = kind_class(cfg, load_tokenizer(cfg.tokenizer)), Report(cfg.bad_rows)
-        progress, draw, writers = Progress(), random.Random(cfg.seed), {}
-        for home, path in inputs:
-            for split, where, item in read(path, home, kind, draw, report):
-                if split not in writers:
-                    writers[split] = writer_class(folder, split, kind)
-                try:
-                    writers[split].add(where, item)
-                except BadRow as error:
-                    report.bad(error.reason, where, str(error))
-                progress.show(path, writers)
+        wanted = ["train", "val"] if cfg.val_frac or cfg.val_input else ["train"]
+        writers = {split: writer_class(folder, split, kind, report) for split in wanted}
+        start = last = time.time()
+        for split, where, content, encoded in read_encoded(kind, inputs, report):
+            writers[split].add(where, content, encoded)
+            now = time.time()
+            if now - last >= 10:
+                last = now
+                tokens = sum(writer.tokens.count for writer in writers.values())
+                print(
+                    f"{where} | {tokens:,} tokens | {tokens / (now - start):,.0f} tok/s",
+                    file=sys.stderr,
+                    flush=True,
+                )
         splits = {split: writer.close() for split, writer in writers.items()}
         check_splits(splits, cfg, kind.unit, report)
         describe(folder, cfg, kind, splits, report)
@@ -286,47 +252,32 @@ def prepare_set(cfg, kind_class, endings, read, writer_class):
 
 
 class SetWriter:
-    """The arrays of a split; tokens is the first."""
+    """The arrays of a split; tokens is the first. counts: what meta.json says of it besides."""
 
-    def __init__(self, folder, split, kind):
-        self.folder, self.split, self.kind = folder, split, kind
-        self.arrays, self.count = [], 0
+    def __init__(self, folder, split, kind, report):
+        self.path, self.kind, self.report = os.path.join(folder, split), kind, report
+        self.arrays, self.count, self.counts = [], 0, {}
         wide = kind.tokenizer.vocab_size > 2**16
         self.tokens = self.array("", np.uint32 if wide else np.uint16)
 
     def array(self, name, dtype, entry=()):
-        path = os.path.join(self.folder, f"{self.split}{name}.npy")
-        self.arrays.append(ArrayWriter(path, dtype, entry))
+        self.arrays.append(ArrayWriter(f"{self.path}{name}.npy", dtype, entry))
         return self.arrays[-1]
 
-
-def blocks(items, size):
-    """Yield lists of items, each of about BLOCK characters or bytes. size: function of an item"""
-    block, total = [], 0
-    for item in items:
-        block.append(item)
-        total += size(item)
-        if total >= BLOCK:
-            yield block
-            block, total = [], 0
-    if block:
-        yield block
-
-
-# -----------------------------------------------------------------------------
-# text
-
-
-class Text(Kind):
-    name, unit = "text", "documents"
-
-    def encode(self, contents):
-        """List of texts, or of arrays of ids -> a sequence of ids each"""
-        if not isinstance(contents[0], str):
-            return contents
-        if self.tokenizer.kind == "bytes":
-            return [np.frombuffer(text.encode(), np.uint8) for text in contents]
-        return self.tokenizer.encode_batch(contents)
+    def close(self):
+        """-> what meta.json says of the split"""
+        for array in self.arrays:
+            array.close()
+        sums = [array.sha.hexdigest() for array in self.arrays]
+        sha = sums[0]
+        if len(sums) > 1:
+            sha = hashlib.sha256("".join(sums).encode()).hexdigest()
+        return {
+            self.kind.unit: self.count,
+            "tokens": self.tokens.count,
+            **self.counts,
+            "sha256": sha,
+        }
 
 
 class TextWriter(SetWriter):
@@ -335,109 +286,45 @@ class TextWriter(SetWriter):
     def __init__(self, *args):
         super().__init__(*args)
         self.byte_counts = token_byte_counts(self.kind.tokenizer)
-        self.where, self.last, self.bytes = None, None, 0
+        self.counts["bytes"] = 0
+        # last: the latest token; nothing is open yet
+        self.where, self.last = None, self.kind.tokenizer.end
 
-    def add(self, where, ids):
+    def add(self, where, content, ids):
         """where: of a document, whose ids may come in several pieces"""
+        ids, tokenizer = np.asarray(ids), self.kind.tokenizer
+        if not len(ids):
+            self.report.skip("empty documents", where)
+            return
+        for wrong in (ids.min(), ids.max()):
+            if not 0 <= wrong < tokenizer.vocab_size:
+                raise UserError(
+                    f"{where}: a document with token id {wrong}, but --tokenizer has "
+                    f"{tokenizer.vocab_size}; give the tokenizer that made these ids"
+                )
         if where != self.where:
             self.end_document()
+            self.where, self.count = where, self.count + 1
             # token ids may bring this themselves
-            if list(ids[:1]) != self.kind.tokenizer.begin:
-                self.write(self.kind.tokenizer.begin)
+            if ids[:1].tolist() != tokenizer.begin:
+                self.write(tokenizer.begin)
         self.write(ids)
-        self.where, self.last = where, ids[-1]
+        self.last = ids[-1]
 
     def write(self, ids):
         ids = np.asarray(ids, self.tokens.dtype)
         self.tokens.write(ids)
-        self.bytes += int(self.byte_counts[ids].sum(dtype=np.int64))
+        self.counts["bytes"] += int(self.byte_counts[ids].sum(dtype=np.int64))
 
     def end_document(self):
-        if self.where is None:
-            return
         if self.last != self.kind.tokenizer.end:
             self.write([self.kind.tokenizer.end])
-        self.count += 1
 
     def close(self):
-        """-> what meta.json says of them"""
         self.end_document()
-        self.tokens.close()
         # the same for each split
-        np.save(os.path.join(self.folder, "token_bytes.npy"), self.byte_counts)
-        return dict(
-            documents=self.count,
-            tokens=self.tokens.count,
-            bytes=self.bytes,
-            sha256=self.tokens.sha.hexdigest(),
-        )
-
-
-def documents_of(path, home, kind, draw, report):
-    """Yield (split, "file:number", ids) of a file's documents, a long one in several pieces."""
-    limit = kind.tokenizer.vocab_size
-    for block in blocks(divide(path, home, kind, draw, report), lambda piece: len(piece[2])):
-        encoded = kind.encode([content for _, _, content in block])
-        for (split, number, _), ids in zip(block, encoded):
-            where = f"{path}:{number}"
-            if not len(ids):
-                report.skip("empty documents", where)
-                continue
-            if path.endswith(ID_FILES) and not 0 <= ids.min() <= ids.max() < limit:
-                wrong = ids.min() if ids.min() < 0 else ids.max()
-                raise UserError(
-                    f"{where}: a document with token id {wrong}, but --tokenizer has "
-                    f"{limit}; give the tokenizer that made these ids"
-                )
-            yield split, where, ids
-
-
-def divide(path, home, kind, draw, report):
-    """Yield (split, number, text or ids). A document goes to one split, but a .txt is divided."""
-    val_frac = kind.cfg.val_frac
-    if path.endswith(TXT_FILES):
-        yield from divide_txt(path, home, val_frac)
-        return
-    if path.endswith(ID_FILES):
-        pieces = read_ids(path)
-    else:
-        pieces = read_rows(path, report, text_of, "text")
-    previous, split = None, home
-    for number, piece, *_ in pieces:
-        if val_frac and number != previous:
-            split = "val" if draw.random() < val_frac else home
-        previous = number
-        yield split, number, piece
-
-
-def divide_txt(path, home, val_frac):
-    """Yield (split, number, text). The last val_frac, from the start of a line, is held out."""
-    border, seen = math.inf, 0
-    if val_frac:
-        border = round((1 - val_frac) * sum(len(piece) for _, piece in read_txt(path)))
-    for number, piece in read_txt(path):
-        room = border - seen
-        if room >= len(piece):
-            yield home, number, piece
-        elif room <= 0:
-            yield "val", number, piece
-        else:
-            at = piece.rfind("\n", 0, room) + 1
-            # a line's start that is far away would change the share
-            if room - at > NEAR or not (at or seen):
-                at = room
-            if at:
-                yield home, number, piece[:at]
-            yield "val", number, piece[at:]
-        seen += len(piece)
-
-
-def prepare_text(cfg):
-    prepare_set(cfg, Text, TXT_FILES + ROW_FILES + ID_FILES, documents_of, TextWriter)
-
-
-# -----------------------------------------------------------------------------
-# conversations, pairs, prompts
+        np.save(os.path.join(os.path.dirname(self.path), "token_bytes.npy"), self.byte_counts)
+        return super().close()
 
 
 class ExampleWriter(SetWriter):
@@ -448,49 +335,30 @@ class ExampleWriter(SetWriter):
         self.mask, self.offsets = self.array("_mask", np.uint8), self.array("_offsets", np.uint64)
         self.offsets.write([0])
         self.store = self.kind.store(self.array)
-        self.longest = self.targets = 0
+        self.counts.update(targets=0, longest=0)
 
-    def add(self, where, item):
-        """item: (row, Example). BadRow, and nothing is added, where `Kind.store` raises it"""
-        row, example = item
-        self.store(row, example)
+    def add(self, where, row, example):
+        """Nothing is added where the example is too long or `Kind.store` raises BadRow."""
+        if not cut_to_fit(example, where, self.kind, self.report):
+            return
+        try:
+            self.store(row, example)
+        except BadRow as error:
+            self.report.bad(where, error)
+            return
         for ids, learn in (example.prompt, *example.replies):
             if not ids:
                 continue
             self.tokens.write(ids)
             self.mask.write(learn)
             self.offsets.write([self.tokens.count])
-            self.targets += sum(learn)
-        self.longest = max(self.longest, example.length())
+            self.counts["targets"] += sum(learn)
+        self.counts["longest"] = max(self.counts["longest"], example.length())
         self.count += 1
 
     def close(self):
-        """-> what meta.json says of them"""
-        for array in self.arrays:
-            array.close()
-        sums = "".join(array.sha.hexdigest() for array in self.arrays)
-        more = self.kind.counts(*self.arrays[3:])
-        return dict(
-            {self.kind.unit: self.count},
-            tokens=self.tokens.count,
-            targets=self.targets,
-            longest=self.longest,
-            sha256=hashlib.sha256(sums.encode()).hexdigest(),
-            **more,
-        )
-
-
-def examples_of(path, home, kind, draw, report):
-    """Yield (split, "file:line", (row, Example)) of a file's rows, many tokenized in one call."""
-    cfg, folder = kind.cfg, os.path.dirname(path)
-    rows = read_rows(path, report, lambda row: kind.parse(row, folder), kind.name)
-    for block in blocks(rows, lambda row: row[2]):
-        examples = kind.encode([row for _, row, _ in block])
-        for (number, row, _), example in zip(block, examples):
-            split = "val" if cfg.val_frac and draw.random() < cfg.val_frac else home
-            where = f"{path}:{number}"
-            if cut_to_fit(example, where, kind, report):
-                yield split, where, (row, example)
+        self.counts.update(self.kind.counts(*self.arrays[3:]))
+        return super().close()
 
 
 def cut_to_fit(example, where, kind, report):
@@ -514,7 +382,7 @@ def cut_to_fit(example, where, kind, report):
     elif replies[0][0][-1] == kind.tokenizer.special["image"]:
         # the last token is only a target: images end before it
         reason = f"with an image across the first {most} tokens"
-    elif len(replies) == 2 and replies[0] == replies[1]:
+    elif replies[0] in replies[1:]:
         reason = f"with two replies alike in the first {most} tokens"
     else:
         reason = f"cut to {most} tokens"
@@ -523,51 +391,8 @@ def cut_to_fit(example, where, kind, report):
     return example.replies is replies
 
 
-def prepare_examples(cfg, kind_class):
-    if cfg.max_len < 0 or cfg.long_rows != "error" and not cfg.max_len:
-        raise UserError(
-            f"--max_len={cfg.max_len}: expected a number of tokens, "
-            "or 0 = no limit and no --long_rows"
-        )
-    prepare_set(cfg, kind_class, ROW_FILES, examples_of, ExampleWriter)
-
-
-def prepare_chat(cfg):
-    if len(cfg.fields) not in (0, 2):
-        raise UserError(
-            f"--fields={','.join(cfg.fields)}: give two names, "
-            "of the user's text and the assistant's"
-        )
-    prepare_examples(cfg, Chats)
-
-
-def prepare_pairs(cfg):
-    prepare_examples(cfg, Pairs)
-
-
-def prepare_prompts(cfg):
-    if len(cfg.fields) != 2:
-        raise UserError(
-            f"--fields={','.join(cfg.fields)}: give two names, of the prompt and the answer"
-        )
-    prepare_examples(cfg, Prompts)
-
-
 # -----------------------------------------------------------------------------
 # tokenizers
-
-
-def read_lines(paths, fields):
-    """Yield the lines of text that a vocabulary is learned from."""
-    for path in paths:
-        if path.endswith(TXT_FILES):
-            pieces = ([text] for _, text in read_txt(path))
-        else:
-            rows = read_rows(path, Report(None), lambda row: texts_of(row, fields))
-            pieces = (texts for _, texts, _ in rows)
-        for texts in pieces:
-            for text in texts:
-                yield from filter(None, text.splitlines())
 
 
 def prepare_tokenizer(cfg):
@@ -601,11 +426,10 @@ def prepare_tokenizer(cfg):
 
 
 COMMANDS = {
-    "text": (TextConfig, prepare_text),
-    "chat": (ChatConfig, prepare_chat),
-    "pairs": (PairsConfig, prepare_pairs),
-    "prompts": (PromptsConfig, prepare_prompts),
-    "tokenizer": (TokenizerConfig, prepare_tokenizer),
+    "text": (TextConfig, Text, TextWriter),
+    "chat": (ChatConfig, Chats, ExampleWriter),
+    "pairs": (PairsConfig, Pairs, ExampleWriter),
+    "prompts": (PromptsConfig, Prompts, ExampleWriter),
 }
 
 
@@ -615,13 +439,16 @@ if __name__ == "__main__":
     if command in ("-h", "--help"):
         print(__doc__.strip())
         print("\nThe options of a command: python data/prepare.py COMMAND --help")
+    elif command == "tokenizer":
+        prepare_tokenizer(parse_config(TokenizerConfig, options))
     elif command == "images":
         # read here alone: it needs Pillow
         from extras.image_rows import ImageChats, ImagesConfig
 
-        prepare_examples(parse_config(ImagesConfig, options), ImageChats)
+        prepare_set(parse_config(ImagesConfig, options), ImageChats, ExampleWriter)
     elif command in COMMANDS:
-        config_class, prepare = COMMANDS[command]
-        prepare(parse_config(config_class, options))
+        config_class, *classes = COMMANDS[command]
+        prepare_set(parse_config(config_class, options), *classes)
     else:
-        raise UserError(f"unknown command {command}; expected one of {', '.join(COMMANDS)}, images")
+        known = ", ".join(COMMANDS)
+        raise UserError(f"unknown command {command}; expected one of {known}, tokenizer, images")

@@ -1,6 +1,6 @@
 """
-What `data/prepare.py` reads: files to documents (text or token ids) or rows (lines of a .jsonl),
-and rows to tokens, one class for each kind of row.
+What `data/prepare.py` reads: files to documents (text or token ids) or rows (lines of a .jsonl), and
+these to tokens, one class for each kind of set.
 
 Text must be UTF-8; nothing is normalised. A row that cannot be used raises ValueError, or `BadRow`
 where it is not malformed; `Report` ends the run there, or counts the row.
@@ -13,6 +13,7 @@ import io
 import json
 import os
 import pickle
+import random
 import re
 import zlib
 from collections import Counter, defaultdict
@@ -26,6 +27,8 @@ from common.errors import UserError
 
 # characters of text or bytes of rows that are in memory at once
 BLOCK = 1 << 20
+# characters that --val_frac moves a border at most, to the start of a line
+NEAR = 1000
 TXT_FILES, ROW_FILES, ID_FILES = (".txt", ".txt.gz"), (".jsonl", ".jsonl.gz"), (".npy", ".pkl")
 # an escape that may be half a character
 SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
@@ -52,6 +55,13 @@ class ExampleConfig(SetConfig):
     long_rows: Literal["error", "skip", "cut"] = "error"  # longer rows: stop, skip, cut the end
     # fmt: on
 
+    def __post_init__(self):
+        if self.max_len < 0 or self.long_rows != "error" and not self.max_len:
+            raise UserError(
+                f"--max_len={self.max_len}: expected a number of tokens, "
+                "or 0 = no limit and no --long_rows"
+            )
+
 
 # -----------------------------------------------------------------------------
 # files
@@ -61,14 +71,14 @@ def find_files(patterns, endings, option="--input"):
     """-> paths that globs match, in order, without repeats; UserError where one matches nothing"""
     paths = []
     for pattern in patterns:
-        found = [pattern] if os.path.isfile(pattern) else sorted(glob.glob(pattern, recursive=True))
-        found = [path for path in found if os.path.isfile(path)]
-        if not found and os.path.isdir(pattern):
-            raise UserError(
-                f"{option}={pattern}: a folder; give {pattern}/*.jsonl, {pattern}/*.txt or the like"
-            )
+        found = [pattern]
+        if not os.path.isfile(pattern):
+            found = sorted(filter(os.path.isfile, glob.glob(pattern, recursive=True)))
         if not found:
-            raise UserError(f"{option}={pattern}: no such file")
+            what = "no such file"
+            if os.path.isdir(pattern):
+                what = f"a folder; give {pattern}/*.jsonl, {pattern}/*.txt or the like"
+            raise UserError(f"{option}={pattern}: {what}")
         paths += found
     if not paths and option == "--input":
         raise UserError("--input: give files to read, e.g. --input=books/*.txt")
@@ -82,18 +92,18 @@ def find_files(patterns, endings, option="--input"):
 
 
 def inputs_of(cfg, endings):
-    """-> list of (split, path); UserError where the options contradict each other"""
+    """-> dict of path to split; UserError where the options contradict each other"""
     if cfg.val_input and cfg.val_frac or not 0 <= cfg.val_frac < 1:
         raise UserError(
             f"--val_frac={cfg.val_frac}: must be a fraction below 1, "
             "and not together with --val_input"
         )
-    train = find_files(cfg.input, endings)
-    val = find_files(cfg.val_input, endings, "--val_input")
-    for path in val:
-        if path in train:
+    inputs = dict.fromkeys(find_files(cfg.input, endings), "train")
+    for path in find_files(cfg.val_input, endings, "--val_input"):
+        if path in inputs:
             raise UserError(f"--val_input: {path} is in --input too; give it to one of them")
-    return [("train", path) for path in train] + [("val", path) for path in val]
+        inputs[path] = "val"
+    return inputs
 
 
 @contextlib.contextmanager
@@ -106,6 +116,14 @@ def open_bytes(path):
             raise UserError(f"{path}: damaged or truncated ({error})") from None
 
 
+class BadRow(ValueError):
+    """A row that is left out for another reason than being malformed."""
+
+    def __init__(self, message, reason):
+        super().__init__(message)
+        self.reason = reason
+
+
 class Report:
     """What was left out: counts, and where the first ones are."""
 
@@ -116,11 +134,12 @@ class Report:
     def left_out(self):
         return {reason: n for reason, n in self.counts.items() if not reason.startswith("cut")}
 
-    def bad(self, reason, where, what):
+    def bad(self, where, error, got=""):
+        """error: ValueError that says what is wrong. got: what there is instead"""
         if self.bad_rows != "skip":
             hint = ", or leave such rows out with --bad_rows=skip" if self.bad_rows else ""
-            raise UserError(f"{where}: {what}; mend it{hint}")
-        self.skip(reason, where)
+            raise UserError(f"{where}: {error}{got}; mend it{hint}")
+        self.skip(error.reason if isinstance(error, BadRow) else "malformed", where)
 
     def skip(self, reason, where):
         self.counts[reason] += 1
@@ -135,7 +154,7 @@ class Report:
 
 
 # -----------------------------------------------------------------------------
-# documents: yield (number in its file, text or array of ids), a long one in several pieces
+# documents: yield (number in its file, text or array of ids, its length), a long one in several pieces
 
 
 def read_txt(path):
@@ -144,9 +163,10 @@ def read_txt(path):
         text = io.TextIOWrapper(file, encoding="utf-8", newline="")
         try:
             # an empty file is an empty document
-            yield 0, text.read(BLOCK) + text.readline(BLOCK)
-            while block := text.read(BLOCK):
-                yield 0, block + text.readline(BLOCK)
+            block = text.read(BLOCK) + text.readline(BLOCK)
+            yield 0, block, len(block)
+            while block := text.read(BLOCK) + text.readline(BLOCK):
+                yield 0, block, len(block)
         except UnicodeDecodeError as error:
             raise UserError(
                 f"{path}: not UTF-8 text ({error.reason} near byte {file.tell()}); "
@@ -180,7 +200,7 @@ def read_ids(path):
         documents = np.atleast_2d(documents)
     for number, ids in enumerate(documents):
         for start in range(0, max(1, len(ids)), BLOCK):
-            yield number, ids[start : start + BLOCK]
+            yield number, ids[start : start + BLOCK], BLOCK
 
 
 def load_pkl(path):
@@ -202,14 +222,6 @@ def load_pkl(path):
 # rows
 
 
-class BadRow(ValueError):
-    """A row that is left out for another reason than being malformed."""
-
-    def __init__(self, message, reason):
-        super().__init__(message)
-        self.reason = reason
-
-
 def read_rows(path, report, parse, kind=""):
     """
     Yield (line number, parse(row), bytes of the line) for every line of a .jsonl. A line that is
@@ -219,43 +231,40 @@ def read_rows(path, report, parse, kind=""):
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
-            where = f"{path}:{number}"
+            row = None
             try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-                row = json.loads(text)
-                if SURROGATE.search(line):
-                    # half a character is not text
-                    json.dumps(row, ensure_ascii=False).encode()
-            except UnicodeDecodeError as error:
-                report.bad(
-                    "malformed",
-                    where,
-                    f"not UTF-8 ({error.reason}); convert the whole file, e.g. with iconv",
-                )
-                continue
-            except (ValueError, RecursionError) as error:
-                report.bad("malformed", where, f"not JSON ({error}), one row a line")
-                continue
-            try:
-                parsed = parse(row)
+                row = load_row(line)
+                parsed = parse(row if isinstance(row, dict) else {"messages": row})
             except ValueError as error:
-                reason = error.reason if isinstance(error, BadRow) else "malformed"
-                report.bad(reason, where, f"{error}, got {shown(row, text.strip(), kind)}")
+                report.bad(f"{path}:{number}", error, f", got {shown(row, line, kind)}")
                 continue
             yield number, parsed, len(line)
 
 
+def load_row(line):
+    """-> what a line says; ValueError"""
+    try:
+        # files may begin with a byte order mark
+        row = json.loads(line.decode("utf-8-sig"))
+        if SURROGATE.search(line):
+            # half a character is not text
+            json.dumps(row, ensure_ascii=False).encode()
+        return row
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"not UTF-8 ({error.reason}; convert the whole file, e.g. with iconv)"
+        ) from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not JSON ({error}), one row a line") from None
+
+
 # the keys of rows, and whose they are
-HINTS = {
-    ("chosen", "rejected"): "pairs",
-    ("prompt", "answer"): "prompts",
-    ("messages",): "chat",
-    ("text",): "text",
-}
+HINTS = {"chosen rejected": "pairs", "prompt answer": "prompts", "messages": "chat", "text": "text"}
 
 
-def shown(row, text, kind):
-    """A row for a message: its start, or its keys if it is long; and which command reads it."""
+def shown(row, line, kind):
+    """A row for a message: its start, or its keys where it is long; and which command reads such rows."""
+    text = line.decode("utf-8-sig", "replace").strip()
     if not isinstance(row, dict):
         return text if len(text) <= 60 else text[:57] + "..."
     if len(text) > 60:
@@ -265,40 +274,108 @@ def shown(row, text, kind):
             ', which is ShareGPT\'s form; call "conversations" "messages", '
             '"from" "role" and "value" "content"'
         )
-    kinds = [name for keys, name in HINTS.items() if row.keys() >= set(keys)]
+    kinds = [name for keys, name in HINTS.items() if row.keys() >= set(keys.split())]
     if kind and kinds and kind not in kinds:
         text += f", which is for `data/prepare.py {kinds[0]}`"
     return text
 
 
-def text_of(row):
-    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-        raise ValueError('expected {"text": "..."}')
-    return row["text"]
+# -----------------------------------------------------------------------------
+# what a tokenizer learns from
+
+
+def read_lines(paths, fields):
+    """Yield the lines of text of files; of rows, those of `texts_of`."""
+    for path in paths:
+        pieces = read_txt(path)
+        if not path.endswith(TXT_FILES):
+            pieces = read_rows(path, Report(None), lambda row: texts_of(row, fields))
+        for _, text, _ in pieces:
+            yield from filter(None, text.splitlines())
 
 
 def texts_of(row, fields):
-    """-> what a tokenizer learns from a row: the fields that it has, else what its messages say."""
-    texts, messages = [], row
-    if isinstance(row, dict):
-        texts = [row[field] for field in fields if field in row]
-        messages = row.get("messages")
-    if not texts and isinstance(messages, list):
-        messages = [message for message in messages if isinstance(message, dict)]
-        said = [
-            message[key] for message in messages for key in ("content", "think") if key in message
-        ]
-        texts = [text for text in said if not isinstance(text, list)]
-        # a content may be a list of texts and images
-        parts = [part for text in said if isinstance(text, list) for part in text]
-        texts += [part["text"] for part in parts if isinstance(part, dict) and "text" in part]
+    """-> the fields that a row has, else what its messages say, a line or more each"""
+    texts = [row[field] for field in fields if field in row]
+    texts = texts or list(said(row.get("messages"), ("content", "think")))
     if not texts or not all(isinstance(text, str) for text in texts):
         raise ValueError(f"expected a conversation or {', '.join(fields)} (--fields)")
-    return texts
+    return "\n".join(texts)
+
+
+def said(parts, keys):
+    """Yield what messages say under these keys; a content may be a list of texts and images."""
+    for part in parts if isinstance(parts, list) else ():
+        for key in keys:
+            if not isinstance(part, dict) or key not in part:
+                continue
+            if isinstance(part[key], list):
+                yield from said(part[key], ("text",))
+            else:
+                yield part[key]
 
 
 # -----------------------------------------------------------------------------
-# kinds of rows that become examples
+# from files to tokens
+
+
+def read_encoded(kind, inputs, report):
+    """
+    Yield (split, "file:number", content, encoded) of what files hold: what kind.read and kind.encode
+    give. inputs: dict of path to split
+    """
+    draw = random.Random(kind.cfg.seed)
+    for path, home in inputs.items():
+        for block in blocks(divide(path, home, kind, draw, report)):
+            encoded = kind.encode([content for _, _, content, _ in block])
+            for (split, number, content, _), tokens in zip(block, encoded):
+                yield split, f"{path}:{number}", content, tokens
+
+
+def blocks(items):
+    """Yield lists of items, of about BLOCK characters or bytes each, which is what an item ends with."""
+    block, total = [], 0
+    for item in items:
+        block.append(item)
+        total += item[-1]
+        if total >= BLOCK:
+            yield block
+            block, total = [], 0
+    if block:
+        yield block
+
+
+def divide(path, home, kind, draw, report):
+    """Yield (split, number, content, size). A document goes to one split, but a .txt is divided."""
+    val_frac, previous = kind.cfg.val_frac, None
+    if val_frac and path.endswith(TXT_FILES):
+        yield from divide_txt(path, val_frac)
+        return
+    for number, content, size in kind.read(path, report):
+        if number != previous:
+            split = "val" if draw.random() < val_frac else home
+        previous = number
+        yield split, number, content, size
+
+
+def divide_txt(path, val_frac):
+    """The last val_frac of the characters are held out, from a line's start."""
+    border, seen = round((1 - val_frac) * sum(size for _, _, size in read_txt(path))), 0
+    for number, piece, size in read_txt(path):
+        at = min(max(0, border - seen), size)
+        line = piece.rfind("\n", 0, at) + 1
+        # a line's start that is far away would change the share
+        if at < size and at - line <= NEAR and (line or seen):
+            at = line
+        if at or not piece:
+            yield "train", number, piece[:at], size
+        if at < size:
+            yield "val", number, piece[at:], size
+        seen += size
+
+
+# -----------------------------------------------------------------------------
+# kinds of sets
 
 
 @dataclass
@@ -318,21 +395,36 @@ class Example:
 
 class Kind:
     """
-    A kind of rows.
-
-    name, unit     of its sets; what the rows are called
-    meta           what meta.json says besides
-    parse(row, folder of its file) -> what `encode` and `store` take, or ValueError
-    encode(list of these) -> list of Example
-    store(array) -> function of (parsed row, Example) that stores what belongs to it beside the
-                   tokens, or raises BadRow; array(name, dtype, shape of an entry) opens a file
-    counts(*those arrays) -> what meta.json counts of them
+    A kind of rows. name: of its sets. unit: what the rows are called. meta: what meta.json says besides.
+    endings: of the files that read(path, report) -> iterator of (number, content, size) takes
+    parse(row, folder of its file) -> the content, which `encode` and `store` take; ValueError where a row
+    is wrong. Or parse_text(row) -> the same, for a kind that has no images
+    encode(list of contents) -> list of Example
+    store(array) -> function of (content, Example) that stores what belongs to it beside the tokens, or
+    raises BadRow. array(name, dtype, shape of an entry) -> an array file to write
+    counts(*these arrays) -> dict of what meta.json counts of a split besides
     """
 
-    meta = {}
+    endings, meta = ROW_FILES, {}
 
     def __init__(self, cfg, tokenizer):
         self.cfg, self.tokenizer = cfg, tokenizer
+
+    def read(self, path, report):
+        folder = os.path.dirname(path)
+        return read_rows(path, report, lambda row: self.parse(row, folder), self.name)
+
+    def parse(self, row, folder):
+        if row.get("images"):
+            raise ValueError("images are for `data/prepare.py images` and train_sft.py only")
+        return self.parse_text(row)
+
+    def two_fields(self, whose):
+        """-> the names that --fields gives"""
+        fields = self.cfg.fields
+        if len(fields) != 2:
+            raise UserError(f"--fields={','.join(fields)}: give two names, of {whose}")
+        return fields
 
     def template(self, conversations, **how):
         return encode_chat(self.tokenizer, conversations, self.cfg.answer_tags, **how)
@@ -348,15 +440,45 @@ class Kind:
         return {}
 
 
+class Text(Kind):
+    """Contents are texts or arrays of ids, and so is what they are encoded to."""
+
+    name, unit = "text", "documents"
+    endings = TXT_FILES + ROW_FILES + ID_FILES
+
+    def read(self, path, report):
+        if path.endswith(TXT_FILES):
+            return read_txt(path)
+        if path.endswith(ID_FILES):
+            return read_ids(path)
+        return super().read(path, report)
+
+    def parse(self, row, folder):
+        if not isinstance(row.get("text"), str):
+            raise ValueError('expected {"text": "..."}')
+        return row["text"]
+
+    def encode(self, contents):
+        """-> list of arrays or lists of ids"""
+        if not isinstance(contents[0], str):
+            return contents
+        if self.tokenizer.kind == "bytes":
+            return [np.frombuffer(text.encode(), np.uint8) for text in contents]
+        return self.tokenizer.encode_batch(contents)
+
+
 class Chats(Kind):
     name, unit = "chat", "conversations"
 
-    def parse(self, row, folder):
-        refuse_images(row)
+    def parse_text(self, row):
         if self.cfg.fields:
-            return chat_of_fields(row, *self.cfg.fields)
-        messages = row["messages"] if isinstance(row, dict) and "messages" in row else row
-        if isinstance(messages, dict):
+            question, answer = self.two_fields("the user's text and the assistant's")
+            texts = row.get(question), row.get(answer)
+            if not all(isinstance(text, str) for text in texts):
+                raise ValueError(f"expected texts {question} and {answer} as --fields says")
+            return conversation("user", texts[0]) + conversation("assistant", texts[1])
+        messages = row.get("messages")
+        if not isinstance(messages, list):
             raise ValueError(
                 'expected [messages] or {"messages": [...]}, or --fields for rows of two texts'
             )
@@ -370,14 +492,11 @@ class Chats(Kind):
 class Prompts(Kind):
     name = unit = "prompts"
 
-    def parse(self, row, folder):
-        refuse_images(row)
-        prompt, answer = self.cfg.fields
-        if not isinstance(row, dict) or not isinstance(row.get(answer), str):
+    def parse_text(self, row):
+        prompt, answer = self.two_fields("the prompt and the answer")
+        if not isinstance(row.get(answer), str):
             raise ValueError(f"expected {prompt} and {answer} (--fields), the second a text")
-        messages = as_messages("user", row.get(prompt))
-        check_conversation(messages)
-        return {"prompt": messages, "answer": row[answer]}
+        return {"prompt": conversation("user", row.get(prompt)), "answer": row[answer]}
 
     def encode(self, rows):
         return self.prompts([row["prompt"] for row in rows])
@@ -399,19 +518,13 @@ class Pairs(Kind):
 
     name = unit = "pairs"
 
-    def parse(self, row, folder):
-        refuse_images(row)
-        if not isinstance(row, dict) or not {"chosen", "rejected"} <= row.keys():
+    def parse_text(self, row):
+        if not {"chosen", "rejected"} <= row.keys():
             raise ValueError('expected {"chosen": ..., "rejected": ...}')
-        chosen = as_messages("assistant", row["chosen"])
-        rejected = as_messages("assistant", row["rejected"])
-        prompt = as_messages("user", row.get("prompt"))
-        check_conversation(chosen)
-        check_conversation(rejected)
-        if prompt is None:
-            prompt = []
-        elif prompt != []:
-            check_conversation(prompt)
+        chosen = conversation("assistant", row["chosen"])
+        rejected = conversation("assistant", row["rejected"])
+        prompt = row.get("prompt")
+        prompt = [] if prompt in (None, []) else conversation("user", prompt)
         return split_pair(prompt, chosen, rejected)
 
     def encode(self, rows):
@@ -442,16 +555,12 @@ def split_pair(prompt, chosen, rejected):
     return prompt, chosen, rejected
 
 
-def as_messages(role, content):
-    return [{"role": role, "content": content}] if isinstance(content, str) else content
-
-
-def chat_of_fields(row, question, answer):
-    if not isinstance(row, dict) or not all(
-        isinstance(row.get(name), str) for name in (question, answer)
-    ):
-        raise ValueError(f"expected texts {question} and {answer} as --fields says")
-    return as_messages("user", row[question]) + as_messages("assistant", row[answer])
+def conversation(role, content):
+    """content: a text, which is this role's, or messages -> list of messages; ValueError"""
+    if isinstance(content, str):
+        content = [{"role": role, "content": content}]
+    check_conversation(content)
+    return content
 
 
 def check_reply(messages):
@@ -459,8 +568,3 @@ def check_reply(messages):
     if all(message["role"] != "assistant" for message in messages):
         raise BadRow("expected an assistant's turn", "without an assistant turn")
     return messages
-
-
-def refuse_images(row):
-    if isinstance(row, dict) and row.get("images"):
-        raise ValueError("images are for `data/prepare.py images` and train_sft.py only")

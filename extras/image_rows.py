@@ -12,18 +12,18 @@ import hashlib
 import io
 import math
 import os
+import re
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
-from common.chat import check_conversation
+from common.chat import check_conversation, is_part
 from common.errors import UserError
-from data.readers import BadRow, Example, ExampleConfig, Kind, check_reply
+from data.readers import BadRow, Chats, ExampleConfig, check_reply
 from extras.images import INFO, load_image, pillow
 
 MARK = "<image>"
-UNREADABLE = "with unreadable images"
 
 
 @dataclass(frozen=True)
@@ -39,23 +39,31 @@ class ImagesConfig(ExampleConfig):
     # fmt: on
 
 
-class ImageChats(Kind):
+class ImageChats(Chats):
     """Conversations whose pictures are stored beside the tokens; see `Kind`"""
-
-    name, unit = "chat", "conversations"
 
     def __init__(self, cfg, tokenizer):
         super().__init__(cfg, tokenizer)
         pillow()
-        self.info = images_info(cfg, tokenizer.special["image"])
+        info = {name: getattr(cfg, name) for name in INFO}
+        for name in ("image_size", "tokens_per_image"):
+            if info[name] < 1:
+                raise UserError(f"--{name}={info[name]}: must be at least 1")
+        for name, expected, least in (
+            ("mean", "three numbers", -math.inf),
+            ("std", "three numbers, above 0", 0),
+        ):
+            if len(info[name]) != 3 or min(info[name]) <= least:
+                given = ",".join(map(str, info[name]))
+                raise UserError(f"--{name}={given}: expected {expected}")
+        self.info = dict(info, token=tokenizer.special["image"])
         self.meta = dict(images=self.info)
 
     def parse(self, row, folder):
         return check_reply(with_paths(row, folder))
 
-    def encode(self, rows):
-        chats = self.template(rows, tokens_per_image=self.cfg.tokens_per_image)
-        return [Example([chat]) for chat in chats]
+    def template(self, rows):
+        return super().template(rows, tokens_per_image=self.cfg.tokens_per_image)
 
     def store(self, array):
         """Every picture of the split once, and which of them each conversation shows, in order"""
@@ -67,22 +75,22 @@ class ImageChats(Kind):
         known = {}
 
         def number(path):
-            content = read_picture(path)
-            key = hashlib.sha256(content).digest()[:16]
-            if key not in known:
-                try:
+            try:
+                content = read_picture(path)
+                key = hashlib.sha256(content).digest()[:16]
+                if key not in known:
                     image = load_image(io.BytesIO(content), self.info)
-                except ValueError as error:
-                    raise BadRow(f"{path}: {error}", UNREADABLE) from None
-                known[key] = pixels.count
-                pixels.write(image.numpy()[None])
+                    known[key] = pixels.count
+                    pixels.write(image[None])
+            except ValueError as error:
+                raise BadRow(f"{path}: {error}", "with unreadable images") from None
             return known[key]
 
         def add(row, example):
             ((tokens, _),) = example.replies
             # those before a cut
             shown = tokens.count(self.info["token"]) // self.info["tokens_per_image"]
-            ids.write([number(path) for path in paths_of(row)[:shown]])
+            ids.write([number(image["path"]) for image in images_in(row)[:shown]])
             offsets.write([ids.count])
 
         return add
@@ -93,100 +101,70 @@ class ImageChats(Kind):
 
 
 def read_picture(path):
-    """-> bytes of the file; BadRow"""
+    """-> bytes of the file; ValueError"""
     try:
         with open(path, "rb") as file:
             return file.read()
     except (OSError, ValueError) as error:  # ValueError: no file is called so
-        why = getattr(error, "strerror", error)
-        raise BadRow(f"{path}: cannot be read ({why})", UNREADABLE) from None
-
-
-def images_info(cfg, token):
-    """-> "images" of meta.json; UserError where numbers do not fit. token: id of <image>"""
-    info = {name: getattr(cfg, name) for name in INFO}
-    for name in ("image_size", "tokens_per_image"):
-        if info[name] < 1:
-            raise UserError(f"--{name}={info[name]}: must be at least 1")
-    for name, expected, least in (
-        ("mean", "three numbers", -math.inf),
-        ("std", "three numbers, above 0", 0),
-    ):
-        if len(info[name]) != 3 or min(info[name]) <= least:
-            raise UserError(f"--{name}={','.join(map(str, info[name]))}: expected {expected}")
-        info[name] = list(info[name])
-    return dict(info, token=token)
+        raise ValueError(f"cannot be read ({getattr(error, 'strerror', error)})") from None
 
 
 def with_paths(row, folder):
-    """row: of a .jsonl in folder -> messages whose images are parts with a path; ValueError"""
+    """
+    row: of a .jsonl in folder -> its messages, changed in place: each image is a part with the path
+    of a file; ValueError
+    """
     messages = row["messages"] if isinstance(row, dict) and "messages" in row else row
     if not isinstance(messages, list):
         raise ValueError('expected [messages] or {"messages": [...]}')
-    of_row, waiting, result = paths_in(row), [], []
-    for message in messages:
-        own = paths_in(message)
-        if isinstance(message, dict):
-            content = parts_of(message.get("content"), own is not None or of_row is not None)
-            message = {key: value for key, value in message.items() if key != "images"}
-            message["content"] = content
-            pathless = [part for part in images_in(content) if "path" not in part]
-            if own is None:
-                waiting += pathless
-            else:
-                give(own, pathless)
-        result.append(message)
-    if of_row is not None:
-        give(of_row, waiting)
-    check_conversation(result, with_images=True)
-    for part in (part for message in result for part in images_in(message["content"])):
-        if not isinstance(part.get("path"), str):
+    # others are refused below
+    usual = [message for message in messages if isinstance(message, dict)]
+    if isinstance(row, dict):
+        without = [message for message in usual if message.get("images") is None]
+        give_paths(without, row.get("images"))
+    for message in usual:
+        give_paths([message], message.pop("images", None))
+        content = message.get("content")
+        if isinstance(content, list) and all(is_part(part, ["text"]) for part in content):
+            message["content"] = "".join(part["text"] for part in content)
+    check_conversation(messages, with_images=True)
+    for image in images_in(messages):
+        if not isinstance(image.get("path"), str):
             raise ValueError('an image is {"type": "image", "path": "..."}')
-        part["path"] = os.path.join(folder, part["path"])
-    return result
+        image["path"] = os.path.join(folder, image["path"])
+    return messages
 
 
-def paths_in(holder):
-    """-> "images" of a message or row, None where it has none; ValueError if these are not paths"""
-    paths = holder.get("images") if isinstance(holder, dict) else None
-    if paths is None or isinstance(paths, list) and all(isinstance(path, str) for path in paths):
-        return paths
-    raise ValueError('"images" is a list of paths')
+def give_paths(messages, paths):
+    """
+    Each "<image>" in a text becomes an image; those without a path take the next of paths, which
+    is "images" of the row or the message, None where there is none. ValueError
+    """
+    if paths is None:
+        return
+    if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
+        raise ValueError('"images" is a list of paths')
+    for message in messages:
+        if isinstance(message.get("content"), str):
+            message["content"] = parts_of(message["content"])
+    images = [image for image in images_in(messages) if "path" not in image]
+    if len(images) != len(paths):
+        compared = "more" if len(images) > len(paths) else "fewer"
+        raise ValueError(f'{compared} "{MARK}" than the {len(paths)} in "images"')
+    for image, path in zip(images, paths):
+        image["path"] = path
 
 
-def parts_of(content, marks):
-    """content: as the row has it -> text or list of parts. marks: whether "<image>" is an image"""
-    if isinstance(content, str) and marks and MARK in content:
-        first, *texts = content.split(MARK)
-        parts = [dict(type="text", text=first)]
-        for text in texts:
-            parts += [dict(type="image"), dict(type="text", text=text)]
-        return parts
-    if not isinstance(content, list):
-        return content
-    if all(
-        isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
-        for part in content
-    ):
-        return "".join(part["text"] for part in content)
-    return [dict(part) if isinstance(part, dict) else part for part in content]
+def parts_of(text):
+    """-> list of parts: the texts between "<image>", and the images"""
+    return [
+        dict(type="image") if piece == MARK else dict(type="text", text=piece)
+        for piece in re.split(f"({MARK})", text)
+    ]
 
 
-def images_in(content):
-    """-> those of its parts that are images"""
-    parts = content if isinstance(content, list) else []
-    return [part for part in parts if isinstance(part, dict) and part.get("type") == "image"]
-
-
-def give(paths, parts):
-    """Give each of the parts its path; ValueError unless there are as many"""
-    if len(parts) != len(paths):
-        word = "more" if len(parts) > len(paths) else "fewer"
-        raise ValueError(f'{word} "{MARK}" than the {len(paths)} in "images"')
-    for part, path in zip(parts, paths):
-        part["path"] = path
-
-
-def paths_of(messages):
-    """-> paths of the images in messages from `with_paths`, in order"""
-    return [part["path"] for message in messages for part in images_in(message["content"])]
+def images_in(messages):
+    """-> the images among the parts of messages, in order"""
+    contents = [message.get("content") for message in messages]
+    parts = [part for content in contents if isinstance(content, list) for part in content]
+    return [part for part in parts if is_part(part, ["image"])]

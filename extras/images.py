@@ -20,7 +20,7 @@ sequences, T positions, C channels of the model. Pictures are read with Pillow, 
 
 import math
 import re
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import torch
@@ -55,23 +55,26 @@ class VisionConfig:
 
     def check_continued(self, wanted):
         """wanted: this config with what the user asked for; UserError where weights do not fit"""
-        for field in fields(self):
-            old, new = getattr(self, field.name), getattr(wanted, field.name)
-            if field.name != "tower" and new != old:
+        for name, old in asdict(self).items():
+            new = getattr(wanted, name)
+            if name != "tower" and new != old:
                 raise UserError(
-                    f"--vision.{field.name}={new}: the checkpoint has {old}, which cannot change"
+                    f"--vision.{name}={new}: the checkpoint has {old}, which cannot change"
                 )
-        self.check_tower(wanted.tower, "vision.tower")
 
-    def check_tower(self, tower, option):
-        """tower: as the user names it; UserError where the weights are another one's"""
-        if tower and not self.tower:
-            raise UserError(f"--{option}={tower}: the checkpoint has the usual tower; leave it out")
-        if self.tower and not tower:
+    def load_tower(self, path, option):
+        """
+        path: as the user names it -> `make_tower`, None for the usual tower; UserError where the
+        weights are another one's
+        """
+        if path and not self.tower:
+            raise UserError(f"--{option}={path}: the checkpoint has the usual tower; leave it out")
+        if self.tower and not path:
             raise UserError(
                 f"--{option}: the checkpoint has a tower of your own, {self.tower} "
                 f"when it was trained; give it, --{option}=path/to/file.py:name"
             )
+        return load_function(option, path) if path else None
 
 
 class Vision(nn.Module):
@@ -92,24 +95,31 @@ class Vision(nn.Module):
                 "--vision.tower: is a tower of yours; patch_size, n_layer, n_head and "
                 "n_embd are of the usual one; leave them out"
             )
-        self.tower = self.guard(make_tower) if make_tower else Tower(config, self.image_size)
-        shape = self.guard(lambda: tuple(self.probe(lambda: self.tower(self.blank())).shape))
+        tower = self.guard(make_tower) if make_tower else Tower(config, self.image_size)
+        if not isinstance(tower, nn.Module):
+            # a function becomes a module without parameters
+            function, tower = tower, nn.Module()
+            tower.forward = function
+        self.tower = tower
+        shape = self.guard(lambda: self.probe(self.look))
         if len(shape) != 3 or shape[0] != 2 or shape[1] < self.tokens_per_image:
             raise UserError(
                 f"--vision: the tower gives {shape} for 2 images of {self.image_size} "
                 f"pixels a side, expected (2, N, D) with N at least "
                 f"{self.tokens_per_image}, the set's tokens_per_image"
             )
-        self.shape = shape[1:]  # (P, D)
-        self.norm = nn.RMSNorm(shape[2], eps=1e-6)
-        self.out = nn.Linear(shape[2], n_embd)
+        self.shape, D = shape[1:], shape[2]  # (P, D)
+        self.norm = nn.RMSNorm(D, eps=1e-6)
+        self.out = nn.Linear(D, n_embd)
         # as large as the embeddings beside them in a new model
-        nn.init.normal_(self.out.weight, std=0.02 / math.sqrt(shape[2]))
+        nn.init.normal_(self.out.weight, std=0.02 / math.sqrt(D))
         nn.init.zeros_(self.out.bias)
 
-    def blank(self):
-        """-> two images as the tower gets them"""
-        return torch.ones(2, 3, self.image_size, self.image_size)
+    @torch.no_grad()
+    def look(self):
+        """-> shape of what the tower makes of two images"""
+        S = self.image_size
+        return tuple(self.tower(torch.ones(2, 3, S, S)).shape)
 
     @torch.no_grad()
     def probe(self, function):
@@ -133,11 +143,10 @@ class Vision(nn.Module):
 
     def check_ranks(self, world_size):
         """UserError where training would move a buffer of the tower, which ranks do not share"""
-        if world_size == 1 or not getattr(self.tower, "training", False):
+        if world_size == 1 or not self.tower.training:
             return
         before = {name: buffer.clone() for name, buffer in self.tower.named_buffers()}
-        with torch.no_grad():
-            self.guard(lambda: self.tower(self.blank()))
+        self.guard(self.look)
         for name, buffer in self.tower.named_buffers():
             if not buffer.equal(before[name]):
                 raise UserError(
@@ -148,22 +157,21 @@ class Vision(nn.Module):
 
     def learns(self):
         """-> whether the tower has a parameter that learns"""
-        tower = self.tower.parameters() if isinstance(self.tower, nn.Module) else ()
-        return any(p.requires_grad for p in tower)
+        return any(p.requires_grad for p in self.tower.parameters())
 
     def forward(self, pixels):
-        mean = torch.tensor(self.images["mean"], device=pixels.device)
-        std = torch.tensor(self.images["std"], device=pixels.device)
+        dtype = self.out.weight.dtype
+        scale = [self.images["mean"], self.images["std"]]
+        mean, std = torch.tensor(scale, device=pixels.device)
         x = (pixels.float() / 255 - mean) / std  # (N, S, S, 3)
-        x = self.tower(x.permute(0, 3, 1, 2).to(self.out.weight.dtype))  # (N, P, D)
-        x = pool(x, self.tokens_per_image).to(self.out.weight.dtype)
+        x = self.tower(x.permute(0, 3, 1, 2).to(dtype))  # (N, P, D)
+        x = pool(x, self.tokens_per_image).to(dtype)
         return self.out(self.norm(x))  # (N, k, C)
 
     def train(self, mode=True):
         """As of any module, but a tower that does not learn stays in eval mode"""
         super().train(mode)
-        if isinstance(self.tower, nn.Module) and not self.learns():
-            self.tower.eval()
+        self.tower.train(mode and self.learns())
         return self
 
     @torch.compiler.disable
@@ -188,15 +196,11 @@ class Vision(nn.Module):
 
     def flops_per_image(self):
         """FLOPs of an image in training: forward, and twice that backward where the tower learns"""
-        shape = (1, self.image_size, self.image_size, 3)
-        black = torch.zeros(shape, dtype=torch.uint8, device=self.out.weight.device)
+        S = self.image_size
+        black = self.out.weight.new_zeros(1, S, S, 3)
         with FlopCounterMode(display=False) as counter:
             self.probe(lambda: self(black))
         return counter.get_total_flops() * (3 if self.learns() else 1)
-
-    def info(self):
-        """-> plain values for a checkpoint, from which `Vision` is made again"""
-        return dict(config=asdict(self.config), images=self.images)
 
 
 def pool(x, k):
@@ -204,12 +208,13 @@ def pool(x, k):
     P = x.shape[1]
     if P == k:
         return x
-    side, small, x = math.isqrt(P), math.isqrt(k), x.transpose(1, 2)  # (N, D, P)
-    if side**2 == P and small**2 == k:
-        x = F.adaptive_avg_pool2d(x.unflatten(2, (side, side)), small).flatten(2)
-    else:
-        x = F.adaptive_avg_pool1d(x, k)
-    return x.transpose(1, 2)
+    height, low = math.isqrt(P), math.isqrt(k)
+    if height**2 != P or low**2 != k:
+        # in a line
+        height = low = 1
+    x = x.transpose(1, 2).unflatten(2, (height, -1))  # (N, D, height, width)
+    x = F.adaptive_avg_pool2d(x, (low, k // low))
+    return x.flatten(2).transpose(1, 2)
 
 
 class Tower(nn.Module):
@@ -224,22 +229,24 @@ class Tower(nn.Module):
         for name in ("patch_size", "n_layer", "n_head", "n_embd"):
             if getattr(c, name) < 1:
                 raise UserError(f"--vision.{name}={getattr(c, name)}: must be positive")
-        halvings = c.patch_size.bit_length() - 1
-        if halvings < 1 or c.patch_size != 1 << halvings or image_size % c.patch_size:
+        D, patch = c.n_embd, c.patch_size
+        halvings = patch.bit_length() - 1
+        if patch < 2 or patch != 1 << halvings or image_size % patch:
             raise UserError(
-                f"--vision.patch_size={c.patch_size}: must be a power of 2, at least "
-                f"2, and divide the set's image_size, {image_size}"
+                f"--vision.patch_size={patch}: must be a power of 2, at least 2, "
+                f"and divide the set's image_size, {image_size}"
             )
-        if c.n_embd % c.n_head:
-            raise UserError(f"--vision.n_head={c.n_head}: must divide --vision.n_embd={c.n_embd}")
-        side = image_size // c.patch_size
+        if D % c.n_head:
+            raise UserError(f"--vision.n_head={c.n_head}: must divide --vision.n_embd={D}")
+        self.patch, channels = nn.ModuleList(), 3
         # channels double up to n_embd
-        widths = [3, *(max(1, c.n_embd >> i) for i in reversed(range(halvings)))]
-        self.patch = nn.ModuleList(
-            nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in zip(widths, widths[1:])
-        )
-        self.row = nn.Parameter(torch.randn(side, 1, c.n_embd) * 0.02)  # 2-D positions
-        self.column = nn.Parameter(torch.randn(1, side, c.n_embd) * 0.02)
+        for i in reversed(range(halvings)):
+            wider = max(1, D >> i)
+            self.patch.append(nn.Conv2d(channels, wider, 3, stride=2, padding=1))
+            channels = wider
+        side = image_size // patch
+        self.row = nn.Parameter(torch.randn(side, 1, D) * 0.02)  # 2-D positions
+        self.column = nn.Parameter(torch.randn(1, side, D) * 0.02)
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.n_layer))
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -260,15 +267,15 @@ class Block(nn.Module):
 
     def __init__(self, c):
         super().__init__()
-        self.n_head = c.n_head
-        self.attn_norm, self.mlp_norm = nn.LayerNorm(c.n_embd), nn.LayerNorm(c.n_embd)
-        self.qkv, self.attn_out = nn.Linear(c.n_embd, 3 * c.n_embd), nn.Linear(c.n_embd, c.n_embd)
-        self.up, self.down = nn.Linear(c.n_embd, 4 * c.n_embd), nn.Linear(4 * c.n_embd, c.n_embd)
+        D, self.n_head = c.n_embd, c.n_head
+        self.attn_norm, self.mlp_norm = nn.LayerNorm(D), nn.LayerNorm(D)
+        self.qkv, self.attn_out = nn.Linear(D, 3 * D), nn.Linear(D, D)
+        self.up, self.down = nn.Linear(D, 4 * D), nn.Linear(4 * D, D)
 
     def forward(self, x):
         # (N, P, 3, H, D / H), then (N, H, P, D / H) each
         qkv = self.qkv(self.attn_norm(x)).unflatten(2, (3, self.n_head, -1))
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
         y = F.scaled_dot_product_attention(q, k, v)
         x = x + self.attn_out(y.transpose(1, 2).flatten(2))  # (N, P, D)
         return x + self.down(F.gelu(self.up(self.mlp_norm(x))))
@@ -326,8 +333,8 @@ class SeeingGPT(GPT):
         flat, shown = sum(images, []), None
         if flat:
             unique = {id(image): image for image in flat}
-            numbers = {key: number for number, key in enumerate(unique)}
-            which = torch.tensor([numbers[id(image)] for image in flat], device=device)
+            keys = list(unique)
+            which = torch.tensor([keys.index(id(image)) for image in flat], device=device)
             shown = torch.stack(list(unique.values())).to(device), which
         return self.vision.probe(lambda: self.vision.place(self.embed(tokens), tokens, shown))
 
@@ -339,14 +346,14 @@ class SeeingGPT(GPT):
         return f"{super().size()} ({self.about})"
 
     def describe(self):
-        return dict(super().describe(), vision=self.vision.info())
+        vision = dict(config=asdict(self.vision.config), images=self.vision.images)
+        return dict(super().describe(), vision=vision)
 
 
 def saved_model(config, info, tower):
-    """config: ModelConfig; info: a checkpoint's `Vision.info`; tower: as the user names it"""
+    """config: ModelConfig; info: a checkpoint's "vision"; tower: as the user names it"""
     vision_config = VisionConfig(**info["config"])
-    vision_config.check_tower(tower, "tower")
-    make_tower = load_function("tower", tower) if tower else None
+    make_tower = vision_config.load_tower(tower, "tower")
     return SeeingGPT(config, vision_config, info["images"], make_tower)
 
 
@@ -369,15 +376,18 @@ def new_model(run):
     config = build(old, {"tower": "", **cfg.vision}, "vision.")
     if seen:
         old.check_continued(config)
+    else:
+        old = config
 
     def make(model_config):
-        make_tower = load_function("vision.tower", config.tower) if config.tower else None
+        make_tower = old.load_tower(config.tower, "vision.tower")
         model = SeeingGPT(model_config, config, images, make_tower)
         model.images_per_token = run.train_data.images_per_token
-        for name, p in model.named_parameters():
-            in_tower, in_vision = name.startswith("vision.tower."), name.startswith("vision.")
-            if cfg.freeze_tower and in_tower or cfg.freeze_llm and not in_vision:
-                p.requires_grad_(False)
+        for part in model.children():
+            if cfg.freeze_llm and part is not model.vision:
+                part.requires_grad_(False)
+        if cfg.freeze_tower:
+            model.vision.tower.requires_grad_(False)
         model.train().vision.check_ranks(run.world_size)
         vision = sum(p.numel() for p in model.vision.parameters())
         learned = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -424,8 +434,8 @@ class ImageData(ChatData):
         shown = np.diff(self.image_offsets)  # (conversations,)
         is_image = np.asarray(self.tokens) == self.image
         positions = np.add.reduceat(is_image, self.offsets[:-1], dtype=np.int64)
-        fits = (positions == info["tokens_per_image"] * shown).all()
-        if not fits or (self.image_ids >= len(self.pixels)).any():
+        missing = self.image_ids >= len(self.pixels)
+        if missing.any() or (positions != info["tokens_per_image"] * shown).any():
             raise UserError(
                 f"{self.file('images')}: does not fit its ids and offsets; prepare the set again"
             )
@@ -477,7 +487,7 @@ class Shown:
 
     def user(self, tokenizer, text):
         """-> ids of a turn of the pictures and the text"""
-        content = [dict(type="image") for _ in self.features] + [dict(type="text", text=text)]
+        content = [dict(type="image")] * len(self.features) + [dict(type="text", text=text)]
         return encode_user(tokenizer, content, self.model.vision.tokens_per_image, begin=False)
 
     def inputs(self, ids):
@@ -520,7 +530,7 @@ def load_image(source, images):
                 white = Image.new("RGBA", image.size, "white")
                 image = Image.alpha_composite(white, image).convert("RGB")
             image = fit(image, (S, S), Image.Resampling.BICUBIC)
-            return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(S, S, 3)
+            return torch.from_numpy(np.array(image))
     except FileNotFoundError:
         raise ValueError("no such file") from None
     except Exception as error:  # Pillow raises many kinds at what is damaged, huge or no picture

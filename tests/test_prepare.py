@@ -41,13 +41,13 @@ def folder(tmp_path, monkeypatch):
 
 def set_block(monkeypatch, size):
     """Characters or bytes that are held at once"""
-    for module in (prepare, readers):
-        monkeypatch.setattr(module, "BLOCK", size)
+    monkeypatch.setattr(readers, "BLOCK", size)
 
 
 def make(*inputs, out="set", **options):
     """Prepare a set in this process -> its meta.json"""
-    prepare.prepare_text(prepare.TextConfig(input=inputs, out_dir=out, **options))
+    config = prepare.TextConfig(input=inputs, out_dir=out, **options)
+    prepare.prepare_set(config, prepare.Text, prepare.TextWriter)
     return json.loads(Path(out, "meta.json").read_text())
 
 
@@ -203,7 +203,7 @@ def test_a_txt_of_many_pieces_gives_the_ids_of_one_piece(monkeypatch, block):
 def test_a_long_line_comes_in_pieces_too(monkeypatch):
     set_block(monkeypatch, 100)
     Path("a.txt").write_text("word " * 2000)
-    sizes = [len(piece) for _, piece in readers.read_txt("a.txt")]
+    sizes = [len(piece) for _, piece, _ in readers.read_txt("a.txt")]
     assert sum(sizes) == 10_000 and max(sizes) <= 200
 
 
@@ -513,7 +513,8 @@ PEAK = """
 import sys
 sys.path.insert(0, "data")
 import prepare
-prepare.prepare_text(prepare.TextConfig(input=(sys.argv[1],), out_dir=sys.argv[2]))
+config = prepare.TextConfig(input=(sys.argv[1],), out_dir=sys.argv[2])
+prepare.prepare_set(config, prepare.Text, prepare.TextWriter)
 # not ru_maxrss: a child inherits its parent's across exec
 print(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
 """
@@ -624,7 +625,8 @@ def write_rows(path, rows):
 
 def make_chat(*inputs, out="set", **options):
     """Prepare conversations in this process -> the set's meta.json"""
-    prepare.prepare_chat(prepare.ChatConfig(input=inputs, out_dir=out, **options))
+    config = prepare.ChatConfig(input=inputs, out_dir=out, **options)
+    prepare.prepare_set(config, prepare.Chats, prepare.ExampleWriter)
     return json.loads(Path(out, "meta.json").read_text())
 
 
@@ -989,7 +991,8 @@ def test_conversations_are_prepared_from_the_command_line(folder):
 
 def make_pairs(*inputs, out="set", **options):
     """Prepare pairs in this process -> the set's meta.json"""
-    prepare.prepare_pairs(prepare.PairsConfig(input=inputs, out_dir=out, **options))
+    config = prepare.PairsConfig(input=inputs, out_dir=out, **options)
+    prepare.prepare_set(config, prepare.Pairs, prepare.ExampleWriter)
     return json.loads(Path(out, "meta.json").read_text())
 
 
@@ -1282,7 +1285,8 @@ def test_pairs_are_prepared_from_the_command_line(folder):
 
 def make_prompts(*inputs, out="set", **options):
     """Prepare prompts in this process -> the set's meta.json"""
-    prepare.prepare_prompts(prepare.PromptsConfig(input=inputs, out_dir=out, **options))
+    config = prepare.PromptsConfig(input=inputs, out_dir=out, **options)
+    prepare.prepare_set(config, prepare.Prompts, prepare.ExampleWriter)
     return json.loads(Path(out, "meta.json").read_text())
 
 

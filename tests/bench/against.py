@@ -44,7 +44,7 @@ def step():
     loss = losses.linear_cross_entropy(model(tokens[:, :-1]), model.head, tokens[:, 1:])
     ((loss + model.balance_loss()) / 4096).backward()
     optimizer.step(1.0)
-measure(step, 5)
+measure(step, 3)
 """,
     "loss_128": """
 hidden = torch.randn(128, 768, requires_grad=True)
