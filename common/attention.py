@@ -286,8 +286,9 @@ class KVCache(Layout):
                 f"cache of {self.capacity} positions is full: {self.used} used, {T} more asked"
             )
         self.used = end
-        # the query heads that share keys are computed as more positions
-        repeat = self.c.n_head // self.c.n_kv_head
+        # the first forward attends as it is; later, query heads that share keys are more positions
+        first = end == T and not self.trunk
+        repeat = 1 if first else self.c.n_head // self.c.n_kv_head
         keys = self.key_positions[:, : self.key_positions.shape[1] - self.capacity + end]
         self.positions = keys[:, -T:]  # (B or 1, T)
         if self.trunk:
