@@ -1,4 +1,4 @@
-"""A layout of one's own is an edit of `Layout` alone: the example of common/attention.py, a sliding window."""
+"""A layout of one's own is an edit of `Layout`: the example of common/attention.py, a sliding window."""
 import pytest
 import torch
 from test_model import HEADS, random_tokens, tiny_model
