@@ -23,7 +23,7 @@ from typing import Literal
 import torch
 
 from common import checkpoint, dist
-from common.chat import encode_chat, encode_user
+from common.chat import encode_chat, encode_user, with_thoughts
 from common.config import parse_config
 from common.errors import UserError
 from common.logger import printable
@@ -80,7 +80,7 @@ def check_roles(source, model, tokenizer):
     UserError where the model has never seen the tokens for roles; a note where it may not have
     """
     learned = source.manifest.get("identity", {}).get("kind")  # by a stage of ours
-    known = tokenizer.extra and tokenizer.extra["markers"]  # by a folder's model
+    known = tokenizer.template or tokenizer.extra and tokenizer.extra["markers"]
     # of a folder that is no export of ours
     ignorant = tokenizer.extra and not known and not learned
     if ignorant or max(encode_user(tokenizer, "")) >= model.config.vocab_size:
@@ -109,7 +109,7 @@ def answer(model, tokenizer, ids, cfg, seed, inputs=None):
             model,
             [ids or [tokenizer.end]],
             for_vocabulary(cfg, model, tokenizer),
-            tokenizer.end,
+            tokenizer.ends,
             cfg.num_samples,
             seed,
             inputs=inputs,
@@ -124,7 +124,7 @@ def answer(model, tokenizer, ids, cfg, seed, inputs=None):
             if completions
             else stream_tokens(model, tokenizer, ids, cfg, seed + i, inputs)
         ):
-            if token == tokenizer.end:
+            if token in tokenizer.ends:
                 break
             tokens.append(token)
             print(printable(decoder.put(token)), end="", flush=True)
@@ -149,39 +149,33 @@ def continue_text(model, tokenizer, text, cfg, shown=None):
 
 def reply(model, tokenizer, turns, text, cfg, shown=None):
     """
-    Answer the user's text. turns: the conversation so far, ids of the user's and the assistant's
-    turns; this one is added. The oldest are forgotten when max_new_tokens, or half the context,
-    would not be left. shown: what the first turn shows, an extras.images.Shown
+    Answer the user's text. turns: the messages so far; these two are added. The oldest are
+    forgotten when max_new_tokens, or half the context, would not be left. shown: what the first
+    message shows, an extras.images.Shown
     """
     if text == "/reset":
         turns.clear()
         print("(forgotten)")
         return
+    content = tuple(shown.ids + tokenizer.encode(text)) if shown and not turns else text
+    turns.append(dict(role="user", content=content))
+    system = [dict(role="system", content=cfg.system)] if cfg.system else []
     context = model.config.seq_len
-    ids = (
-        encode_chat(tokenizer, [[{"role": "system", "content": cfg.system}]])[0][0]
-        if cfg.system
-        else []
-    )
-    ids = ids or list(tokenizer.begin)
-    if shown and not turns:
-        user = shown.user(tokenizer, text)
-    else:
-        user = encode_user(tokenizer, text, begin=False)
     room = context - min(cfg.max_new_tokens, context // 2)
-    if len(ids) + len(user) > room:
-        given = (("--prompt", True), ("--system", ids), ("--image", shown))
-        options = " and ".join(name for name, value in given if value)
-        raise UserError(
-            f"{options}: {len(ids) + len(user)} tokens, which leave "
-            f"too little of the model's context of {context}; shorten it"
-        )
-    turns.append(user)
-    while len(ids) + sum(map(len, turns)) > room:
+    while len(ids := encode_chat(tokenizer, [system + turns], reply=True)[0][0]) > room:
+        if len(turns) == 1:
+            turns.clear()
+            given = (("--prompt", True), ("--system", cfg.system), ("--image", shown))
+            options = " and ".join(name for name, value in given if value)
+            raise UserError(
+                f"{options}: {len(ids)} tokens, which leave "
+                f"too little of the model's context of {context}; shorten it"
+            )
         del turns[:2]
-    ids = sum(turns, ids)
     tokens = answer(model, tokenizer, ids, cfg, cfg.seed + len(turns), shown and shown.inputs(ids))
-    turns.append([*tokens, *tokenizer.markers["end"]])
+    # a folder's template decides what is left of earlier thoughts
+    said = tokenizer.decode(tokens) if tokenizer.template else tuple(tokens)
+    turns.append(with_thoughts(dict(role="assistant", content=said)))
 
 
 def typed(ask):

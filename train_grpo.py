@@ -80,7 +80,7 @@ def collect(model, tokenizer, data, i, G, sampling_cfg, rewards, env_step, cfg):
     """-> Rollout of micro-batch i: G answers to each of its prompts"""
     ids, numbers, valid = data.batch(i)
     prompts = [data.prompt(k).tolist() for k in ids]
-    answers = answer_prompts(model, prompts, sampling_cfg, tokenizer.end, G, data.seed, numbers)
+    answers = answer_prompts(model, prompts, sampling_cfg, tokenizer.ends, G, data.seed, numbers)
     if env_step:
         from extras.environment import continue_turns
         continue_turns(env_step, answers, model, tokenizer, prompts, sampling_cfg, data.seed,

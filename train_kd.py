@@ -107,7 +107,7 @@ def student_rows(model, tokenizer, data, i, max_new_tokens):
     prompts, numbers, valid = data.prompts(i, max_new_tokens)
     sampling_cfg = for_vocabulary(SamplingConfig(max_new_tokens, temperature=1.0), model, tokenizer)
     prompt_ids = [prompt.tolist() for prompt in prompts]
-    answers, *_ = complete(model, prompt_ids, sampling_cfg, tokenizer.end, 1, data.seed, numbers)
+    answers, *_ = complete(model, prompt_ids, sampling_cfg, tokenizer.ends, 1, data.seed, numbers)
     return data.continued(prompts, answers, valid)
 
 

@@ -1,31 +1,38 @@
 """
 The chat template, the same in every stage: `<role>` body `<end>` for each message, where the body
 of an assistant is `<think>thoughts</think>` (if it has any) and `<answer>content</answer>`. A
-prompt for the next reply ends with `<assistant>`.
+prompt for the next reply ends with `<assistant>`. A tokenizer from a Hugging Face folder that has a
+template of its own writes around the bodies what that says (`extras/hf_chat.py`).
 
-    messages = [{"role": "user", "content": "Good morrow!"}, {"role": "assistant", "content": "Well
-    met."}] (ids, counts), = encode_chat(tokenizer, [messages])
+    messages = [
+        {"role": "user", "content": "Good morrow!"},
+        {"role": "assistant", "content": "Well met."},
+    ]
+    ((ids, counts),) = encode_chat(tokenizer, [messages])
     ids = encode_user(tokenizer, "Good morrow!")              # a prompt
 
 What a message says is encoded as plain text; only the template writes special tokens.
 """
 
+import re
+
 ROLES = ("system", "user", "assistant")
+THOUGHTS = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)
 
 
-def check_conversation(messages, with_images=False):
+def check_conversation(messages):
     """
     ValueError says what is wrong with a list of {"role", "content", "think"?}, where something is.
+    A content is text, or a tuple of ids as they were sampled, which no file has.
     """
     if not isinstance(messages, list) or not messages:
         raise ValueError("expected a list of messages")
     for message in messages:
         fields = message if isinstance(message, dict) else {}
         content, role = fields.get("content"), fields.get("role")
-        in_parts = isinstance(content, list)
-        if not with_images and (in_parts or "images" in fields):
+        if isinstance(content, list) or "images" in fields:
             raise ValueError("images are for `data/prepare.py images` and train_sft.py only")
-        if not isinstance(content, str) and not (in_parts and all(map(is_part, content))):
+        if not isinstance(content, (str, tuple)):
             raise ValueError('a message is {"role": "...", "content": "..."}')
         if role not in ROLES:
             raise ValueError(f"unknown role {str(role)[:40]!r}, expected {', '.join(ROLES)}")
@@ -35,81 +42,93 @@ def check_conversation(messages, with_images=False):
             )
         if "think" in fields and (role != "assistant" or not isinstance(fields["think"], str)):
             raise ValueError('"think" is text, and an assistant\'s')
-        if role == "assistant" and in_parts:
-            raise ValueError("an assistant's content is text")
 
 
-def is_part(part, kinds=("text", "image")):
-    """-> whether it is a part of a content, and of one of these kinds"""
-    if not isinstance(part, dict) or part.get("type") not in kinds:
-        return False
-    return isinstance(part.get("text"), str) == (part["type"] == "text")
-
-
-def encode_chat(
-    tokenizer, conversations, answer_tags=True, reply=False, tokens_per_image=0, begin=True
-):
+def encode_chat(tokenizer, conversations, answer_tags=True, reply=False, begin=True):
     """
     The chat template. conversations: list of lists of {"role", "content", "think"?}. answer_tags:
-    put <answer> tags around an assistant's content. reply: end with <assistant>, for the model to
-    go on. tokens_per_image: a content may be a list of {"type": "text", "text": ...} and {"type":
-    "image"}, and this is how many <image> stand for the latter. begin: False for messages that go
-    on with a conversation.
+    put <answer> tags around an assistant's content, unless it is ids. reply: end with <assistant>,
+    for the model to go on. begin: False for messages that follow a turn of the assistant's.
 
     -> list of (ids, counts), one per conversation. counts: list of bool, True where the id is to be
     learned: an assistant's body and the <end> after it, not the <assistant> before it, and nothing
     of other roles. Raises ValueError where a conversation is not one.
     """
-    chats = [list(_template(messages, answer_tags, tokens_per_image)) for messages in conversations]
-    if reply:
-        for chat in chats:
-            chat.append(("assistant", "", False))
+    for messages in conversations:
+        check_conversation(messages)
+    chats = [_lay_out(tokenizer, messages, answer_tags, reply, begin) for messages in conversations]
     # all texts at once, which the tokenizer encodes in parallel
-    texts = iter(
-        tokenizer.encode_batch([text for chat in chats for special, text, _ in chat if not special])
-    )
-    encoded = []
+    plain = [part for chat in chats for part, _ in chat if isinstance(part, str)]
+    texts, encoded = iter(tokenizer.encode_batch(plain)), []
     for chat in chats:
-        ids = list(tokenizer.begin) if begin else []
-        counts = [False] * len(ids)
-        for special, _, learn in chat:
-            new = tokenizer.markers[special] if special else next(texts)
-            learned = [learn] * len(new)
-            # generation stops there, whatever is to follow
-            if special == "end":
-                learned[1:] = [False] * (len(new) - 1)
+        ids, counts = [], []
+        for part, learn in chat:
+            new = next(texts) if isinstance(part, str) else part
             ids += new
-            counts += learned
+            counts += [learn] * len(new)
         encoded.append((ids, counts))
     return encoded
 
 
-def encode_user(tokenizer, content, tokens_per_image=0, begin=True):
+def encode_user(tokenizer, content, begin=True):
     """-> ids of a user's message and of the <assistant> after it; see `encode_chat`"""
     messages = [{"role": "user", "content": content}]
-    ((ids, _),) = encode_chat(
-        tokenizer, [messages], reply=True, tokens_per_image=tokens_per_image, begin=begin
-    )
+    ((ids, _),) = encode_chat(tokenizer, [messages], reply=True, begin=begin)
     return ids
 
 
-def _template(messages, answer_tags, tokens_per_image):
-    """Yield (special token, "", counts) or ("", text, counts)."""
-    check_conversation(messages, with_images=tokens_per_image > 0)
+def after_turn(tokenizer, text):
+    """-> ids of a user's message after a turn of the assistant's, whose end token was sampled"""
+    ids = encode_user(tokenizer, text, begin=False)
+    return ids if tokenizer.template else tokenizer.markers["end"][1:] + ids
+
+
+def _lay_out(tokenizer, messages, answer_tags, reply, begin):
+    """-> list of (text or list of ids, whether it is learned)"""
+    if tokenizer.template:
+        from extras import hf_chat
+
+        return hf_chat.lay_out(tokenizer, messages, answer_tags, reply, begin)
+    markers, parts = tokenizer.markers, []
+    if begin:
+        parts.append((tokenizer.begin, False))
     for message in messages:
-        content, learn = message["content"], message["role"] == "assistant"
-        yield message["role"], "", False
-        if "think" in message:
-            yield "think", "", True
-            yield "", message["think"], True
-            yield "/think", "", True
-        if learn and answer_tags:
-            yield "answer", "", True
-        for part in [dict(type="text", text=content)] if isinstance(content, str) else content:
-            if part["type"] == "text":
-                yield "", part["text"], learn
-            else:
-                yield from [("image", "", False)] * tokens_per_image
-        if learn and answer_tags:
-            yield "/answer", "", True
-        yield "end", "", learn
+        learn = message["role"] == "assistant"
+        parts.append((markers[message["role"]], False))
+        body = thoughts(tokenizer, message) + said(tokenizer, message, answer_tags)
+        parts += [(part, learn) for part in body]
+        # generation stops at the first one, whatever is to follow
+        parts += [(markers["end"][:1], learn), (markers["end"][1:], False)]
+    if reply:
+        parts.append((markers["assistant"], False))
+    return parts
+
+
+def thoughts(tokenizer, message):
+    """-> list of what a message thinks, texts and lists of ids, in its tags; [] where it does not"""
+    if "think" not in message:
+        return []
+    return [tokenizer.markers["think"], message["think"], tokenizer.markers["/think"]]
+
+
+def said(tokenizer, message, answer_tags):
+    """-> list of what a message says, texts and lists of ids"""
+    content = message["content"]
+    if isinstance(content, tuple):
+        return [list(content)]
+    if answer_tags and message["role"] == "assistant":
+        return [tokenizer.markers["answer"], content, tokenizer.markers["/answer"]]
+    return [content]
+
+
+def with_thoughts(message):
+    """
+    A message whose text begins with <think>...</think>, as models write it -> the same with its
+    thoughts in "think", without the line breaks around them; else the message itself
+    """
+    said = message["content"]
+    if message["role"] != "assistant" or "think" in message or isinstance(said, tuple):
+        return message
+    if found := THOUGHTS.fullmatch(said):
+        return dict(message, think=found[1].strip("\n"), content=found[2].lstrip("\n"))
+    return message

@@ -2,7 +2,7 @@
 Sampling with a KV cache: one step on logits, batches of prompts, and streamed text.
 
     for rows, tokens, *_ in generate(model, prompts, SamplingConfig(max_new_tokens=64),
-    tokenizer.end): ... for text in stream(model, tokenizer, "KING HENRY:\n"): print(text, end="",
+    tokenizer.ends): ... for text in stream(model, tokenizer, "KING HENRY:\n"): print(text, end="",
     flush=True)
 
 Every row draws from a random stream of its own, seeded by (seed, row): its text does not depend on
@@ -151,13 +151,13 @@ def for_sampling(model, packed):
 
 @torch.inference_mode()
 def generate(
-    model, prompts, cfg, end=None, num_samples=1, seed=0, numbers=None, room=None, inputs=None
+    model, prompts, cfg, ends=(), num_samples=1, seed=0, numbers=None, room=None, inputs=None
 ):
     """
     Continue prompts (list of non-empty lists of ids, any lengths), num_samples of each; row p *
-    num_samples + g is sample g of prompt p. A row stops after `end`, after max_new_tokens, or when
-    the model's context is full, and then leaves the batch. Each prompt is computed once, and its
-    cache is shared by its samples.
+    num_samples + g is sample g of prompt p. A row stops after one of `ends` (a container of ids),
+    after max_new_tokens, or when the model's context is full, and then leaves the batch. Each
+    prompt is computed once, and its cache is shared by its samples.
 
     numbers: of the prompts, from which the rows' random streams follow (default 0, 1, ...), so that
     other batches give a prompt the same samples; room: tokens that each row may get, at most
@@ -206,7 +206,7 @@ def generate(
             tokens, logps, support = sample_next(fast.logits(hidden).float(), cfg, u[:, n], seen)
             values = tokens.tolist()
             yield rows, values, logps.tolist(), support
-            going = [i for i, row in enumerate(rows) if values[i] != end and n + 1 < room[row]]
+            going = [i for i, row in enumerate(rows) if values[i] not in ends and n + 1 < room[row]]
             if not going:
                 return
             # the last ones move where others have left
@@ -226,7 +226,7 @@ def generate(
 
 
 def complete(
-    model, prompts, cfg, end=None, num_samples=1, seed=0, numbers=None, room=None, inputs=None
+    model, prompts, cfg, ends=(), num_samples=1, seed=0, numbers=None, room=None, inputs=None
 ):
     """
     Collect `generate` -> lists of one list per row: tokens (end token included), their log-probs,
@@ -237,7 +237,7 @@ def complete(
         [[] for _ in range(len(prompts) * num_samples)] for _ in range(3)
     )
     for rows, tokens, logps, support in generate(
-        model, prompts, cfg, end, num_samples, seed, numbers, room, inputs
+        model, prompts, cfg, ends, num_samples, seed, numbers, room, inputs
     ):
         for i, (row, token, logp) in enumerate(zip(rows, tokens, logps)):
             completions[row].append(token)
@@ -262,17 +262,17 @@ class Answer:
 
     def texts(self, tokenizer):
         """-> the answer as text with all tags, without its end token; the texts of its N tokens"""
-        whole = self.tokens[:-1] if self.tokens[-1] == tokenizer.end else self.tokens
+        whole = self.tokens[:-1] if self.tokens[-1] in tokenizer.ends else self.tokens
         own = [token for token, is_own in zip(self.tokens, self.learned) if is_own]
         pieces = [tokenizer.decode([token], show_special=True) for token in own]
         return tokenizer.decode(whole, show_special=True), pieces
 
 
-def answer_prompts(model, prompts, cfg, end, num_samples=1, seed=0, numbers=None, room=None):
+def answer_prompts(model, prompts, cfg, ends, num_samples=1, seed=0, numbers=None, room=None):
     """-> Answers, num_samples to each of prompts; arguments as of `generate`"""
-    samples = complete(model, prompts, cfg, end, num_samples, seed, numbers, room)
+    samples = complete(model, prompts, cfg, ends, num_samples, seed, numbers, room)
     return [
-        Answer(tokens, [True] * len(tokens), logps, support, tokens[-1] == end)
+        Answer(tokens, [True] * len(tokens), logps, support, tokens[-1] in ends)
         for tokens, logps, support in zip(*samples)
     ]
 
@@ -293,7 +293,7 @@ def for_vocabulary(cfg, model, tokenizer):
 
 def stream_tokens(model, tokenizer, ids, cfg=SamplingConfig(), seed=0, inputs=None):
     """
-    Yield the tokens that continue ids (list of int), until the end token, which is left out, or
+    Yield the tokens that continue ids (list of int), until an end token, which is left out, or
     max_new_tokens. When the context is full the second half of it becomes the new prompt, so a
     model of 256 positions can write for as long as one likes; it begins behind an input
     (`GPT.input_only`) that it would cut. inputs (1, T, C): in place of the embeddings of ids
@@ -316,11 +316,11 @@ def stream_tokens(model, tokenizer, ids, cfg=SamplingConfig(), seed=0, inputs=No
             model,
             [window or [tokenizer.end]],
             replace(cfg, max_new_tokens=left),
-            tokenizer.end,
+            tokenizer.ends,
             seed=seed + 7919 * part,
             inputs=given,
         ):
-            if token == tokenizer.end:
+            if token in tokenizer.ends:
                 return
             ids.append(token)
             left -= 1

@@ -10,8 +10,9 @@ Text to token ids and back: bytes, tiktoken and SentencePiece behind one small c
 Special tokens come after the base vocabulary and are ids only: what a user writes is encoded as
 plain text. The vocabulary of a Hugging Face folder has special tokens of its own: their ids are
 kept, the one that ends its model's texts is `end`, and so are <think> and </think> where it has
-these; the others of ours come after them all. A text begins as its model has learned it (`begin`),
-roles are written so in ChatML (Qwen), Llama 3.
+these; the others of ours come after them all. Tokens that it has added without calling them special
+are one id wherever they are written. A text begins as its model has learned it (`begin`), ends with
+any of `ends`, and a conversation is written as its chat template says (`template`).
 
 Decoding joins the bytes that each token stands for. So streamed text is exactly the whole text:
 `Stream` holds back half a UTF-8 character, and SentencePiece's spaces are bytes like any other.
@@ -23,8 +24,10 @@ import glob
 import hashlib
 import json
 import os
+import re
 import unicodedata
 
+import regex
 import sentencepiece
 import tiktoken
 
@@ -69,6 +72,10 @@ PATTERNS = {
 FOLDER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 # in every data set and checkpoint, beside the vocabulary file it names
 INFO = "tokenizer_info.json"
+# before a folder's own files there
+ORIGINAL = "original_"
+# characters of white space in a row that tiktoken takes; far more of them end the process
+LONGEST_SPACE = 100_000
 
 
 class Tokenizer:
@@ -76,20 +83,25 @@ class Tokenizer:
     kind: bytes, tiktoken, sentencepiece. vocabulary: file content (b"" for bytes). pattern: key of
     PATTERNS, or a regular expression. extra, of a Hugging Face folder: dict of `special`, name to
     id of those of ours that it has; `added`, id (as a str) to text, "" for special tokens; `nfc`,
-    whether text is normalised so; `begin` and `markers`, see below.
+    whether text is normalised so; `splits`, patterns that split it before `pattern` does; `tokens`,
+    dict of text to id of all that are added, `literal`, of those that are no special ones; `begin`,
+    `ends`, `markers` and `template`, see below. originals: dict of file name to bytes, its files.
 
     vocab_size      base vocabulary and special tokens
     special         dict of special token name to id, special_names the reverse; `end`, `pad` as
                     attributes
+    ends            tuple of ids that end what a model writes; `end` is the first
     markers         dict of special token name to the list of ids that the chat template writes for
                     it
+    template        chat template (jinja) in place of ours, or ""
     begin           list of ids that every text and conversation begins with: [] or a token
     token_bytes     list of the bytes that each id stands for, b"" for special ones
     fingerprint     where it is equal, ids mean the same
     """
 
-    def __init__(self, kind, vocabulary=b"", pattern="", extra=None):
+    def __init__(self, kind, vocabulary=b"", pattern="", extra=None, originals=None):
         self.kind, self.vocabulary, self.pattern, self.extra = kind, vocabulary, pattern, extra
+        self.originals = originals or {}
         self.drops_first_space = False
         if kind == "bytes":
             base = [bytes([i]) for i in range(256)]
@@ -118,7 +130,11 @@ class Tokenizer:
         self.special_names = {i: name for name, i in self.special.items()}
         self.end, self.pad = self.special["end"], self.special["pad"]
         self.markers = {name: [i] for name, i in self.special.items()} | known["markers"]
-        self.begin = known["begin"]
+        self.begin, self.template = known["begin"], known.get("template", "")
+        self.ends = tuple(dict.fromkeys([self.end, *known.get("ends", [])]))
+        self.splits = [regex.compile(split) for split in known.get("splits", [])]
+        self.literal = known.get("literal", {})
+        self.is_literal = re.compile(f"({any_of(self.literal)})") if self.literal else None
         self.token_bytes = base + [b""] * len(ours)
         self.vocab_size = len(self.token_bytes)
         meaning = [kind, pattern, SPECIAL_TOKENS]
@@ -141,14 +157,34 @@ class Tokenizer:
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts, num_threads=2):
-        """-> list of lists of int"""
+        """-> list of lists of int. ValueError: a text that tiktoken cannot take"""
         if self.kind == "bytes":
             return [list(text.encode()) for text in texts]
-        if self.extra and self.extra["nfc"]:
-            texts = [unicodedata.normalize("NFC", text) for text in texts]
-        if self.kind == "tiktoken":
+        if self.kind == "sentencepiece":
+            return self.bpe.encode(texts, num_threads=num_threads)
+        for text in texts:
+            if len(text) > LONGEST_SPACE and re.search(rf"\s{{{LONGEST_SPACE}}}", text):
+                raise ValueError(f"over {LONGEST_SPACE:,} characters of white space in a row")
+        if not self.extra:
             return self.bpe.encode_ordinary_batch(texts, num_threads=num_threads)
-        return self.bpe.encode(texts, num_threads=num_threads)
+        parts = [list(self._parts(text)) for text in texts]
+        plain = [part for of_text in parts for part in of_text if isinstance(part, str)]
+        encoded = iter(self.bpe.encode_ordinary_batch(plain, num_threads=num_threads))
+        return [
+            [id for part in of_text for id in (next(encoded) if isinstance(part, str) else [part])]
+            for of_text in parts
+        ]
+
+    def _parts(self, text):
+        """Yield the ids of added tokens in a text, and what is between them, split in advance."""
+        for piece in self.is_literal.split(text) if self.literal else [text]:
+            if piece in self.literal:
+                yield self.literal[piece]
+                continue
+            pieces = [unicodedata.normalize("NFC", piece) if self.extra["nfc"] else piece]
+            for split in self.splits:
+                pieces = [part for piece in pieces for part in matches_and_gaps(split, piece)]
+            yield from filter(None, pieces)
 
     def decode(self, ids, **how):
         """-> str. Bytes that are not UTF-8 become U+FFFD. how: see Stream."""
@@ -167,10 +203,11 @@ class Tokenizer:
             "sentencepiece": "tokenizer.model",
         }[self.kind]
         info = dict(kind=self.kind, file=name, pattern=self.pattern, fingerprint=self.fingerprint)
+        files = {name: self.vocabulary} if name else {}
         if self.extra:
-            info["extra"] = self.extra
-        vocabulary = {name: self.vocabulary} if name else {}
-        return {INFO: (json.dumps(info, indent=1) + "\n").encode(), **vocabulary}
+            info |= dict(extra=self.extra, originals=list(self.originals))
+            files |= {ORIGINAL + name: content for name, content in self.originals.items()}
+        return {INFO: (json.dumps(info, indent=1) + "\n").encode(), **files}
 
 
 class Stream:
@@ -253,6 +290,20 @@ def load_tokenizer(source):
     return _load_known(source)
 
 
+def matches_and_gaps(pattern, text):
+    """Yield what a compiled pattern matches and what lies between, in order; some may be empty"""
+    end = 0
+    for match in pattern.finditer(text):
+        yield from (text[end : match.start()], match[0])
+        end = match.end()
+    yield text[end:]
+
+
+def any_of(texts):
+    """-> regular expression that matches any of these texts, the longest where several fit"""
+    return "|".join(map(re.escape, sorted(texts, key=len, reverse=True)))
+
+
 def read_file(path):
     with open(path, "rb") as file:
         return file.read()
@@ -261,7 +312,10 @@ def read_file(path):
 def _load_saved(folder):
     info = json.loads(read_file(os.path.join(folder, INFO)))
     content = read_file(os.path.join(folder, info["file"])) if info["file"] else b""
-    tokenizer = Tokenizer(info["kind"], content, info["pattern"], info.get("extra"))
+    originals = {
+        name: read_file(os.path.join(folder, ORIGINAL + name)) for name in info.get("originals", [])
+    }
+    tokenizer = Tokenizer(info["kind"], content, info["pattern"], info.get("extra"), originals)
     if tokenizer.fingerprint != info["fingerprint"]:
         raise UserError(
             f"{folder}: the tokenizer files do not match their fingerprint; "

@@ -246,6 +246,8 @@ def prepare_set(cfg, kind_class, writer_class):
         check_splits(splits, cfg, kind.unit, report)
         describe(folder, cfg, kind, splits, report)
     report.print()
+    if kind.num_thoughts:
+        print(f"{kind.num_thoughts:,} answers begin with <think>...</think>: read as thoughts")
     for split, counts in splits.items():
         counts = ", ".join(f"{name} {n:,}" for name, n in counts.items() if name != "sha256")
         print(f"{cfg.out_dir}/{split}.npy: {counts}, vocabulary {kind.tokenizer.vocab_size:,}")

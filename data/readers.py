@@ -11,6 +11,7 @@ import glob
 import gzip
 import io
 import json
+import operator
 import os
 import pickle
 import random
@@ -22,7 +23,7 @@ from typing import Literal
 
 import numpy as np
 
-from common.chat import check_conversation, encode_chat
+from common.chat import check_conversation, encode_chat, with_thoughts
 from common.errors import UserError
 
 # characters of text or bytes of rows that are in memory at once
@@ -327,9 +328,26 @@ def read_encoded(kind, inputs, report):
     draw = random.Random(kind.cfg.seed)
     for path, home in inputs.items():
         for block in blocks(divide(path, home, kind, draw, report)):
-            encoded = kind.encode([content for _, _, content, _ in block])
-            for (split, number, content, _), tokens in zip(block, encoded):
-                yield split, f"{path}:{number}", content, tokens
+            for item, tokens in zip(block, encoded_block(kind, block, path, report)):
+                split, number, content, _ = item
+                if tokens is not None:
+                    yield split, f"{path}:{number}", content, tokens
+
+
+def encoded_block(kind, block, path, report):
+    """-> list of what kind.encode gives; None for what it refuses, which is reported"""
+    try:
+        return kind.encode([content for _, _, content, _ in block])
+    except ValueError:
+        # one at a time: which one it is
+        encoded = []
+        for _, number, content, _ in block:
+            encoded.append(None)
+            try:
+                encoded[-1:] = kind.encode([content])
+            except ValueError as error:
+                report.bad(f"{path}:{number}", error)
+        return encoded
 
 
 def blocks(items):
@@ -409,6 +427,8 @@ class Kind:
 
     def __init__(self, cfg, tokenizer):
         self.cfg, self.tokenizer = cfg, tokenizer
+        # messages whose thoughts were written in their text
+        self.num_thoughts = 0
 
     def read(self, path, report):
         folder = os.path.dirname(path)
@@ -425,6 +445,19 @@ class Kind:
         if len(fields) != 2:
             raise UserError(f"--fields={','.join(fields)}: give two names, of {whose}")
         return fields
+
+    def conversation(self, role, content):
+        """content: a text, which is this role's, or messages -> list of messages; ValueError"""
+        if isinstance(content, str):
+            content = [{"role": role, "content": content}]
+        check_conversation(content)
+        return self.find_thoughts(content)
+
+    def find_thoughts(self, messages):
+        """-> messages, with the thoughts that stand at the beginning of a text as such"""
+        found = [with_thoughts(message) for message in messages]
+        self.num_thoughts += sum(map(operator.ne, found, messages))
+        return found
 
     def template(self, conversations, **how):
         return encode_chat(self.tokenizer, conversations, self.cfg.answer_tags, **how)
@@ -476,14 +509,14 @@ class Chats(Kind):
             texts = row.get(question), row.get(answer)
             if not all(isinstance(text, str) for text in texts):
                 raise ValueError(f"expected texts {question} and {answer} as --fields says")
-            return conversation("user", texts[0]) + conversation("assistant", texts[1])
+            question, answer = map(self.conversation, ("user", "assistant"), texts)
+            return question + answer
         messages = row.get("messages")
         if not isinstance(messages, list):
             raise ValueError(
                 'expected [messages] or {"messages": [...]}, or --fields for rows of two texts'
             )
-        check_conversation(messages)
-        return check_reply(messages)
+        return check_reply(self.conversation("", messages))
 
     def encode(self, rows):
         return [Example([chat]) for chat in self.template(rows)]
@@ -496,7 +529,7 @@ class Prompts(Kind):
         prompt, answer = self.two_fields("the prompt and the answer")
         if not isinstance(row.get(answer), str):
             raise ValueError(f"expected {prompt} and {answer} (--fields), the second a text")
-        return {"prompt": conversation("user", row.get(prompt)), "answer": row[answer]}
+        return {"prompt": self.conversation("user", row.get(prompt)), "answer": row[answer]}
 
     def encode(self, rows):
         return self.prompts([row["prompt"] for row in rows])
@@ -521,10 +554,10 @@ class Pairs(Kind):
     def parse_text(self, row):
         if not {"chosen", "rejected"} <= row.keys():
             raise ValueError('expected {"chosen": ..., "rejected": ...}')
-        chosen = conversation("assistant", row["chosen"])
-        rejected = conversation("assistant", row["rejected"])
+        chosen = self.conversation("assistant", row["chosen"])
+        rejected = self.conversation("assistant", row["rejected"])
         prompt = row.get("prompt")
-        prompt = [] if prompt in (None, []) else conversation("user", prompt)
+        prompt = [] if prompt in (None, []) else self.conversation("user", prompt)
         return split_pair(prompt, chosen, rejected)
 
     def encode(self, rows):
@@ -534,6 +567,8 @@ class Pairs(Kind):
             chats = self.template([row[0] + row[side] for row in rows])
             for example, (ids, learn) in zip(examples, chats):
                 n = len(example.prompt[0])
+                if ids[:n] != example.prompt[0]:
+                    raise ValueError("the folder's chat template writes an answered prompt anew")
                 example.replies.append((ids[n:], learn[n:]))
         return examples
 
@@ -553,14 +588,6 @@ def split_pair(prompt, chosen, rejected):
     if not (chosen and rejected and chosen[0]["role"] == rejected[0]["role"] == "assistant"):
         raise BadRow("chosen and rejected must differ, first in an assistant's turn", reason)
     return prompt, chosen, rejected
-
-
-def conversation(role, content):
-    """content: a text, which is this role's, or messages -> list of messages; ValueError"""
-    if isinstance(content, str):
-        content = [{"role": role, "content": content}]
-    check_conversation(content)
-    return content
 
 
 def check_reply(messages):

@@ -61,7 +61,7 @@ def replies(model, tokenizer, chats, cfg, num_samples=1):
     """-> ids of num_samples replies to each of these conversations, in order"""
     prompts = [ids for ids, _ in encode_chat(tokenizer, chats, reply=True)]
     cfg = for_vocabulary(cfg, model, tokenizer)
-    answers, *_ = complete(model, prompts, cfg, tokenizer.end, num_samples)
+    answers, *_ = complete(model, prompts, cfg, tokenizer.ends, num_samples)
     return answers
 
 

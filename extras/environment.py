@@ -3,7 +3,7 @@ Answers of several turns: an environment reads the conversation after each turn 
 says something back, or that it is done. For train_grpo.py --env=path/to/file.py:name.
 """
 
-from common.chat import encode_user
+from common.chat import after_turn
 from common.errors import UserError
 from common.sampling import answer_prompts
 
@@ -24,7 +24,7 @@ def continue_turns(env_step, answers, model, tokenizer, prompts, cfg, seed=0, nu
             done, feedback = ask(env_step, text)
             if done:
                 continue
-            answer.ended, ids = False, encode_feedback(tokenizer, feedback)
+            answer.ended, ids = False, after_turn(tokenizer, feedback)
             longest = min(cfg.max_new_tokens, model.config.seq_len - len(prompt))
             room = longest - len(answer.tokens) - len(ids)
             if room > 0:
@@ -39,18 +39,13 @@ def continue_turns(env_step, answers, model, tokenizer, prompts, cfg, seed=0, nu
             return
         streams = [(i // G if numbers is None else int(numbers[i // G])) * G + i % G for i in again]
         more = answer_prompts(
-            model, contexts, cfg, tokenizer.end, 1, seed + turn * 1_000_000_007, streams, rooms
+            model, contexts, cfg, tokenizer.ends, 1, seed + turn * 1_000_000_007, streams, rooms
         )
         for i, new in zip(again, more):
             for name in ("tokens", "learned", "logps", "support"):
                 setattr(answers[i], name, getattr(answers[i], name) + getattr(new, name))
             answers[i].ended = new.ended
         going = again
-
-
-def encode_feedback(tokenizer, text):
-    """-> ids of a user's message after a turn, whose end token was sampled"""
-    return tokenizer.markers["end"][1:] + encode_user(tokenizer, text, begin=False)
 
 
 def ask(env_step, text):

@@ -8,33 +8,44 @@ needs this file no more.
 import base64
 import json
 import os
+import re
 
-from common.chat import ROLES
+from common.chat import ROLES, encode_chat
 from common.errors import UserError
 from common.tokenizer import Tokenizer, read_file
 
-# how GPT-2's pattern splits what is left between digits, each of which is a piece by itself
-GPT2_DIGITS = r"'(?:[sdmt]|ll|ve|re)|\p{N}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s"
+# what a folder's tokenizer is made of, which an export copies
+ORIGINALS = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+)
 
 
 def load(folder):
     """-> Tokenizer; UserError, or ValueError, KeyError, TypeError where a file is damaged"""
+    paths = {name: os.path.join(folder, name) for name in ORIGINALS}
+    files = {name: read_file(path) for name, path in paths.items() if os.path.isfile(path)}
     file = _read_json(folder, "tokenizer.json")
     config = _read_json(folder, "tokenizer_config.json")
-    has_model = os.path.isfile(os.path.join(folder, "tokenizer.model"))
-    if not os.path.isfile(os.path.join(folder, "tokenizer.json")) and not has_model:
-        return Tokenizer("tiktoken", _read_gpt2_files(folder, config), "gpt2")
+    if not file and "tokenizer.model" not in files:
+        vocabulary = "tiktoken", _read_gpt2_files(folder, config), "gpt2"
+        return Tokenizer(*vocabulary)
     added = dict(config.get("added_tokens_decoder", {}))  # id (as a str): token
     added |= {str(token["id"]): token for token in file.get("added_tokens", [])}
-    texts = {i: "" if token["special"] else token["content"] for i, token in added.items()}
-    ids = {token["content"]: int(i) for i, token in added.items()}
-    known, nfc = set(), False
+    tokens = {token["content"]: int(i) for i, token in added.items()}
+    ids, splits, nfc = dict(tokens), [], False
     if "ByteLevel" in json.dumps(file.get("pre_tokenizer")):
-        pattern, nfc, lines = _read_byte_level(file, ids, folder)
+        pattern, splits, nfc, lines = _read_byte_level(file, tokens, folder)
         vocabulary = "tiktoken", lines, pattern
-        known |= set(file["model"]["vocab"].values())
-    elif has_model:
-        vocabulary = "sentencepiece", read_file(os.path.join(folder, "tokenizer.model")), ""
+        ids |= file["model"]["vocab"]
+    elif "tokenizer.model" in files:
+        vocabulary = "sentencepiece", files["tokenizer.model"], ""
         pieces = Tokenizer(*vocabulary).bpe
         ids |= {pieces.id_to_piece(i): i for i in range(pieces.get_piece_size())}
     else:
@@ -42,37 +53,99 @@ def load(folder):
             f"--tokenizer={folder}: tokenizer.json is not byte-level BPE, and there is no "
             "SentencePiece tokenizer.model; other kinds are not supported"
         )
-    end = _end(folder, config, ids)
-    if end is not None and end not in known | set(ids.values()):
-        raise UserError(
-            f"--tokenizer={folder}: eos_token_id={json.dumps(end)}: not an id of this vocabulary"
-        )
-    special = {}
+    template = _template(files, config)
+    ends = _ends(folder, config, ids)
+    known = set(ids.values())
+    for end in ends:
+        if end not in known:
+            raise UserError(
+                f"--tokenizer={folder}: eos_token_id={json.dumps(end)}: not an id of this "
+                "vocabulary"
+            )
+    special = {"end": ends[0]} if ends else {}
     if {"<think>", "</think>"} <= ids.keys():
-        special = {"think": ids["<think>"], "/think": ids["</think>"]}
-    if end is not None:
-        special["end"] = end
-    texts |= {str(i): "" for i in special.values()}
-    extra = dict(special=special, added=texts, nfc=nfc, begin=[], markers={})
-    markers = _role_markers(Tokenizer(*vocabulary, extra), ids)
-    return Tokenizer(*vocabulary, extra | dict(begin=_begin(file, config, ids), markers=markers))
+        special |= {"think": ids["<think>"], "/think": ids["</think>"]}
+    silent = {*special.values(), *ends}
+    texts = {i: "" if token["special"] else token["content"] for i, token in added.items()}
+    texts |= {str(i): "" for i in silent}
+    extra = dict(
+        special=special,
+        added=texts,
+        nfc=nfc,
+        splits=splits,
+        tokens=tokens,
+        literal=_literal(folder, added.values(), tokens),
+        begin=[],
+        ends=ends,
+        markers={},
+        template=template,
+        names={name: _content(config.get(name)) or "" for name in ("bos_token", "eos_token")},
+    )
+    tokenizer = Tokenizer(*vocabulary, extra)
+    begin = _begin(file, config, ids)
+    if template:
+        begin, turn_end = _of_template(tokenizer, begin)
+        ends += [end for end in turn_end if end not in ends]
+    else:
+        extra["markers"] = _role_markers(tokenizer, ids)
+    return Tokenizer(*vocabulary, extra | dict(begin=begin, ends=ends), files)
 
 
-def _end(folder, config, ids):
+def _template(files, config):
+    """-> the folder's chat template, or \"\"; of several named ones the default"""
+    template = config.get("chat_template") or ""
+    if isinstance(template, list):
+        template = {one["name"]: one["template"] for one in template}.get("default", "")
+    if "chat_template.jinja" in files:
+        template = files["chat_template.jinja"].decode()
+    return template
+
+
+def _of_template(tokenizer, begin):
     """
-    -> id that ends a turn, or None. An instructed model has several; the tokenizer's own is
-    preferred
+    -> ids that a text begins with: `begin`, or the bos_token where the template writes it; the ids
+    that end an assistant's turn there, [] where none does
     """
+    said = [dict(role="user", content="a"), dict(role="assistant", content="b")]
+    try:
+        ((ids, learned),) = encode_chat(tokenizer, [said], answer_tags=False)
+    except ValueError:  # a template that wants other conversations
+        return begin, []
+    bos = tokenizer.extra["tokens"].get(tokenizer.extra["names"]["bos_token"])
+    last = [i for i, learn in zip(ids, learned) if learn][-1]
+    begins = [bos] if ids[:1] == [bos] else begin
+    return begins, [last] if last in tokenizer.extra["tokens"].values() else []
+
+
+def _literal(folder, added, tokens):
+    """-> dict of text to id of the added tokens that are read in a text; UserError"""
+    literal = {}
+    for token in added:
+        if token["special"]:
+            continue
+        if token.get("lstrip") or token.get("rstrip") or token.get("single_word"):
+            raise UserError(
+                f"--tokenizer={folder}: the added token {token['content']!r} has lstrip, rstrip or "
+                "single_word, which is not supported"
+            )
+        literal[token["content"]] = tokens[token["content"]]
+    return literal
+
+
+def _ends(folder, config, ids):
+    """
+    -> list of the ids that end a text, from all files that name some; the tokenizer's own is the
+    first if the model's files know it
+    """
+    ends = []
     for name in ("generation_config.json", "config.json"):
-        ends = _read_json(folder, name).get("eos_token_id")
-        if ends is not None:
-            break
-    if not isinstance(ends, list):
-        ends = [] if ends is None else [ends]
-    named = ids.get(_content(config.get("eos_token")))
-    if named is not None and (named in ends or not ends):
-        return named
-    return ends[0] if ends else None
+        named = _read_json(folder, name).get("eos_token_id")
+        ends += named if isinstance(named, list) else [named]
+    ends = [end for end in ends if end is not None]
+    own = ids.get(_content(config.get("eos_token")))
+    if own is None:
+        return list(dict.fromkeys(ends))
+    return list(dict.fromkeys([own, *ends] if own in ends or not ends else [*ends, own]))
 
 
 def _content(token):
@@ -117,8 +190,8 @@ def _role_markers(tokenizer, ids):
 
 def _read_byte_level(file, added, folder):
     """
-    tokenizer.json, dict of added tokens to ids -> pattern, whether it normalises to NFC, lines of
-    ranks
+    tokenizer.json, dict of added tokens to ids -> pattern, patterns that split before it, whether
+    it normalises to NFC, lines of ranks
     """
 
     def refuse(name, value):
@@ -138,7 +211,7 @@ def _read_byte_level(file, added, folder):
     kinds = [step["type"] for step in steps]
     if kinds not in ([], ["NFC"]):
         refuse("a normalizer", normalizer)
-    pattern = _split_pattern(file["pre_tokenizer"])
+    *splits, pattern = _split_patterns(file["pre_tokenizer"]) or [None]
     if not pattern:
         refuse("a pre_tokenizer", file["pre_tokenizer"])
     merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
@@ -148,26 +221,29 @@ def _read_byte_level(file, added, folder):
         others = [
             token for token in model["vocab"] if alphabet.issuperset(token) and token not in added
         ]
-    return pattern, bool(kinds), _ranks(model["vocab"], merges, others)
+    first_free = 1 + max([*model["vocab"].values(), *added.values()], default=-1)
+    return pattern, splits, bool(kinds), _ranks(model["vocab"], merges, others, first_free)
 
 
-def _split_pattern(pre):
+def _split_patterns(pre):
     """
-    pre: pre_tokenizer of tokenizer.json -> pattern of Tokenizer, or None where it is not supported
+    pre: pre_tokenizer of tokenizer.json -> patterns of Tokenizer, which split a text one after the
+    other; None where it is not supported
     """
-    *splits, last = pre["pretokenizers"] if pre["type"] == "Sequence" else [pre]
+    *steps, last = pre["pretokenizers"] if pre["type"] == "Sequence" else [pre]
     if last["type"] != "ByteLevel" or last["add_prefix_space"]:
         return None
-    if last.get("use_regex", True):
-        digits = splits == [{"type": "Digits", "individual_digits": True}]
-        if digits:
-            return GPT2_DIGITS
-        return None if splits else "gpt2"
-    if [split["type"] for split in splits] == ["Split"]:
-        (split,) = splits
-        if split["behavior"] == "Isolated" and not split["invert"]:
-            return split["pattern"].get("Regex")
-    return None
+    patterns = []
+    for step in steps:
+        if step == {"type": "Digits", "individual_digits": True}:
+            patterns.append(r"\p{N}")
+            continue
+        # what a pattern matches is a piece, and in the second form nothing else may be left
+        forms = ("Isolated", False), ("Removed", True)
+        if step["type"] != "Split" or (step["behavior"], step["invert"]) not in forms:
+            return None
+        patterns.append(step["pattern"].get("Regex") or re.escape(step["pattern"]["String"]))
+    return [*patterns, "gpt2"] if last.get("use_regex", True) else patterns
 
 
 def _read_gpt2_files(folder, config):
@@ -195,15 +271,20 @@ def _printable():
     return {b: chr(b) for b in visible} | {b: chr(0x100 + i) for i, b in enumerate(hidden)}
 
 
-def _ranks(vocab, merges, others=()):
+def _ranks(vocab, merges, others=(), first_free=0):
     """
     vocab: dict of token, written in printable characters, to id; merges: list of pairs; others:
-    tokens that no pair makes -> lines of base64 and rank
+    tokens that no pair makes; first_free: id of the first byte that is no token, for texts that
+    have it all the same -> lines of base64 and rank
     """
     to_byte = {c: b for b, c in _printable().items()}
     merged = [vocab["".join(pair)] for pair in merges]
     if merged != sorted(merged):
         raise ValueError("ids do not follow the order of merges, which is not supported")
+    lacking = [c for c in to_byte if c not in vocab]
+    if len(lacking) == 256 or lacking and not first_free:
+        raise ValueError(f"{len(lacking)} of the 256 bytes are no tokens")
+    vocab = vocab | {c: first_free + i for i, c in enumerate(lacking)}
     tokens = {*to_byte, *map("".join, merges), *others}
     ranks = sorted((vocab[token], bytes(to_byte[c] for c in token)) for token in tokens)
     return b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in ranks)

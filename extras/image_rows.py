@@ -18,10 +18,10 @@ from typing import Literal
 
 import numpy as np
 
-from common.chat import check_conversation, is_part
+from common.chat import check_conversation
 from common.errors import UserError
 from data.readers import BadRow, Chats, ExampleConfig, check_reply
-from extras.images import INFO, load_image, pillow
+from extras.images import INFO, as_ids, load_image, pillow
 
 MARK = "<image>"
 
@@ -60,10 +60,11 @@ class ImageChats(Chats):
         self.meta = dict(images=self.info)
 
     def parse(self, row, folder):
-        return check_reply(with_paths(row, folder))
+        return check_reply(self.find_thoughts(with_paths(row, folder)))
 
     def template(self, rows):
-        return super().template(rows, tokens_per_image=self.cfg.tokens_per_image)
+        k = self.cfg.tokens_per_image
+        return super().template([as_ids(self.tokenizer, row, k) for row in rows])
 
     def store(self, array):
         """Every picture of the split once, and which of them each conversation shows, in order"""
@@ -127,12 +128,32 @@ def with_paths(row, folder):
         content = message.get("content")
         if isinstance(content, list) and all(is_part(part, ["text"]) for part in content):
             message["content"] = "".join(part["text"] for part in content)
-    check_conversation(messages, with_images=True)
+    check_parts(messages)
     for image in images_in(messages):
         if not isinstance(image.get("path"), str):
             raise ValueError('an image is {"type": "image", "path": "..."}')
         image["path"] = os.path.join(folder, image["path"])
     return messages
+
+
+def check_parts(messages):
+    """ValueError where messages are no conversation whose users' contents may be lists of parts"""
+    as_text = []
+    for message in messages:
+        in_parts = isinstance(message, dict) and isinstance(message.get("content"), list)
+        if in_parts and not all(map(is_part, message["content"])):
+            raise ValueError('a message is {"role": "...", "content": "..."}')
+        if in_parts and message.get("role") == "assistant":
+            raise ValueError("an assistant's content is text")
+        as_text.append(dict(message, content="") if in_parts else message)
+    check_conversation(as_text)
+
+
+def is_part(part, kinds=("text", "image")):
+    """-> whether it is a part of a content, and of one of these kinds"""
+    if not isinstance(part, dict) or part.get("type") not in kinds:
+        return False
+    return isinstance(part.get("text"), str) == (part["type"] == "text")
 
 
 def give_paths(messages, paths):

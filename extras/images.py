@@ -28,7 +28,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from common.chat import encode_user
 from common.config import build
 from common.data import ChatData, open_array, to_device
 from common.errors import UserError
@@ -485,15 +484,23 @@ class Shown:
             self.features = list(vision(torch.stack(pixels).to(model.head.device)))
         self.ids = [vision.token] * vision.tokens_per_image * len(paths)
 
-    def user(self, tokenizer, text):
-        """-> ids of a turn of the pictures and the text"""
-        content = [dict(type="image")] * len(self.features) + [dict(type="text", text=text)]
-        return encode_user(tokenizer, content, self.model.vision.tokens_per_image, begin=False)
-
     def inputs(self, ids):
         """-> `inputs` for sampling; None where ids show no pictures (any more)"""
         shows = self.model.vision.token in ids
         return self.model.inputs_of([ids], [self.features]) if shows else None
+
+
+def as_ids(tokenizer, messages, tokens_per_image):
+    """-> messages, each content of parts as the ids of its texts and images, for `encode_chat`"""
+    image, result = [tokenizer.special["image"]] * tokens_per_image, []
+    for message in messages:
+        if isinstance(message["content"], list):
+            ids = []
+            for part in message["content"]:
+                ids += image if part["type"] == "image" else tokenizer.encode(part["text"])
+            message = dict(message, content=tuple(ids))
+        result.append(message)
+    return result
 
 
 def pillow():

@@ -166,8 +166,8 @@ def test_sampling_equals_the_cpus(kind):
     for cfg in (SamplingConfig(max_new_tokens=30, temperature=0),
                 SamplingConfig(max_new_tokens=30, temperature=1.0, top_k=50, top_p=0.9,
                                repetition_penalty=1.1, suppress=(4,))):
-        tokens, logps, _ = complete(model.cpu(), prompts, cfg, end=9, num_samples=3, seed=5)
-        gpu_tokens, gpu_logps, _ = complete(model.cuda(), prompts, cfg, end=9, num_samples=3, seed=5)
+        tokens, logps, _ = complete(model.cpu(), prompts, cfg, ends=(9,), num_samples=3, seed=5)
+        gpu_tokens, gpu_logps, _ = complete(model.cuda(), prompts, cfg, ends=(9,), num_samples=3, seed=5)
         assert tokens == gpu_tokens
         assert sum(logps, []) == pytest.approx(sum(gpu_logps, []), abs=1e-3)
 

@@ -333,9 +333,9 @@ def test_samples_of_a_batch_are_those_of_each_prompt_alone(packed):
     model(random_tokens()).sum().backward()                   # sampling in the middle of training
     cfg = SamplingConfig(8, temperature=1.0, packed=packed)
     prompts = [[1, 2, 3], [4], [5, 6, 7, 8, 9]]
-    together, logps, _ = complete(model, prompts, cfg, None, 2, seed=3, numbers=[0, 1, 2])
+    together, logps, _ = complete(model, prompts, cfg, (), 2, seed=3, numbers=[0, 1, 2])
     for i, prompt in enumerate(prompts):
-        alone, their_logps, _ = complete(model, [prompt], cfg, None, 2, seed=3, numbers=[i])
+        alone, their_logps, _ = complete(model, [prompt], cfg, (), 2, seed=3, numbers=[i])
         assert alone == together[2 * i:2 * i + 2]
         for a, b in zip(their_logps, logps[2 * i:2 * i + 2]):
             assert list(a) == pytest.approx(list(b), abs=1e-4)

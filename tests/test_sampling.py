@@ -218,7 +218,7 @@ def test_first_tokens_of_groups_have_the_distribution_that_their_logps_claim(tem
     cfg = replace(PLAIN, temperature=temperature, suppress=suppress, max_new_tokens=1)
     tokens, claimed = [], torch.zeros(5)
     for first in range(0, 500, 100):
-        (_, drawn, logps, _), = generate(model, [[1, 2, 3]] * 100, cfg, None, 8, 3, range(first, first + 100))
+        (_, drawn, logps, _), = generate(model, [[1, 2, 3]] * 100, cfg, (), 8, 3, range(first, first + 100))
         tokens += drawn
         claimed[drawn] = torch.tensor(logps).exp()
     assert claimed.sum().item() == pytest.approx(1, abs=1e-5) and not claimed[list(suppress)].any()
@@ -376,7 +376,8 @@ def test_the_ratio_before_any_update_is_1_in_the_row_of_branches_that_learns(tem
     model, numbers, words = tiny_model(), [8, 2, 5], SimpleNamespace(vocab_size=PADDED)
     cfg = for_vocabulary(replace(PLAIN, temperature=temperature, max_new_tokens=12, **options), model, words)
     assert cfg.suppress == (*options.get("suppress", ()), *range(PADDED, 40))
-    words.end = complete(model, GROUPS, cfg, None, 3, 4, numbers)[0][4][0]     # so that row 4 is one token
+    first = complete(model, GROUPS, cfg, (), 3, 4, numbers)[0][4][0]
+    words.ends = (first,)                                     # so that row 4 is one token
     answers = rollout(model, words, GROUPS, cfg, 3, 4, numbers)
     assert len(answers[4].tokens) == 1 and max(len(a.tokens) for a in answers) == 12
     assert not set(cfg.suppress) & {token for a in answers for token in a.tokens}
@@ -425,7 +426,7 @@ def test_packed_weights_are_refused_where_there_are_no_such_products():
 
 def rollout(model, tokenizer, prompts, cfg, num_samples=1, seed=0, numbers=None, env_step=None):
     """As train_grpo.py has its answers"""
-    answers = answer_prompts(model, prompts, cfg, tokenizer.end, num_samples, seed, numbers)
+    answers = answer_prompts(model, prompts, cfg, tokenizer.ends, num_samples, seed, numbers)
     if env_step:
         continue_turns(env_step, answers, model, tokenizer, prompts, cfg, seed, numbers)
     return answers
@@ -548,7 +549,7 @@ def test_rows_leave_the_batch_after_their_end_token_and_the_others_go_on_unchang
     lengths = [row.index(end) + 1 if end in row else 12 for row in free]
     assert min(lengths) < max(lengths)
     shapes = record_shapes(model)
-    steps = list(generate(model, PROMPTS, cfg, end, num_samples=2, seed=1))
+    steps = list(generate(model, PROMPTS, cfg, (end,), num_samples=2, seed=1))
     for n, (rows, tokens, logps, _) in enumerate(steps):
         assert sorted(rows) == [row for row in range(6) if lengths[row] > n]
         assert tokens == [free[row][n] for row in rows]
@@ -746,7 +747,7 @@ def test_a_prompt_of_ids_is_not_changed_and_is_the_prompt_of_its_text(tokenizer)
 def test_a_model_streams_what_it_completes(tokenizer):
     model, cfg = tiny_model(vocab_size=tokenizer.vocab_size, seq_len=64), replace(PLAIN, max_new_tokens=30)
     for seed in range(3):
-        (tokens,), *_ = complete(model, [tokenizer.encode("Grüße")], cfg, tokenizer.end, seed=seed)
+        (tokens,), *_ = complete(model, [tokenizer.encode("Grüße")], cfg, tokenizer.ends, seed=seed)
         text = "".join(stream(model, tokenizer, "Grüße", cfg, seed))
         assert text == tokenizer.decode(tokens, continues=True)
 

@@ -34,7 +34,7 @@ from common.losses import linear_cross_entropy
 from common.model import GPT, ModelConfig
 from common.sampling import SamplingConfig, complete, stream, stream_tokens
 from common.tokenizer import load_tokenizer
-from extras.images import ImageData, SeeingGPT, Shown, Vision, VisionConfig, load_image, pool
+from extras.images import ImageData, SeeingGPT, Shown, Vision, VisionConfig, as_ids, load_image, pool
 
 Image = pytest.importorskip("PIL.Image", reason="the extra images")
 
@@ -400,7 +400,7 @@ def test_a_set_whose_images_are_not_described_is_refused(image_set, tmp_path):
 def prompt_with(*images, text="what"):
     """-> ids of a prompt that shows so many images"""
     content = [dict(type="image") for _ in images] + [dict(type="text", text=text)]
-    (ids, _), = encode_chat(BYTES, [[dict(role="user", content=content)]], reply=True, tokens_per_image=4)
+    (ids, _), = encode_chat(BYTES, [as_ids(BYTES, [dict(role="user", content=content)], 4)], reply=True)
     return ids
 
 
@@ -443,7 +443,7 @@ def streamed_by_windows(model, ids, images, n, end):
         window = window or [end]
         shown = images[len(images) - window.count(IMAGE) // 4:]
         cfg = replace(PLAIN, max_new_tokens=start + n - len(ids))
-        ids += complete(model, [window], cfg, end, inputs=model.inputs_of([window], [shown]))[0][0]
+        ids += complete(model, [window], cfg, (end,), inputs=model.inputs_of([window], [shown]))[0][0]
     return ids[start:]
 
 
@@ -452,7 +452,7 @@ def test_streaming_gives_the_same_and_goes_on_past_the_context(monkeypatch):
     cfg, ids = replace(PLAIN, max_new_tokens=8), prompt_with(a, b)
     inputs = model.inputs_of([ids], [[a, b]])
     assert list(stream_tokens(model, BYTES, ids, cfg, inputs=inputs)) == \
-        complete(model, [ids], cfg, BYTES.end, inputs=inputs)[0][0]
+        complete(model, [ids], cfg, BYTES.ends, inputs=inputs)[0][0]
     expected = BYTES.decode(greedy(model, ids, [a, b], 8))
     assert "".join(stream(model, BYTES, ids, cfg, inputs=inputs)) == expected
     windows, forward = [], SeeingGPT.forward
@@ -491,7 +491,7 @@ def test_an_image_larger_than_a_window_is_forgotten():
     ids = [1] * 50 + [IMAGE] * 16
     inputs = model.inputs_of([ids], [[a]])
     assert list(stream_tokens(model, BYTES, ids + [IMAGE] * 16, cfg, inputs=inputs)) == \
-        complete(model, [[BYTES.end]], cfg, BYTES.end)[0][0]
+        complete(model, [[BYTES.end]], cfg, BYTES.ends)[0][0]
 
 
 def test_features_stand_for_their_pictures():

@@ -42,7 +42,7 @@ def held_out_scores(stage, temperature, num_samples):
     cfg = SamplingConfig(max_new_tokens=16, temperature=temperature)
     scores = []
     for i, ids in enumerate(replies(model, tokenizer, chats, cfg, num_samples)):
-        ids = [token for token in ids if token != tokenizer.end]
+        ids = [token for token in ids if token not in tokenizer.ends]
         text = tokenizer.decode(ids, show_special=True)
         scores += gym.reward(None, [text], [rows[i // num_samples]["answer"]])
     perfect = sum(score >= 1 for score in scores)

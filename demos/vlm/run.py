@@ -21,7 +21,7 @@ from common.chat import encode_chat
 from common.rewards import answer_of
 from common.sampling import SamplingConfig, complete, for_vocabulary
 from demos.shared import begin, kept, prepare, print_row, read_rows, run
-from extras.images import load_image
+from extras.images import as_ids, load_image
 from sample import load
 
 OUT = "out/vlm_demo"
@@ -66,13 +66,11 @@ def test(folder):
     for start in range(0, len(chats), BATCH):
         batch = chats[start : start + BATCH]
         pictures = [[picture(chat[0]["content"][0]["path"])] for chat in batch]
-        questions = [chat[:1] for chat in batch]
-        rows = encode_chat(
-            tokenizer, questions, reply=True, tokens_per_image=vision.tokens_per_image
-        )
+        questions = [as_ids(tokenizer, chat[:1], vision.tokens_per_image) for chat in batch]
+        rows = encode_chat(tokenizer, questions, reply=True)
         prompts = [ids for ids, _ in rows]
         inputs = model.inputs_of(prompts, pictures)
-        replies, *_ = complete(model, prompts, cfg, tokenizer.end, inputs=inputs)
+        replies, *_ = complete(model, prompts, cfg, tokenizer.ends, inputs=inputs)
         for ids, (_, answer) in zip(replies, batch):
             right.append(answer_of(tokenizer.decode(ids)) == answer["content"])
             if answer["content"] not in ("yes", "no"):

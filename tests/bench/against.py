@@ -70,7 +70,7 @@ measure(loss, 5)
 from common.sampling import SamplingConfig, complete
 model, cfg = GPT(config).eval(), SamplingConfig(max_new_tokens=64, temperature=1.0)
 prompts = torch.randint(0, 6400, (4, 64)).tolist()
-measure(lambda: complete(model, prompts, cfg, None, 8), 3)
+measure(lambda: complete(model, prompts, cfg, num_samples=8), 3)
 """,
     "pairs": """
 import numpy as np

@@ -233,7 +233,7 @@ def bench_rollout():
 
         def ours(packed):
             cfg = SamplingConfig(max_new_tokens=NEW, temperature=1.0, packed=packed)
-            complete(model, prompts.tolist(), cfg, None, G, room=lengths)
+            complete(model, prompts.tolist(), cfg, (), G, room=lengths)
         plain_s, packed_s, peer_s = alternate(lambda: ours(False), lambda: ours(True), theirs, repeats=5)
         print(f"rollout: {P} prompts of {prompt} x {G} samples of {name} tokens: transformers "
               f"{peer_s:.2f} s, fp32 {plain_s:.2f} s, {peer_s / plain_s:.2f}x, packed {packed_s:.2f} s, "
@@ -248,7 +248,7 @@ def our_step(model, prompts):
     stage = SimpleNamespace(drop_flat_groups=False, mask_truncated=False)
 
     def step():
-        answers = answer_prompts(model, prompts, cfg, None, G)
+        answers = answer_prompts(model, prompts, cfg, (), G)
         rewards = torch.tensor([float(len(set(a.tokens))) for a in answers]).view(P, G)
         valid = torch.ones(P, dtype=torch.bool)
         rows = learned_rows(Rollout(prompts, answers, valid, rewards, rewards[..., None], 0.0), stage,

@@ -1,0 +1,203 @@
+"""
+The chat template of a Hugging Face folder (jinja), written as `transformers.apply_chat_template`
+writes it, with two differences: a special token that somebody has typed in a message stays text,
+and what the model is to say is encoded apart from what stands before it, so that a prompt's ids
+begin those of the whole conversation.
+
+A template is rendered once for each sequence of roles, on marks in place of the contents. What it
+writes around them, and what white space it strips from them, holds for all such conversations.
+"""
+
+import functools
+import itertools
+import json
+import re
+from datetime import datetime
+
+import jinja2
+import jinja2.ext
+import jinja2.sandbox
+
+from common import chat
+from common.tokenizer import any_of, matches_and_gaps
+
+MARK = re.compile("\ue000(\\d+)([ct])\ue001")  # number of a message, c(ontent) or t(houghts)
+# on the left of a mark, and reversed on its right -> what is stripped where this is left of it:
+# nothing, line breaks, all white space
+SPACE = "\n\u2003"
+LEFT = {SPACE: "", SPACE[1:]: "\n", "": None}
+
+
+class Generation(jinja2.ext.Extension):
+    """{% generation %} marks what a model says; nothing is written for it"""
+
+    tags = {"generation"}
+
+    def parse(self, parser):
+        next(parser.stream)
+        return parser.parse_statements(["name:endgeneration"], drop_needle=True)
+
+
+@functools.lru_cache
+def compiled(template):
+    def fail(message):
+        raise jinja2.TemplateError(message)
+
+    # code of the folder's authors: it must not reach beyond the messages
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation]
+    )
+    environment.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
+    environment.globals["raise_exception"] = fail
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    return environment.from_string(template)
+
+
+def render(extra, roles, reply, space=""):
+    """
+    extra: of the Tokenizer; roles: ((role, whether it thinks), ...); reply: end with what stands
+    before the model's answer; space: beside each mark -> str with marks; ValueError
+    """
+
+    def mark(i, kind):
+        return f"{space}\ue000{i}{kind}\ue001{space[::-1]}"
+
+    messages = []
+    for i, (role, thinks) in enumerate(roles):
+        messages.append(dict(role=role, content=mark(i, "c")))
+        if thinks:
+            messages[-1]["reasoning_content"] = mark(i, "t")
+    try:
+        return compiled(extra["template"]).render(
+            messages=messages, add_generation_prompt=reply, tools=None, **extra["names"]
+        )
+    except (jinja2.TemplateError, TypeError, AttributeError, KeyError, ValueError) as error:
+        raise ValueError(f"the folder's chat template refuses it ({error})") from None
+
+
+def stripped(literal, spaced):
+    """
+    What stands between two marks, without and with SPACE beside them -> what the template strips on
+    the right of the first and on the left of the second, for str.strip
+    """
+    for right, left in itertools.product(LEFT, LEFT):
+        if right[::-1] + literal + left == spaced:
+            return LEFT[right], LEFT[left]
+    raise ValueError("the folder's chat template changes what is said")
+
+
+class Layout:
+    """
+    How a template writes conversations of these roles.
+
+    parts       list of (text, None, learned) of the template's own, and (what is stripped on the
+                left, on the right), (number of the message, "c" or "t"), learned)
+    thinks      whether it writes thoughts itself
+    """
+
+    def __init__(self, extra, roles, reply):
+        text = render(extra, roles, reply)
+        marks, literals = list(MARK.finditer(text)), MARK.split(text)[::3]
+        spaced = MARK.split(render(extra, roles, reply, SPACE))[::3]
+        sides = list(map(stripped, literals, spaced))
+        written = {(int(mark[1]), mark[2]) for mark in marks}
+        for i in range(len(roles)):
+            if (i, "c") not in written:
+                raise ValueError(f"the folder's chat template leaves out message {i + 1}")
+        one = render(extra, (("user", False), ("assistant", True)), False)
+        self.thinks = any(mark[2] == "t" for mark in MARK.finditer(one))
+        self.turns = []
+        for i, (role, _) in enumerate(roles):
+            if role == "assistant":
+                own = [mark for mark in marks if int(mark[1]) == i]
+                self.turns.append(turn(extra, roles[:i], text, own))
+        self.parts, at = [], 0
+        for mark, (_, left), (right, _) in zip(marks, sides, sides[1:]):
+            self.add(text, at, mark.start())
+            whose = int(mark[1]), mark[2]
+            self.parts.append(((left, right), whose, self.learned(mark.start())))
+            at = mark.end()
+        self.add(text, at, len(text))
+
+    def learned(self, place):
+        return any(start <= place < end for start, end in self.turns)
+
+    def add(self, text, start, end):
+        """What the template writes from start to end, cut where learning begins or ends"""
+        cuts = [place for span in self.turns for place in span if start < place < end]
+        borders = [start, *sorted(cuts), end]
+        for a, b in zip(borders, borders[1:]):
+            if a < b:
+                self.parts.append((text[a:b], None, self.learned(a)))
+
+
+def turn(extra, before, text, marks):
+    """
+    before: roles of the messages before an assistant's; marks: its own -> where in text that what
+    it says begins and where it ends, the token that the template closes it with included
+    """
+    start, stop = marks[0].start(), marks[-1].end()
+    prompt = render(extra, before, True) if before else ""
+    # some templates write a prompt in another way once it is answered
+    if prompt and text.startswith(prompt):
+        start = len(prompt)
+    following = MARK.search(text, stop)
+    until = following.start() if following else len(text)
+    end = re.compile(any_of(extra["tokens"])).search(text, stop, until)
+    return start, end.end() if end else stop
+
+
+@functools.lru_cache(maxsize=10_000)
+def layout(tokenizer, roles, reply):
+    """tokenizer: compared by identity -> Layout"""
+    return Layout(tokenizer.extra, roles, reply)
+
+
+def lay_out(tokenizer, messages, answer_tags, reply, begin):
+    """
+    -> list of (text or list of ids, whether it is learned); see `common.chat.encode_chat`. begin:
+    False for messages that follow a turn of the assistant's, whose end was the last token
+    """
+    if not begin:
+        messages = [dict(role="user", content=""), dict(role="assistant", content=""), *messages]
+    roles = tuple((message["role"], "think" in message) for message in messages)
+    plan = layout(tokenizer, roles, reply)
+    parts = plan.parts
+    if not begin:
+        learned = [learn for *_, learn in parts]
+        parts = parts[learned.index(False, learned.index(True)) :]
+    tokens = tokenizer.extra["tokens"]
+    result = []
+    for text, whose, learn in parts:
+        if whose is None:
+            # the template's own special tokens
+            pieces = matches_and_gaps(re.compile(any_of(tokens)), text)
+            pieces = [[tokens[piece]] if piece in tokens else piece for piece in pieces]
+        else:
+            number, kind = whose
+            pieces = body(tokenizer, messages[number], kind, answer_tags, plan.thinks)
+            if len(pieces) == 1:
+                pieces = [strip(*pieces, *text)]
+        for piece in pieces:
+            # with what stands beside it, as one text
+            joins = result and isinstance(piece, str) and isinstance(result[-1][0], str)
+            if joins and result[-1][1] == learn:
+                piece = result.pop()[0] + piece
+            result.append((piece, learn))
+    return result
+
+
+def body(tokenizer, message, kind, answer_tags, thinks):
+    """-> list of texts and lists of ids: a message's thoughts or its content, of `kind`"""
+    if kind == "t":
+        return [message["think"]]
+    pieces = chat.said(tokenizer, message, answer_tags)
+    return pieces if thinks else chat.thoughts(tokenizer, message) + pieces
+
+
+def strip(piece, left, right):
+    """left, right: characters, or None for white space; ids stay as they are"""
+    if not isinstance(piece, str):
+        return piece
+    piece = piece if left == "" else piece.lstrip(left)
+    return piece if right == "" else piece.rstrip(right)
