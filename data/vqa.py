@@ -54,9 +54,9 @@ def read_package():
         ("train", easy_vqa.get_train_questions(), easy_vqa.get_train_image_paths()),
         ("test", easy_vqa.get_test_questions(), easy_vqa.get_test_image_paths()),
     ):
-        splits[split] = {paths[number]: [] for number in sorted(paths)}
+        turns = splits[split] = {paths[number]: [] for number in sorted(paths)}
         for question, answer, number in zip(*questions):
-            splits[split][paths[number]].append((question, answer))
+            turns[paths[number]].append((question, answer))
     return splits
 
 
@@ -79,9 +79,8 @@ def build(cfg, splits):
             "0 to 1"
         )
     held_out = set(rng.sample(list(train), cfg.val))
-    rows = {"train": [], "val": [], "test": []}
-    for path, turns in splits["test"].items():
-        rows["test"] += [(path, [turn]) for turn in turns]
+    test = [(path, [turn]) for path, turns in splits["test"].items() for turn in turns]
+    rows = {"train": [], "val": [], "test": test}
     for path, turns in train.items():
         split = "val" if path in held_out else "train"
         for _ in range(cfg.shuffles if split == "train" else 1):

@@ -26,8 +26,7 @@ def begin(out):
 def run(*command):
     """Run a script, which prints to the terminal. The demo ends where it fails."""
     print("\n$ python " + " ".join(command), flush=True)
-    code = subprocess.run([sys.executable, *command]).returncode
-    if code:
+    if code := subprocess.run([sys.executable, *command]).returncode:
         sys.exit(code)
 
 
@@ -39,15 +38,29 @@ def make(run, path, *command):
 
 def train_tokenizer(run, text, vocab_size, path):
     """A tokenizer of a .jsonl file's text, unless it is there"""
-    options = f"--input={text}", f"--vocab_size={vocab_size}", f"--out={path}"
-    make(run, path, "data/prepare.py", "tokenizer", *options)
+    make(
+        run,
+        path,
+        "data/prepare.py",
+        "tokenizer",
+        f"--input={text}",
+        f"--vocab_size={vocab_size}",
+        f"--out={path}",
+    )
 
 
 def prepare(run, kind, rows, out_dir, *options):
     """A set of files like "rows/*.jsonl", where * is train or val, unless it is there"""
-    train, val = rows.replace("*", "train"), rows.replace("*", "val")
-    files = f"--input={train}", f"--val_input={val}", f"--out_dir={out_dir}"
-    make(run, out_dir, "data/prepare.py", kind, *files, *options)
+    make(
+        run,
+        out_dir,
+        "data/prepare.py",
+        kind,
+        f"--input={rows.replace('*', 'train')}",
+        f"--val_input={rows.replace('*', 'val')}",
+        f"--out_dir={out_dir}",
+        *options,
+    )
 
 
 def kept(path, function, *args):

@@ -15,9 +15,10 @@ def continue_turns(env_step, answers, model, tokenizer, prompts, cfg, seed, numb
     it is done, the feedback follows as a user's message and the model goes on. cfg.max_new_tokens
     counts all tokens after the prompt. Later turns have random streams of their own.
     """
-    G, going = len(answers) // len(prompts), range(len(answers))
+    G, rooms = len(answers) // len(prompts), range(len(answers))
     numbers = range(len(prompts)) if numbers is None else numbers
-    while going := [i for i in going if answers[i].ended]:
+    while going := [i for i in rooms if answers[i].ended]:
+        # of the answers that go on: the text so far, and how many tokens may follow
         contexts, rooms = [], {}
         seed += 1_000_000_007
         for i in going:
@@ -38,12 +39,11 @@ def continue_turns(env_step, answers, model, tokenizer, prompts, cfg, seed, numb
                 rooms[i] = room
         if not rooms:
             return
-        going = list(rooms)
-        streams = [int(numbers[i // G]) * G + i % G for i in going]
+        streams = [int(numbers[i // G]) * G + i % G for i in rooms]
         more = answer_prompts(
             model, contexts, cfg, tokenizer.end, 1, seed, streams, list(rooms.values())
         )
-        for i, new in zip(going, more):
+        for i, new in zip(rooms, more):
             answer = answers[i]
             answer.tokens += new.tokens
             answer.learned += new.learned

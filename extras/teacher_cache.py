@@ -98,14 +98,13 @@ def open_cache(folder, key, vocab_size, device):
     arrays = {}
     for name, shape in content["shapes"].items():
         try:
-            array = np.load(f"{folder}/{name}.npy", mmap_mode="r", allow_pickle=False)
+            arrays[name] = np.load(f"{folder}/{name}.npy", mmap_mode="r", allow_pickle=False)
+            if list(arrays[name].shape) != shape:
+                raise ValueError(f"{name} is {arrays[name].shape}")
         except (OSError, ValueError) as error:
             raise UserError(
                 f"--cache_dir={folder}: damaged ({error}); remove it, and it is made again"
             ) from None
-        if list(array.shape) != shape:
-            raise UserError(f"--cache_dir={folder}: damaged, {name} is {array.shape}; remove it")
-        arrays[name] = array
     return TeacherCache(content["info"], arrays, vocab_size, device)
 
 

@@ -57,10 +57,10 @@ def cells(*values, kind="td"):
 
 def table_rows(summary, digits):
     """
-    -> rows of the table: stage, what was measured, before, after, seconds with so many digits; what
-    else was measured of a stage has only the middle ones
+    -> rows of the table, its head first: stage, what was measured, before, after, seconds with so
+    many digits; what else was measured of a stage has only the middle ones
     """
-    rows = []
+    rows = [("stage", "measured on held-out data", "before", "after", "seconds")]
     for stage, row in summary.items():
         seconds = f"{row['seconds']:.{digits}f}"
         rows.append((stage, row["measure"], row["before"], row["after"], seconds))
@@ -75,13 +75,12 @@ def write(folder, summary, samples, runs):
     (prompt, text before, after); runs: dict of stage to names of its runs in the folder
     """
     total = sum(row["seconds"] for row in summary.values())
-    head = cells("stage", "measured on held-out data", "before", "after", "seconds", kind="th")
-    rows = [cells(*row) for row in table_rows(summary, digits=0)]
+    head, *rows = table_rows(summary, digits=0)
     page = [
         "<h1>llm-stages: what each stage of the demo changed</h1>",
         f"<p>{total / 60:.1f} minutes on {html.escape(platform.machine())}, "
         f"{torch.get_num_threads()} threads, torch {html.escape(torch.__version__)}.</p>",
-        f"<table>{head}{''.join(rows)}</table>",
+        f"<table>{cells(*head, kind='th')}{''.join(cells(*row) for row in rows)}</table>",
     ]
     for stage, texts in samples.items():
         names = ("before", "after") if len(runs[stage]) == 1 else ("alone", "taught")

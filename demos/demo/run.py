@@ -56,6 +56,7 @@ class Progress:
     def __init__(self, stages):
         self.stages, self.started = stages, time.time()
         self.every, self.clear, self.end_line = 20, "", "\n"
+        # written over
         if sys.stdout.isatty():
             self.every, self.clear, self.end_line = 0.2, f"\r{'':<100}\r", ""
 
@@ -120,9 +121,8 @@ def run_script(watch, *command):
 def measure_stage(name, progress):
     """Run a stage -> its row of the summary"""
     progress.begin(name)
-    start = time.time()
     measures = STAGES[name](functools.partial(run_script, progress.watch))
-    seconds = round(time.time() - start, 1)
+    seconds = round(time.time() - progress.stage_started, 1)
     progress.end(measures)
     first, *also = measures
     return {**first, "also": also, "seconds": seconds}
@@ -237,7 +237,14 @@ def kd(run):
     return [measure("student's val loss: alone, taught", alone, taught)]
 
 
-STAGES = dict(prepare=prepare_text, pretrain=pretrain, sft=sft, dpo=dpo, grpo=grpo, kd=kd)
+STAGES = {
+    "prepare": prepare_text,
+    "pretrain": pretrain,
+    "sft": sft,
+    "dpo": dpo,
+    "grpo": grpo,
+    "kd": kd,
+}
 RUNS = {stage: [stage] for stage in STAGES if stage != "prepare"}
 RUNS["kd"] = ["kd_alone", "kd"]
 
@@ -279,13 +286,9 @@ def print_side_by_side(prompt, before, after):
 
 def print_table(summary):
     print()
-    head = "stage", "measured on held-out data", "before", "after", "seconds"
-    total = sum(row["seconds"] for row in summary.values())
-    for stage, what, *values in [
-        head,
-        *report.table_rows(summary, digits=1),
-        ("all", "", "", "", f"{total:.1f}"),
-    ]:
+    seconds = sum(row["seconds"] for row in summary.values())
+    total = "all", "", "", "", f"{seconds:.1f}"
+    for stage, what, *values in (*report.table_rows(summary, digits=1), total):
         print_row(f"{stage:<12}{what}", *values, width=52, column=10)
 
 
