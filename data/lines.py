@@ -34,12 +34,12 @@ REQUESTS = (
     "Begin with {letter}, end with {mark}, use {words} words",
     "Give me {words} words that start with {letter} and stop at {mark}",
 )
-PATTERNS = dict(
-    letter="(?P<letter>[A-Z])",
-    words=r"(?P<words>\d+)",
-    mark="(?P<mark>[.,?!;:])",
-)
-PARTS = ("letter", "words", "mark")
+PATTERNS = {
+    "letter": "(?P<letter>[A-Z])",
+    "words": r"(?P<words>\d+)",
+    "mark": "(?P<mark>[.,?!;:])",
+}
+PARTS = tuple(PATTERNS)
 # one verse line, nothing but words and marks
 LINE = re.compile(r"[A-Z][A-Za-z' ,;:.!?-]*[.,?!;:]")
 SPEAKER_OR_HEADING = re.compile(r"\b[A-Z]{2,}\b")
@@ -110,8 +110,7 @@ def reward(prompts, completions, answers):
 
 @functools.cache
 def corpus_words():
-    lines = verse_lines(ROOT / "data/shakespeare")
-    return {word for line in lines for word in words_of(line)}
+    return set(words_of("\n".join(verse_lines(ROOT / "data/shakespeare"))))
 
 
 def words_of(line):
@@ -136,16 +135,16 @@ def verse_share(line):
 
 def verse_lines(corpus):
     """Lines of 3 to 10 words that start with a capital and end with a mark, each once, in order."""
-    path = Path(corpus) / "train.jsonl.gz"
+    path = f"{corpus}/train.jsonl.gz"
     try:
         with gzip.open(path, "rt", encoding="utf-8") as file:
             works = [json.loads(line)["text"] for line in file]
     except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"--corpus={corpus}: cannot read {path} ({error or 'damaged'})") from None
-    lines = [" ".join(line.split()) for work in works for line in work.split("\n")]
+    lines = dict.fromkeys(" ".join(line.split()) for work in works for line in work.split("\n"))
     return [
         line
-        for line in dict.fromkeys(lines)
+        for line in lines
         if LINE.fullmatch(line)
         and 3 <= len(line.split()) <= 10
         and not SPEAKER_OR_HEADING.search(line)
@@ -162,13 +161,13 @@ def build(cfg):
             f"expected 1 to {len(common) // 2}, and at least 1"
         )
     drawn = rng.sample(common, 2 * cfg.held_out)
-    home = dict.fromkeys(drawn, "test")
-    home.update(dict.fromkeys(drawn[: cfg.held_out], "val"))
     splits = {"train": [], "val": [], "test": []}
     for triple, lines in sorted(groups.items()):
-        split = home.get(triple, "train")
-        # held out: each phrasing once
-        most = cfg.most if split == "train" else len(REQUESTS)
+        split, most = "train", cfg.most
+        if triple in drawn:
+            split = "val" if triple in drawn[: cfg.held_out] else "test"
+            # each phrasing once
+            most = len(REQUESTS)
         for i, line in enumerate(rng.sample(lines, min(len(lines), most))):
             splits[split].append((request(triple, i % len(REQUESTS)), line))
     for rows in splits.values():
@@ -183,7 +182,7 @@ def near_miss(line, rng, groups, words):
     words: some to put in
     """
     parts, (letter, count, mark) = line.split(), triple_of(line)
-    i = rng.randrange(1, len(parts) - 1)
+    i = rng.randrange(1, count - 1)
     kind = rng.choice(("few", "many", "count", "letter", "mark", "broken"))
     if kind == "letter":
         return rng.choice(sorted(set("ABCDEFGHILMNOPSTW") - {letter})) + line[1:]
@@ -191,10 +190,8 @@ def near_miss(line, rng, groups, words):
         return line[:-1] + rng.choice(sorted(set(MARKS) - {mark}))
     # a real line, of a word or two more or less
     if kind == "count":
-        others = []
-        for n in (-2, -1, 1, 2):
-            others += groups.get((letter, count + n, mark), [])
-        return rng.choice(others or [line])
+        others = [groups.get((letter, count + n, mark), []) for n in (-2, -1, 1, 2)]
+        return rng.choice(sum(others, []) or [line])
     if kind == "few":
         del parts[i]
     elif kind == "many":
@@ -226,15 +223,13 @@ if __name__ == "__main__":
     with whole_or_nothing(cfg.out_dir) as folder:
         splits = build(cfg)
         for split, rows in splits.items():
-            pairs = build_pairs(rows, splits["train"], cfg.pairs, cfg.seed)
             write_rows(folder, split, [chat_row(*row) for row in rows])
-            write_rows(
-                folder, f"{split}_prompts", [dict(prompt=text, answer=line) for text, line in rows]
-            )
-            write_rows(
-                folder,
-                f"{split}_pairs",
-                [dict(prompt=text, chosen=line, rejected=miss) for text, line, miss in pairs],
-            )
+            prompts = [dict(prompt=text, answer=line) for text, line in rows]
+            write_rows(folder, f"{split}_prompts", prompts)
+            pairs = [
+                dict(prompt=text, chosen=line, rejected=miss)
+                for text, line, miss in build_pairs(rows, splits["train"], cfg.pairs, cfg.seed)
+            ]
+            write_rows(folder, f"{split}_pairs", pairs)
     sizes = ", ".join(f"{len(rows):,} {split}" for split, rows in splits.items())
     print(f"{cfg.out_dir}: {sizes}")

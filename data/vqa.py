@@ -54,17 +54,15 @@ def read_package():
         ("train", easy_vqa.get_train_questions(), easy_vqa.get_train_image_paths()),
         ("test", easy_vqa.get_test_questions(), easy_vqa.get_test_image_paths()),
     ):
-        splits[split] = {paths[number]: [] for number in sorted(paths)}
+        turns = splits[split] = {paths[number]: [] for number in sorted(paths)}
         for question, answer, number in zip(*questions):
-            splits[split][paths[number]].append((question, answer))
+            turns[paths[number]].append((question, answer))
     return splits
 
 
 def conversation(path, turns):
     """A picture and (question, answer) pairs -> a row for `data/prepare.py images`"""
-    messages = []
-    for question, answer in turns:
-        messages += chat_row(question, answer)
+    messages = [message for turn in turns for message in chat_row(*turn)]
     first = messages[0]
     first["content"] = [dict(type="image", path=path), dict(type="text", text=first["content"])]
     return messages
@@ -81,19 +79,16 @@ def build(cfg, splits):
             "0 to 1"
         )
     held_out = set(rng.sample(list(train), cfg.val))
-    rows = {"train": [], "val": [], "test": []}
-    for path, turns in splits["test"].items():
-        rows["test"] += [(path, [turn]) for turn in turns]
+    test = [(path, [turn]) for path, turns in splits["test"].items() for turn in turns]
+    rows = {"train": [], "val": [], "test": test}
     for path, turns in train.items():
         split = "val" if path in held_out else "train"
         for _ in range(cfg.shuffles if split == "train" else 1):
-            order = rng.sample(turns, len(turns))
-            if split == "train":
-                order = [
-                    turn
-                    for turn in order
-                    if turn[1] not in ("yes", "no") or rng.random() < cfg.yes_no
-                ]
+            order = [
+                turn
+                for turn in rng.sample(turns, len(turns))
+                if split == "val" or turn[1] not in ("yes", "no") or rng.random() < cfg.yes_no
+            ]
             most = cfg.turns or max(1, len(order))
             for start in range(0, len(order), most):
                 rows[split].append((path, order[start : start + most]))
@@ -102,12 +97,12 @@ def build(cfg, splits):
 
 def copy_pictures(folder, splits, blank):
     """Pictures, or a grey one, into folder/images -> dict of a picture's path to the one there"""
+    os.mkdir(f"{folder}/images")
     names = {
         path: f"images/{split}_{os.path.basename(path)}"
         for split, pictures in splits.items()
         for path in pictures
     }
-    os.mkdir(f"{folder}/images")
     if blank:
         grey = "images/grey.png"
         pillow()[0].new("RGB", (64, 64), (128, 128, 128)).save(f"{folder}/{grey}")
@@ -123,9 +118,8 @@ if __name__ == "__main__":
         splits = read_package()
         rows = build(cfg, splits)
         names = copy_pictures(folder, splits, cfg.blank)
-        for split, conversations in rows.items():
-            write_rows(
-                folder, split, [conversation(names[path], turns) for path, turns in conversations]
-            )
-    sizes = ", ".join(f"{len(rows[split]):,} {split}" for split in rows)
+        for split, pairs in rows.items():
+            chats = [conversation(names[path], turns) for path, turns in pairs]
+            write_rows(folder, split, chats)
+    sizes = ", ".join(f"{len(pairs):,} {split}" for split, pairs in rows.items())
     print(f"{cfg.out_dir}: {sizes}")

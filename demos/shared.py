@@ -9,7 +9,8 @@ from pathlib import Path
 from common import dist
 from common.chat import encode_chat
 from common.errors import show_user_errors
-from common.sampling import complete, for_vocabulary
+from common.sampling import SamplingConfig, complete, for_vocabulary
+from sample import load
 
 ROOT = Path(__file__).absolute().parents[1]
 
@@ -25,29 +26,48 @@ def begin(out):
 def run(*command):
     """Run a script, which prints to the terminal. The demo ends where it fails."""
     print("\n$ python " + " ".join(command), flush=True)
-    code = subprocess.run([sys.executable, *command]).returncode
-    if code:
+    if code := subprocess.run([sys.executable, *command]).returncode:
         sys.exit(code)
+
+
+def make(run, path, *command):
+    """Run a script that makes `path`, unless it is there"""
+    if not Path(path).exists():
+        run(*command)
+
+
+def train_tokenizer(run, text, vocab_size, path):
+    """A tokenizer of a .jsonl file's text, unless it is there"""
+    make(
+        run,
+        path,
+        "data/prepare.py",
+        "tokenizer",
+        f"--input={text}",
+        f"--vocab_size={vocab_size}",
+        f"--out={path}",
+    )
 
 
 def prepare(run, kind, rows, out_dir, *options):
     """A set of files like "rows/*.jsonl", where * is train or val, unless it is there"""
-    if not Path(out_dir).exists():
-        run(
-            "data/prepare.py",
-            kind,
-            f"--input={rows.replace('*', 'train')}",
-            f"--val_input={rows.replace('*', 'val')}",
-            f"--out_dir={out_dir}",
-            *options,
-        )
+    make(
+        run,
+        out_dir,
+        "data/prepare.py",
+        kind,
+        f"--input={rows.replace('*', 'train')}",
+        f"--val_input={rows.replace('*', 'val')}",
+        f"--out_dir={out_dir}",
+        *options,
+    )
 
 
-def kept(path, make, *args):
-    """-> what make(*args) returns, kept as JSON for a second run"""
+def kept(path, function, *args):
+    """-> what function(*args) returns, kept as JSON for a second run"""
     path = Path(path)
     if not path.exists():
-        path.write_text(json.dumps(make(*args)))
+        path.write_text(json.dumps(function(*args)))
     return json.loads(path.read_text())
 
 
@@ -57,12 +77,17 @@ def read_rows(path):
         return [json.loads(line) for line in file]
 
 
-def replies(model, tokenizer, chats, cfg, num_samples=1):
-    """-> ids of num_samples replies to each of these conversations, in order"""
+def replies(run_dir, chats, num_samples, temperature, max_new_tokens, **how):
+    """
+    -> texts of num_samples replies of a run's model to each of these conversations, in order; how:
+    see Tokenizer.decode
+    """
+    model, tokenizer = load(run_dir, "cpu")
     prompts = [ids for ids, _ in encode_chat(tokenizer, chats, reply=True)]
+    cfg = SamplingConfig(max_new_tokens=max_new_tokens, temperature=temperature)
     cfg = for_vocabulary(cfg, model, tokenizer)
     answers, *_ = complete(model, prompts, cfg, tokenizer.ends, num_samples)
-    return answers
+    return [tokenizer.decode(ids, **how) for ids in answers]
 
 
 def print_row(name, *values, width=60, column=8):

@@ -47,7 +47,7 @@ def measure(model, forward, autocast):
 
 
 def weight_bytes(model):
-    return sum(p.numel() * p.element_size() for p in model.parameters())
+    return sum(p.nbytes for p in model.parameters())
 
 
 def estimate(
@@ -87,40 +87,35 @@ def estimate(
             rollout()
         rollout_s = (time.perf_counter() - start) * rollouts * num_steps
         rollout_time = f", {dist.short_time(rollout_s)} of rollouts"
-    rows_measured, length_measured = inputs.shape
-    done = model.flops_per_token(length, head_frac=0.0) * inputs.numel()
     # of this rank
-    speed = done / seconds
+    speed = model.flops_per_token(length, head_frac=0.0) * inputs.numel() / seconds
     # of a step
     tokens = cfg.batch_size * row_tokens
     flops, epoch = token_flops * tokens * num_steps, data.num_rows / cfg.batch_size
-    trained = [p for p in model.parameters() if p.requires_grad]
     memory = {
         "weights": weight_bytes(model),
-        "gradients": sum(4 * p.numel() for p in trained),
+        "gradients": sum(4 * p.numel() for p in model.parameters() if p.requires_grad),
         "optimizer": optimizer.state_bytes(),
         "kept for backward": kept,
         "other models": sum(weight_bytes(other) for other in models if other is not None),
     }
     share = ", ".join(f"{name} {size / 2**20:,.0f}" for name, size in memory.items() if size)
     updates = dist.short_time(flops / speed / ranks)
-    return "\n".join(
-        [
-            f"model     {model.size()}",
-            f"data      {data.num_tokens:,} tokens in {data.num_rows:,} samples; "
-            f"an epoch is {epoch:,.1f} steps",
-            f"step      {tokens:,.0f} tokens in {cfg.batch_size} samples, "
-            f"{data.micro_batch_size} at once on each of {ranks} rank" + ("s" if ranks > 1 else ""),
-            f"run       {num_steps:,} steps, {num_steps / epoch:,.2f} epochs, "
-            f"{tokens * num_steps:,.0f} tokens, {flops:.2e} FLOPs",
-            f"memory    {sum(memory.values()) / 2**20:,.0f} MiB a rank: {share}; "
-            "torch and some logits come on top",
-            f"speed     {speed / 1e9:,.1f} GFLOP/s a rank, "
-            f"measured on {rows_measured} x {length_measured} tokens",
-            f"time      {updates} of updates{rollout_time}; "
-            "evaluation, samples and saving come on top",
-            "Nothing was written. Leave out --dry_run to train.",
-        ]
+    return (
+        f"model     {model.size()}\n"
+        f"data      {data.num_tokens:,} tokens in {data.num_rows:,} samples; "
+        f"an epoch is {epoch:,.1f} steps\n"
+        f"step      {tokens:,.0f} tokens in {cfg.batch_size} samples, "
+        f"{data.micro_batch_size} at once on each of {ranks} rank{'s' if ranks > 1 else ''}\n"
+        f"run       {num_steps:,} steps, {num_steps / epoch:,.2f} epochs, "
+        f"{tokens * num_steps:,.0f} tokens, {flops:.2e} FLOPs\n"
+        f"memory    {sum(memory.values()) / 2**20:,.0f} MiB a rank: {share}; "
+        "torch and some logits come on top\n"
+        f"speed     {speed / 1e9:,.1f} GFLOP/s a rank, "
+        f"measured on {inputs.shape[0]} x {inputs.shape[1]} tokens\n"
+        f"time      {updates} of updates{rollout_time}; "
+        "evaluation, samples and saving come on top\n"
+        "Nothing was written. Leave out --dry_run to train."
     )
 
 
@@ -132,25 +127,6 @@ def bytes_per_parameter(param_dtype, slots, shards):
     """
     weight = {"float32": 4, "bfloat16": 2}[param_dtype]
     return weight + 4 + 4 * (slots + (weight < 4)) / shards
-
-
-def capacity_table(memory_gib, ranks, optimizer, free_frac):
-    """-> text: bytes a parameter, and billions of parameters of the largest model, by GPU, ranks"""
-    slots = dict(adamw=2, lion=1)[optimizer]
-    names = [f"{gib:g} GiB" for gib in memory_gib]
-    lines = [
-        f"{optimizer}, --zero1=true: bytes a parameter, billions of parameters of the largest "
-        f"model; {free_frac:.0%} of the memory is left free",
-        f"{'weights':<10}{'ranks':>6}{'bytes':>8}" + "".join(f"{name:>10}" for name in names),
-    ]
-    for dtype in ("float32", "bfloat16"):
-        for n in ranks:
-            size = bytes_per_parameter(dtype, slots, n)
-            row = f"{dtype:<10}{n:>6}{size:>8.2f}"
-            for gib in memory_gib:
-                row += f"{gib * 2**30 * (1 - free_frac) / size / 1e9:>10.2f}"
-            lines.append(row)
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":  # the only part that knows other modules
@@ -174,4 +150,16 @@ if __name__ == "__main__":  # the only part that knows other modules
             f"--free_frac={cfg.free_frac}: expected positive numbers, and a fraction "
             "below 1"
         )
-    print(capacity_table(cfg.memory_gib, cfg.ranks, cfg.optimizer, cfg.free_frac))
+    print(
+        f"{cfg.optimizer}, --zero1=true: bytes a parameter, billions of parameters of the largest "
+        f"model; {cfg.free_frac:.0%} of the memory is left free"
+    )
+    names = [f"{gib:g} GiB" for gib in cfg.memory_gib]
+    print(f"{'weights':<10}{'ranks':>6}{'bytes':>8}" + "".join(f"{name:>10}" for name in names))
+    for dtype in ("float32", "bfloat16"):
+        for n in cfg.ranks:
+            size = bytes_per_parameter(dtype, dict(adamw=2, lion=1)[cfg.optimizer], n)
+            row = f"{dtype:<10}{n:>6}{size:>8.2f}"
+            for gib in cfg.memory_gib:
+                row += f"{gib * 2**30 * (1 - cfg.free_frac) / size / 1e9:>10.2f}"
+            print(row)

@@ -8,44 +8,47 @@ from common.errors import UserError
 from common.sampling import answer_prompts
 
 
-def continue_turns(env_step, answers, model, tokenizer, prompts, cfg, seed=0, numbers=None):
+def continue_turns(env_step, answers, model, tokenizer, prompts, cfg, seed, numbers):
     """
     Lengthen answers (G a prompt, from `answer_prompts`) in place. env_step(text) -> (done,
     feedback): when the model has ended a turn, it gets the whole conversation as text, and unless
     it is done, the feedback follows as a user's message and the model goes on. cfg.max_new_tokens
     counts all tokens after the prompt. Later turns have random streams of their own.
     """
-    G, going, turn = len(answers) // len(prompts), list(range(len(answers))), 0
-    while going := [i for i in going if answers[i].ended]:
-        turn, contexts, rooms, again = turn + 1, [], [], []
+    G, rooms = len(answers) // len(prompts), range(len(answers))
+    numbers = range(len(prompts)) if numbers is None else numbers
+    while going := [i for i in rooms if answers[i].ended]:
+        # of the answers that go on: the text so far, and how many tokens may follow
+        contexts, rooms = [], {}
+        seed += 1_000_000_007
         for i in going:
             answer, prompt = answers[i], prompts[i // G]
             text = tokenizer.decode([*prompt, *answer.tokens], show_special=True)
             done, feedback = ask(env_step, text)
             if done:
                 continue
-            answer.ended, ids = False, after_turn(tokenizer, feedback)
+            answer.ended = False
+            ids = after_turn(tokenizer, feedback)
             longest = min(cfg.max_new_tokens, model.config.seq_len - len(prompt))
             room = longest - len(answer.tokens) - len(ids)
             if room > 0:
-                answer.tokens, answer.learned = (
-                    answer.tokens + ids,
-                    answer.learned + [False] * len(ids),
-                )
+                answer.tokens += ids
+                answer.learned += [False] * len(ids)
                 contexts.append([*prompt, *answer.tokens])
-                rooms.append(room)
-                again.append(i)
-        if not again:
+                rooms[i] = room
+        if not rooms:
             return
-        streams = [(i // G if numbers is None else int(numbers[i // G])) * G + i % G for i in again]
+        streams = [int(numbers[i // G]) * G + i % G for i in rooms]
         more = answer_prompts(
-            model, contexts, cfg, tokenizer.ends, 1, seed + turn * 1_000_000_007, streams, rooms
+            model, contexts, cfg, tokenizer.ends, 1, seed, streams, list(rooms.values())
         )
-        for i, new in zip(again, more):
-            for name in ("tokens", "learned", "logps", "support"):
-                setattr(answers[i], name, getattr(answers[i], name) + getattr(new, name))
-            answers[i].ended = new.ended
-        going = again
+        for i, new in zip(rooms, more):
+            answer = answers[i]
+            answer.tokens += new.tokens
+            answer.learned += new.learned
+            answer.logps += new.logps
+            answer.support += new.support
+            answer.ended = new.ended
 
 
 def ask(env_step, text):

@@ -60,7 +60,7 @@ def tasks():
     return DATASETS
 
 
-def create(task, params, seed=0, size=1):
+def create(task, params, seed, size):
     """-> reasoning-gym's dataset of a task, params a dict; UserError where one is unknown"""
     known = tasks()
     if task not in known:
@@ -90,7 +90,7 @@ def refused(task, params, error):
 @functools.cache
 def scorer(task, params):
     """params: JSON -> a dataset of them, for its score_answer, which may look at them"""
-    return create(task, json.loads(params))
+    return create(task, json.loads(params), seed=0, size=1)
 
 
 def reward(prompts, completions, answers):
@@ -109,21 +109,16 @@ def score(text, answer):
         return 0.0
 
 
-def read_params(text):
-    try:
-        params = json.loads(text)
-    except ValueError as error:
-        raise UserError(f"--params={text}: not JSON ({error})") from None
-    if not isinstance(params, dict):
-        raise UserError(f'--params={text}: expected a JSON object, {{"name": value}}')
-    return params
-
-
 def build(cfg):
     """
     -> dict of split to list of (question, reasoning-gym's answer or None, "answer" for `reward`)
     """
-    params = read_params(cfg.params)
+    try:
+        params = json.loads(cfg.params)
+    except ValueError as error:
+        raise UserError(f"--params={cfg.params}: not JSON ({error})") from None
+    if not isinstance(params, dict):
+        raise UserError(f'--params={cfg.params}: expected a JSON object, {{"name": value}}')
     # a longer train keeps what is held out
     sizes = dict(test=cfg.test, val=cfg.val, train=cfg.train)
     asked = f"--train={cfg.train} --val={cfg.val} --test={cfg.test}"
@@ -167,13 +162,9 @@ if __name__ == "__main__":
         splits = build(cfg)
         answered = all(said for rows in splits.values() for _, said, _ in rows)
         for split, rows in splits.items():
-            write_rows(
-                folder,
-                f"{split}_prompts",
-                [dict(prompt=question, answer=answer) for question, _, answer in rows],
-            )
+            prompts = [dict(prompt=question, answer=answer) for question, _, answer in rows]
+            write_rows(folder, f"{split}_prompts", prompts)
             if answered:
                 write_rows(folder, split, [chat_row(question, said) for question, said, _ in rows])
-    sizes = ", ".join(f"{len(splits[split]):,} {split}" for split in ("train", "val", "test"))
-    print(f"{cfg.out_dir}: {sizes}", end="")
-    print("" if answered else f"; prompts only, as {cfg.task} has no answers to learn from")
+    note = "" if answered else f"; prompts only, as {cfg.task} has no answers to learn from"
+    print(f"{cfg.out_dir}: {cfg.train:,} train, {cfg.val:,} val, {cfg.test:,} test{note}")

@@ -8,7 +8,6 @@ One panel for each of PANELS that a run has: a line a run, points where it was e
 extra `plot` (matplotlib).
 """
 
-import importlib
 import json
 import math
 import os
@@ -67,11 +66,8 @@ def curve(records, key):
 
 def smoothed(values, window):
     """Mean of each value and up to window - 1 before it"""
-    total, means = 0.0, []
-    for i, value in enumerate(values):
-        total += value - (values[i - window] if i >= window else 0.0)
-        means.append(total / min(i + 1, window))
-    return means
+    windows = [values[max(0, i + 1 - window) : i + 1] for i in range(len(values))]
+    return [sum(part) / len(part) for part in windows]
 
 
 def draw(runs, out, smooth=1):
@@ -80,7 +76,7 @@ def draw(runs, out, smooth=1):
     average over -> titles of the panels drawn
     """
     try:
-        figures = importlib.import_module("matplotlib.figure")
+        from matplotlib.figure import Figure
     except ImportError:
         raise UserError(
             "matplotlib is missing, which draws curves: pip install matplotlib, "
@@ -95,27 +91,18 @@ def draw(runs, out, smooth=1):
         raise UserError(f"{', '.join(runs)}: nothing to draw yet")
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
-    figure = figures.Figure(figsize=(4.6 * columns, 3.2 * rows), layout="constrained")
+    figure = Figure(figsize=(4.6 * columns, 3.2 * rows), layout="constrained")
     for i, (title, keys) in enumerate(panels.items()):
         axes = figure.add_subplot(rows, columns, i + 1)
         for number, (label, records) in enumerate(runs.items()):
             for key in keys:
                 steps, values = curve(records, key)
-                color = f"C{number % 10}"
+                style = dict(color=f"C{number % 10}", linewidth=1.2, label=label)
                 if key.startswith("val_"):
-                    axes.plot(
-                        steps,
-                        values,
-                        "o--",
-                        color=color,
-                        markersize=4,
-                        linewidth=1,
-                        label=f"{label}, validation",
-                    )
+                    style.update(linewidth=1, label=f"{label}, validation")
+                    axes.plot(steps, values, "o--", markersize=4, **style)
                 elif steps:
-                    axes.plot(
-                        steps, smoothed(values, smooth), color=color, linewidth=1.2, label=label
-                    )
+                    axes.plot(steps, smoothed(values, smooth), **style)
         axes.set_title(title, fontsize=10)
         axes.tick_params(labelsize=8)
         axes.grid(alpha=0.3)

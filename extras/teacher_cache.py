@@ -18,6 +18,7 @@ import math
 import os
 import shutil
 import uuid
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -39,36 +40,35 @@ def top_k_logits(ids, logps, rest, vocab_size):
     return rest[:, None].repeat(1, vocab_size).scatter_(1, ids, logps)
 
 
+@dataclass
 class TeacherCache:
-    """
-    info: {"mass", "kl"}, see `write_cache`; logits(split, places) -> teacher of
-    losses.linear_kd_loss
-    """
+    """What `write_cache` left in a folder"""
 
-    def __init__(self, info, arrays, vocab_size, device):
-        self.info, self.arrays, self.vocab_size, self.device = info, arrays, vocab_size, device
+    info: dict  # "mass", "kl"
+    arrays: dict  # of name of the file to its array
+    vocab_size: int
+    device: torch.device
 
     def logits(self, split, places):
         """
         places (B, T) int64 of tokens in the split's file -> function of positions (n,) to logits
-        (n, V)
+        (n, V), a teacher of losses.linear_kd_loss
         """
 
         def at(positions):
             rows = places.flatten()[positions.cpu()].numpy()
-
-            def part(name, kind):
-                values = self.arrays[f"{split}_{name}"][rows].astype(kind)
-                return torch.from_numpy(values).to(self.device)
-
-            ids, top = part("ids", "int64"), part("logps", "float32")
-            rest = part("rest", "float32")
+            ids, logps, rest = (
+                torch.from_numpy(self.arrays[f"{split}_{name}"][rows]).to(self.device, dtype)
+                for name, dtype in dict(
+                    ids=torch.int64, logps=torch.float32, rest=torch.float32
+                ).items()
+            )
             if rest.isnan().any():
                 raise UserError(
                     "--cache_dir: the teacher was not asked about all of these tokens; "
                     "remove the cache, and it is made again"
                 )
-            return top_k_logits(ids, top, rest, self.vocab_size)
+            return top_k_logits(ids, logps, rest, self.vocab_size)
 
         return at
 
@@ -98,14 +98,13 @@ def open_cache(folder, key, vocab_size, device):
     arrays = {}
     for name, shape in content["shapes"].items():
         try:
-            array = np.load(f"{folder}/{name}.npy", mmap_mode="r", allow_pickle=False)
+            arrays[name] = np.load(f"{folder}/{name}.npy", mmap_mode="r", allow_pickle=False)
+            if list(arrays[name].shape) != shape:
+                raise ValueError(f"{name} is {arrays[name].shape}")
         except (OSError, ValueError) as error:
             raise UserError(
                 f"--cache_dir={folder}: damaged ({error}); remove it, and it is made again"
             ) from None
-        if list(array.shape) != shape:
-            raise UserError(f"--cache_dir={folder}: damaged, {name} is {array.shape}; remove it")
-        arrays[name] = array
     return TeacherCache(content["info"], arrays, vocab_size, device)
 
 

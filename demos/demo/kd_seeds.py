@@ -14,21 +14,16 @@ import sys
 
 import run as demo
 
-
-def show(line):
-    print(line, end="", flush=True)
-
-
-def losses(name, seeds):
-    """-> the final validation loss of each seed's student, taught or alone"""
-    run = functools.partial(demo.run_script, show)
-    return [demo.student(run, f"kd_seeds/{name}_{seed}", name == "taught", seed) for seed in seeds]
-
-
 if __name__ == "__main__":
     demo.begin(demo.OUT)
     seeds = range(1, 1 + int(sys.argv[1] if sys.argv[1:] else 3))
-    results = {name: losses(name, seeds) for name in ("alone", "taught")}
+    show = functools.partial(print, end="", flush=True)
+    run = functools.partial(demo.run_script, show)
+    results = {"alone": [], "taught": []}
+    for name, values in results.items():
+        for seed in seeds:
+            folder = f"kd_seeds/{name}_{seed}"
+            values.append(demo.student(run, folder, name == "taught", seed))
     print(f"\nvalidation loss per token, {len(seeds)} seeds")
     for name, values in results.items():
         spread = statistics.stdev(values) if len(values) > 1 else 0.0

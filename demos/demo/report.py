@@ -55,24 +55,32 @@ def cells(*values, kind="td"):
     return f"<tr>{row}</tr>"
 
 
+def table_rows(summary, digits):
+    """
+    -> rows of the table, its head first: stage, what was measured, before, after, seconds with so
+    many digits; what else was measured of a stage has only the middle ones
+    """
+    rows = [("stage", "measured on held-out data", "before", "after", "seconds")]
+    for stage, row in summary.items():
+        seconds = f"{row['seconds']:.{digits}f}"
+        rows.append((stage, row["measure"], row["before"], row["after"], seconds))
+        for more in row["also"]:
+            rows.append(("", more["measure"], more["before"], more["after"], ""))
+    return rows
+
+
 def write(folder, summary, samples, runs):
     """
     Write folder/report.html. summary: as in summary.json; samples: dict of stage to list of
     (prompt, text before, after); runs: dict of stage to names of its runs in the folder
     """
-    rows, total = [], 0.0
-    for stage, row in summary.items():
-        seconds = f"{row['seconds']:.0f}"
-        rows.append(cells(stage, row["measure"], row["before"], row["after"], seconds))
-        for more in row["also"]:
-            rows.append(cells("", more["measure"], more["before"], more["after"], ""))
-        total += row["seconds"]
-    head = cells("stage", "measured on held-out data", "before", "after", "seconds", kind="th")
+    total = sum(row["seconds"] for row in summary.values())
+    head, *rows = table_rows(summary, digits=0)
     page = [
         "<h1>llm-stages: what each stage of the demo changed</h1>",
         f"<p>{total / 60:.1f} minutes on {html.escape(platform.machine())}, "
         f"{torch.get_num_threads()} threads, torch {html.escape(torch.__version__)}.</p>",
-        f"<table>{head}{''.join(rows)}</table>",
+        f"<table>{cells(*head, kind='th')}{''.join(cells(*row) for row in rows)}</table>",
     ]
     for stage, texts in samples.items():
         names = ("before", "after") if len(runs[stage]) == 1 else ("alone", "taught")

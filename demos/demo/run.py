@@ -11,7 +11,6 @@ start over. Writes out/demo/
     log.txt         all that the scripts have printed
 """
 
-import collections
 import functools
 import itertools
 import json
@@ -29,11 +28,18 @@ import torch
 sys.path.insert(0, str(Path(__file__).absolute().parents[2]))
 
 from common.dist import short_time
-from common.sampling import SamplingConfig
 from data import lines
 from demos.demo import report
-from demos.shared import begin, kept, prepare, print_row, read_rows, replies
-from sample import load
+from demos.shared import (
+    begin,
+    kept,
+    make,
+    prepare,
+    print_row,
+    read_rows,
+    replies,
+    train_tokenizer,
+)
 
 OUT = "out/demo"
 CORPUS = "data/shakespeare"
@@ -48,13 +54,16 @@ class Progress:
     """
 
     def __init__(self, stages):
-        self.stages, self.is_tty = stages, sys.stdout.isatty()
-        self.started, self.shown = time.time(), 0.0
+        self.stages, self.started = stages, time.time()
+        self.every, self.clear, self.end_line = 20, "", "\n"
+        # written over
+        if sys.stdout.isatty():
+            self.every, self.clear, self.end_line = 0.2, f"\r{'':<100}\r", ""
 
     def begin(self, stage):
-        self.stage, self.runs, self.step, self.total = stage, 0, 0, 1
-        self.stage_started = time.time()
-        self.show("preparing", wait=False)
+        self.stage, self.stage_started = stage, time.time()
+        self.runs = self.step = 0
+        self.show("preparing", 0)
 
     def watch(self, line):
         """A line that a script has printed"""
@@ -62,67 +71,58 @@ class Progress:
             step, total = map(int, match.groups())
             # the next run of this stage
             self.runs += step < self.step
-            self.step, self.total = step, total
-            self.show(f"step {step}/{total}")
+            self.step = step
+            if time.time() - self.shown >= self.every:
+                self.show(f"step {step}/{total}", self.runs + step / total)
 
-    def show(self, what, wait=True):
-        now = time.time()
-        if wait and now - self.shown < (0.2 if self.is_tty else 20):
-            return
-        self.shown = now
+    def show(self, what, runs):
+        """runs: how many of this stage are done, a fraction"""
+        now = self.shown = time.time()
         at = self.stages.index(self.stage)
-        num_runs = 2 if self.stage == "kd" else 1
-        of_stage = min(1.0, (self.runs + self.step / self.total) / num_runs)
         usual = [SECONDS[stage] for stage in self.stages]
-        done = sum(usual[:at]) + of_stage * usual[at]
+        done = sum(usual[:at]) + usual[at] * runs / (2 if self.stage == "kd" else 1)
         # SECONDS a second
         speed = done / (now - self.started) if done > 5 else 1.0
-        stage_time = short_time(now - self.stage_started)
-        time_left = short_time((sum(usual) - done) / speed)
-        place = f"[{at + 1}/{len(self.stages)}] {self.stage:<8}"
-        self.print(
-            f"{place} | {what:<13} | {stage_time:>6} | whole demo: "
-            f"{short_time(now - self.started)} done, eta {time_left}",
-            end="" if self.is_tty else "\n",
+        eta = short_time((sum(usual) - done) / speed)
+        line = (
+            f"[{at + 1}/{len(usual)}] {self.stage:<8} | {what:<13} | "
+            f"{short_time(now - self.stage_started):>6} | whole demo: "
+            f"{short_time(now - self.started)} done, eta {eta}"
         )
+        print(self.clear + line, end=self.end_line, flush=True)
 
     def end(self, rows):
         changes = [f"{row['measure']} {row['before']:.3f} -> {row['after']:.3f}" for row in rows]
         stage_time = short_time(time.time() - self.stage_started)
-        self.print(f"{self.stage}: {stage_time}; {', '.join(changes)}")
-
-    def print(self, line, end="\n"):
-        blank = f"\r{'':<100}\r" if self.is_tty else ""
-        print(blank + line, end=end, flush=True)
+        print(f"{self.clear}{self.stage}: {stage_time}; {', '.join(changes)}", flush=True)
 
 
 def run_script(watch, *command):
     """Run a script: each line that it prints goes to watch and to out/demo/log.txt"""
+    printed = []
     with open(f"{OUT}/log.txt", "a", encoding="utf-8") as log:
         print("\n$ python " + " ".join(command), file=log, flush=True)
         process = subprocess.Popen(
             [sys.executable, *command],
-            text=True,
             encoding="utf-8",
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
         )
-        last = collections.deque(maxlen=10)
         for line in process.stdout:
             print(line, end="", file=log, flush=True)
             watch(line)
-            last.append(line)
+            printed.append(line)
     if process.wait():
-        print(f"\n{''.join(last)}{command[0]} failed; all it has printed is in {OUT}/log.txt")
+        last = "".join(printed[-10:])
+        print(f"\n{last}{command[0]} failed; all it has printed is in {OUT}/log.txt")
         sys.exit(process.returncode)
 
 
 def measure_stage(name, progress):
     """Run a stage -> its row of the summary"""
     progress.begin(name)
-    start = time.time()
     measures = STAGES[name](functools.partial(run_script, progress.watch))
-    seconds = round(time.time() - start, 1)
+    seconds = round(time.time() - progress.stage_started, 1)
     progress.end(measures)
     first, *also = measures
     return {**first, "also": also, "seconds": seconds}
@@ -132,33 +132,41 @@ def measure(what, before, after):
     return dict(measure=what, before=before, after=after)
 
 
-def metrics(name, key):
+def values_of(name, key):
     """-> the values of one key in a run's metrics.jsonl, in order"""
     return [row[key] for row in read_rows(f"{OUT}/{name}/metrics.jsonl") if key in row]
 
 
+def progress_of(what, name, key):
+    """-> row about a run's first and last evaluation"""
+    values = values_of(name, key)
+    return measure(what, values[0], values[-1])
+
+
 @functools.cache
-def lines_met(name, temperature, num_samples):
-    """How a run's replies to the held-out requests do -> shares by part, verse, all; requests"""
-    model, tokenizer = load(f"{OUT}/{name}", "cpu")
+def lines_met(name, greedy):
+    """
+    How a run's replies to the held-out requests do, one greedy or four sampled ones to each ->
+    shares by part, verse, all; n: requests
+    """
     chats = [chat[:1] for chat in read_rows(f"{OUT}/lines/test.jsonl")]
-    cfg = SamplingConfig(max_new_tokens=48, temperature=temperature)
-    texts = [tokenizer.decode(ids) for ids in replies(model, tokenizer, chats, cfg, num_samples)]
+    num_samples, temperature = (1, 0.0) if greedy else (4, 1.0)
+    texts = replies(f"{OUT}/{name}", chats, num_samples, temperature, max_new_tokens=48)
     met = [lines.met(chats[i // num_samples][0]["content"], text) for i, text in enumerate(texts)]
     shares = {part: sum(m[part] for m in met) / len(met) for part in lines.PARTS}
     shares["verse"] = sum(map(lines.verse_share, texts)) / len(texts)
     shares["all"] = sum(all(m.values()) for m in met) / len(met)
-    return shares, len(chats)
+    return {**shares, "n": len(chats)}
 
 
-def compare(part, what, first, last, temperature=1.0, num_samples=4):
+def compare(part, what, first, last, greedy=False):
     """-> row about a share of two runs' replies; what: with {n} for the number of requests"""
-    before, n = lines_met(first, temperature, num_samples)
-    after, _ = lines_met(last, temperature, num_samples)
-    return measure(what.format(n=n), before[part], after[part])
+    before, after = lines_met(first, greedy), lines_met(last, greedy)
+    return measure(what.format(**before), before[part], after[part])
 
 
-WHOLE = "all", "whole request met, T = 1, {n} x 4"
+def whole_met(first, last):
+    return compare("all", "whole request met, T = 1, {n} x 4", first, last)
 
 
 # -----------------------------------------------------------------------------
@@ -167,14 +175,7 @@ WHOLE = "all", "whole request met, T = 1, {n} x 4"
 
 def prepare_text(run):
     tokenizer, data = f"{OUT}/tokenizer.model", f"{OUT}/data"
-    if not Path(tokenizer).exists():
-        run(
-            "data/prepare.py",
-            "tokenizer",
-            f"--input={CORPUS}/train.jsonl.gz",
-            "--vocab_size=2048",
-            f"--out={tokenizer}",
-        )
+    train_tokenizer(run, f"{CORPUS}/train.jsonl.gz", 2048, tokenizer)
     prepare(run, "text", f"{CORPUS}/*.jsonl.gz", data, f"--tokenizer={tokenizer}")
     split = splits_of("data")["train"]
     return [measure("bytes per token", 1.0, split["bytes"] / split["tokens"])]
@@ -186,38 +187,28 @@ def splits_of(name):
 
 def pretrain(run):
     run("train_pretrain.py", "demos/demo/pretrain.py", "--resume=true")
-    bits = metrics("pretrain", "val_bits_per_byte")
-    return [measure("validation bits per byte", bits[0], bits[-1])]
-
-
-def prepare_lines(run):
-    """The lines-to-order task, as conversations, pairs and prompts."""
-    if not Path(OUT, "lines").exists():
-        run("data/lines.py", f"--corpus={CORPUS}", f"--out_dir={OUT}/lines")
-    for kind, rows in (("chat", "*"), ("pairs", "*_pairs"), ("prompts", "*_prompts")):
-        prepare(
-            run, kind, f"{OUT}/lines/{rows}.jsonl", f"{OUT}/{kind}", f"--tokenizer={OUT}/pretrain"
-        )
+    return [progress_of("validation bits per byte", "pretrain", "val_bits_per_byte")]
 
 
 def sft(run):
-    prepare_lines(run)
+    folder = f"{OUT}/lines"
+    make(run, folder, "data/lines.py", f"--corpus={CORPUS}", f"--out_dir={folder}")
+    for kind, rows in (("chat", "*"), ("pairs", "*_pairs"), ("prompts", "*_prompts")):
+        prepare(run, kind, f"{folder}/{rows}.jsonl", f"{OUT}/{kind}", f"--tokenizer={OUT}/pretrain")
     run("train_sft.py", "demos/demo/sft.py", "--resume=true")
-    rows = [compare(*WHOLE, "pretrain", "sft")]
+    rows = [whole_met("pretrain", "sft")]
     for part in lines.PARTS:
-        what = part + " right, greedy, {n}"
-        rows.append(compare(part, what, "pretrain", "sft", temperature=0.0, num_samples=1))
+        rows.append(compare(part, f"{part} right, greedy, {{n}}", "pretrain", "sft", greedy=True))
     return rows
 
 
 def dpo(run):
     run("train_dpo.py", "demos/demo/dpo.py", "--resume=true")
     n = splits_of("pairs")["val"]["pairs"]
-    accuracy, ranking = metrics("dpo", "val_accuracy"), metrics("dpo", "val_ranking")
     return [
-        measure(f"pair accuracy by reward, {n} pairs", accuracy[0], accuracy[-1]),
-        measure(f"better answer is likelier, {n} pairs", ranking[0], ranking[-1]),
-        compare(*WHOLE, "sft", "dpo"),
+        progress_of(f"pair accuracy by reward, {n} pairs", "dpo", "val_accuracy"),
+        progress_of(f"better answer is likelier, {n} pairs", "dpo", "val_ranking"),
+        whole_met("sft", "dpo"),
     ]
 
 
@@ -227,7 +218,7 @@ def grpo(run):
     packed = "true" if fbgemm and not torch.cuda.is_available() else "false"
     run("train_grpo.py", "demos/demo/grpo.py", f"--packed={packed}", "--resume=true")
     return [
-        compare(*WHOLE, "dpo", "grpo"),
+        whole_met("dpo", "grpo"),
         compare("verse", "words that are verse, T = 1", "dpo", "grpo"),
     ]
 
@@ -238,7 +229,7 @@ def student(run, name, taught, seed=1337):
     if taught:
         script = ["train_kd.py", "demos/demo/student.py", "demos/demo/kd.py"]
     run(*script, f"--out_dir={OUT}/{name}", f"--seed={seed}", "--resume=true")
-    return metrics(name, "val_loss")[-1]
+    return values_of(name, "val_loss")[-1]
 
 
 def kd(run):
@@ -254,13 +245,8 @@ STAGES = {
     "grpo": grpo,
     "kd": kd,
 }
-RUNS = {
-    "pretrain": ["pretrain"],
-    "sft": ["sft"],
-    "dpo": ["dpo"],
-    "grpo": ["grpo"],
-    "kd": ["kd_alone", "kd"],
-}
+RUNS = {stage: [stage] for stage in STAGES if stage != "prepare"}
+RUNS["kd"] = ["kd_alone", "kd"]
 
 
 # -----------------------------------------------------------------------------
@@ -285,10 +271,8 @@ def texts_at(name, which):
 
 
 def wrapped(text, width):
-    parts = []
-    for line in text.strip().splitlines():
-        parts += textwrap.wrap(line, width) or [""]
-    return parts
+    parts = [textwrap.wrap(line, width) or [""] for line in text.strip().splitlines()]
+    return itertools.chain(*parts)
 
 
 def print_side_by_side(prompt, before, after):
@@ -301,16 +285,11 @@ def print_side_by_side(prompt, before, after):
 
 
 def print_table(summary):
-    row_of = functools.partial(print_row, width=52, column=10)
     print()
-    row_of(f"{'stage':<12}measured on held-out data", "before", "after", "seconds")
-    for name, row in summary.items():
-        seconds = f"{row['seconds']:.1f}"
-        row_of(f"{name:<12}{row['measure']}", row["before"], row["after"], seconds)
-        for more in row["also"]:
-            row_of(f"{'':<12}{more['measure']}", more["before"], more["after"])
     seconds = sum(row["seconds"] for row in summary.values())
-    row_of("all", "", "", f"{seconds:.1f}")
+    total = "all", "", "", "", f"{seconds:.1f}"
+    for stage, what, *values in (*report.table_rows(summary, digits=1), total):
+        print_row(f"{stage:<12}{what}", *values, width=52, column=10)
 
 
 if __name__ == "__main__":

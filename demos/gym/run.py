@@ -16,10 +16,10 @@ from pathlib import Path
 # the repository's root must be on the path first
 sys.path.insert(0, str(Path(__file__).absolute().parents[2]))
 
-from common.sampling import SamplingConfig
 from demos.shared import (
     begin,
     kept,
+    make,
     prepare,
     print_row,
     read_rows,
@@ -27,24 +27,22 @@ from demos.shared import (
     run,
 )
 from extras import gym
-from sample import load
 
 OUT = "out/gym_demo"
 TASK = "spell_backward"
 PARAMS = '{"min_word_len": 3, "max_word_len": 5}'
 
 
-def held_out_scores(stage, temperature, num_samples):
+def held_out_scores(stage, num_samples, temperature):
     """-> mean score of a run's answers to the test questions, share of them with the whole score"""
-    model, tokenizer = load(f"{OUT}/{stage}", "cpu")
     rows = read_rows(f"{OUT}/task/test_prompts.jsonl")
     chats = [[dict(role="user", content=row["prompt"])] for row in rows]
-    cfg = SamplingConfig(max_new_tokens=16, temperature=temperature)
-    scores = []
-    for i, ids in enumerate(replies(model, tokenizer, chats, cfg, num_samples)):
-        ids = [token for token in ids if token not in tokenizer.ends]
-        text = tokenizer.decode(ids, show_special=True)
-        scores += gym.reward(None, [text], [rows[i // num_samples]["answer"]])
+    texts = replies(
+        f"{OUT}/{stage}", chats, num_samples, temperature, max_new_tokens=16, show_special=True
+    )
+    texts = [text.removesuffix("<end>") for text in texts]
+    answers = [row["answer"] for row in rows for _ in range(num_samples)]
+    scores = gym.reward(None, texts, answers)
     perfect = sum(score >= 1 for score in scores)
     return sum(scores) / len(scores), perfect / len(scores)
 
@@ -55,8 +53,8 @@ def train_and_test(stage):
     run(f"train_{stage}.py", f"demos/gym/{stage}.py", "--resume=true")
     return dict(
         seconds=round(time.time() - start),
-        greedy=held_out_scores(stage, 0.0, 1),
-        sampled=held_out_scores(stage, 1.0, 4),
+        greedy=held_out_scores(stage, 1, 0.0),
+        sampled=held_out_scores(stage, 4, 1.0),
     )
 
 
@@ -64,10 +62,11 @@ if __name__ == "__main__":
     begin(OUT)
     # says so where reasoning-gym is missing
     gym.tasks()
-    if not Path(OUT, "task").exists():
-        run("extras/gym.py", f"--task={TASK}", f"--params={PARAMS}", f"--out_dir={OUT}/task")
-    prepare(run, "chat", f"{OUT}/task/*.jsonl", f"{OUT}/chat")
-    prepare(run, "prompts", f"{OUT}/task/*_prompts.jsonl", f"{OUT}/prompts")
+    task = f"{OUT}/task"
+    options = f"--task={TASK}", f"--params={PARAMS}", f"--out_dir={task}"
+    make(run, task, "extras/gym.py", *options)
+    prepare(run, "chat", f"{task}/*.jsonl", f"{OUT}/chat")
+    prepare(run, "prompts", f"{task}/*_prompts.jsonl", f"{OUT}/prompts")
     before = kept(f"{OUT}/sft.json", train_and_test, "sft")
     after = kept(f"{OUT}/grpo.json", train_and_test, "grpo")
     print()

@@ -50,33 +50,28 @@ def val_losses(name, options, seq_len):
     return -logps.mean().item(), -logps[:, -seq_len // 4 :].mean().item()
 
 
-def extend(kind, options):
-    """Train the model of rows of 256 for 50 steps on rows of 1024"""
-    run(
-        "train_pretrain.py",
-        "demos/long_context/pretrain.py",
-        "--resume=true",
-        f"--init_from={OUT}/256",
-        f"--out_dir={OUT}/{kind}",
-        "--seq_len=1024",
-        "--batch_size=4",
-        "--num_steps=50",
-        "--lr=3e-4",
-        "--warmup_steps=10",
-        "--eval_seqs=0",
-        *(f"--model.{name}={value}" for name, value in options.items()),
-    )
-
-
 if __name__ == "__main__":
     begin(OUT)
     prepare(run, "text", "data/shakespeare/*.jsonl.gz", f"{OUT}/bytes")
     run("train_pretrain.py", "demos/long_context/pretrain.py", "--resume=true")
-    table = []
+    table = [("rows of 1024", "at once", "last 256", "50 steps", "last 256")]
     for kind, options in KINDS.items():
-        extend(kind, options)
+        # the model of rows of 256 goes on
+        run(
+            "train_pretrain.py",
+            "demos/long_context/pretrain.py",
+            "--resume=true",
+            f"--init_from={OUT}/256",
+            f"--out_dir={OUT}/{kind}",
+            "--seq_len=1024",
+            "--batch_size=4",
+            "--num_steps=50",
+            "--lr=3e-4",
+            "--warmup_steps=10",
+            "--eval_seqs=0",
+            *(f"--model.{name}={value}" for name, value in options.items()),
+        )
         table.append((kind, *val_losses("256", options, 1024), *val_losses(kind, {}, 1024)))
     print(f"\nvalidation loss per byte; rows of 256: {val_losses('256', {}, 256)[0]:.3f}")
-    columns = ("rows of 1024", "at once", "last 256", "50 steps", "last 256")
-    for row in (columns, *table):
+    for row in table:
         print_row(*row, width=14, column=10)

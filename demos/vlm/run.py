@@ -20,36 +20,22 @@ sys.path.insert(0, str(Path(__file__).absolute().parents[2]))
 from common.chat import encode_chat
 from common.rewards import answer_of
 from common.sampling import SamplingConfig, complete, for_vocabulary
-from demos.shared import begin, kept, prepare, print_row, read_rows, run
+from demos.shared import (
+    begin,
+    kept,
+    make,
+    prepare,
+    print_row,
+    read_rows,
+    run,
+    train_tokenizer,
+)
 from extras.images import as_ids, load_image
 from sample import load
 
 OUT = "out/vlm_demo"
 # questions that are answered at once
 BATCH = 200
-
-
-def prepare_set(folder, *options):
-    """Rows and the set of one of the two runs; both have the vocabulary of the first"""
-    rows, vocabulary = f"{folder}/rows", f"{OUT}/words.model"
-    if not Path(rows).exists():
-        run("data/vqa.py", f"--out_dir={rows}", "--shuffles=4", *options)
-    if not Path(vocabulary).exists():
-        run(
-            "data/prepare.py",
-            "tokenizer",
-            f"--input={rows}/train.jsonl",
-            "--vocab_size=384",
-            f"--out={vocabulary}",
-        )
-    prepare(
-        run,
-        "images",
-        f"{rows}/*.jsonl",
-        f"{folder}/set",
-        f"--tokenizer={vocabulary}",
-        "--answer_tags=false",
-    )
 
 
 def test(folder):
@@ -65,10 +51,9 @@ def test(folder):
     chats, right, open_ended = read_rows(f"{folder}/rows/test.jsonl"), [], []
     for start in range(0, len(chats), BATCH):
         batch = chats[start : start + BATCH]
-        pictures = [[picture(chat[0]["content"][0]["path"])] for chat in batch]
         questions = [as_ids(tokenizer, chat[:1], vision.tokens_per_image) for chat in batch]
-        rows = encode_chat(tokenizer, questions, reply=True)
-        prompts = [ids for ids, _ in rows]
+        prompts = [ids for ids, _ in encode_chat(tokenizer, questions, reply=True)]
+        pictures = [[picture(user["content"][0]["path"])] for user, _ in batch]
         inputs = model.inputs_of(prompts, pictures)
         replies, *_ = complete(model, prompts, cfg, tokenizer.ends, inputs=inputs)
         for ids, (_, answer) in zip(replies, batch):
@@ -80,15 +65,15 @@ def test(folder):
 
 def train_and_test(name, *options):
     """-> seconds to prepare and train, to test, shares right"""
-    start, folder = time.time(), f"{OUT}/{name}"
-    prepare_set(folder, *options)
-    run(
-        "train_sft.py",
-        "demos/vlm/sft.py",
-        f"--data_dir={folder}/set",
-        f"--out_dir={folder}/run",
-        "--resume=true",
-    )
+    start, folder, vocabulary = time.time(), f"{OUT}/{name}", f"{OUT}/words.model"
+    rows, data, run_dir = f"{folder}/rows", f"{folder}/set", f"{folder}/run"
+    make(run, rows, "data/vqa.py", f"--out_dir={rows}", "--shuffles=4", *options)
+    # both runs have the vocabulary of the first
+    train_tokenizer(run, f"{rows}/train.jsonl", 384, vocabulary)
+    options = f"--tokenizer={vocabulary}", "--answer_tags=false"
+    prepare(run, "images", f"{rows}/*.jsonl", data, *options)
+    options = f"--data_dir={data}", f"--out_dir={run_dir}", "--resume=true"
+    run("train_sft.py", "demos/vlm/sft.py", *options)
     trained = time.time()
     return dict(
         right=test(folder),
