@@ -158,19 +158,23 @@ def reply(model, tokenizer, turns, text, cfg, shown=None):
         print("(forgotten)")
         return
     content = tuple(shown.ids + tokenizer.encode(text)) if shown and not turns else text
-    turns.append(dict(role="user", content=content))
+    user = dict(role="user", content=content)
     system = [dict(role="system", content=cfg.system)] if cfg.system else []
+
+    def encoded(messages):
+        return encode_chat(tokenizer, [system + messages], reply=True)[0][0]
+
     context = model.config.seq_len
     room = context - min(cfg.max_new_tokens, context // 2)
-    while len(ids := encode_chat(tokenizer, [system + turns], reply=True)[0][0]) > room:
-        if len(turns) == 1:
-            turns.clear()
-            given = (("--prompt", True), ("--system", cfg.system), ("--image", shown))
-            options = " and ".join(name for name, value in given if value)
-            raise UserError(
-                f"{options}: {len(ids)} tokens, which leave "
-                f"too little of the model's context of {context}; shorten it"
-            )
+    if (alone := len(encoded([user]))) > room:
+        given = (("--prompt", True), ("--system", cfg.system), ("--image", shown))
+        options = " and ".join(name for name, value in given if value)
+        raise UserError(
+            f"{options}: {alone} tokens, which leave "
+            f"too little of the model's context of {context}; shorten it"
+        )
+    turns.append(user)
+    while len(ids := encoded(turns)) > room:
         del turns[:2]
     tokens = answer(model, tokenizer, ids, cfg, cfg.seed + len(turns), shown and shown.inputs(ids))
     # a folder's template decides what is left of earlier thoughts

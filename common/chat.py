@@ -105,7 +105,7 @@ def _lay_out(tokenizer, messages, answer_tags, reply, begin):
 
 
 def thoughts(tokenizer, message):
-    """-> list of what a message thinks, texts and lists of ids, in its tags; [] where it does not"""
+    """-> list of a message's thoughts in their tags, texts and lists of ids; [] without thoughts"""
     if "think" not in message:
         return []
     return [tokenizer.markers["think"], message["think"], tokenizer.markers["/think"]]

@@ -27,7 +27,6 @@ import os
 import re
 import unicodedata
 
-import regex
 import sentencepiece
 import tiktoken
 
@@ -132,7 +131,12 @@ class Tokenizer:
         self.markers = {name: [i] for name, i in self.special.items()} | known["markers"]
         self.begin, self.template = known["begin"], known.get("template", "")
         self.ends = tuple(dict.fromkeys([self.end, *known.get("ends", [])]))
-        self.splits = [regex.compile(split) for split in known.get("splits", [])]
+        self.splits = []
+        if known.get("splits"):
+            # tiktoken needs it, so it is there
+            import regex
+
+            self.splits = [regex.compile(split) for split in known["splits"]]
         self.literal = known.get("literal", {})
         self.is_literal = re.compile(f"({any_of(self.literal)})") if self.literal else None
         self.token_bytes = base + [b""] * len(ours)

@@ -1,6 +1,6 @@
 """
-What `data/prepare.py` reads: files to documents (text or token ids) or rows (lines of a .jsonl), and
-these to tokens, one class for each kind of set.
+What `data/prepare.py` reads: files to documents (text or token ids) or rows (lines of a .jsonl),
+and these to tokens, one class for each kind of set.
 
 Text must be UTF-8; nothing is normalised. A row that cannot be used raises ValueError, or `BadRow`
 where it is not malformed; `Report` ends the run there, or counts the row.
@@ -155,7 +155,7 @@ class Report:
 
 
 # -----------------------------------------------------------------------------
-# documents: yield (number in its file, text or array of ids, its length), a long one in several pieces
+# documents: yield (number in its file, text or array of ids, its length), long ones in pieces
 
 
 def read_txt(path):
@@ -264,7 +264,7 @@ HINTS = {"chosen rejected": "pairs", "prompt answer": "prompts", "messages": "ch
 
 
 def shown(row, line, kind):
-    """A row for a message: its start, or its keys where it is long; and which command reads such rows."""
+    """A row for a message: its start, or its keys if it is long; and which command reads it."""
     text = line.decode("utf-8-sig", "replace").strip()
     if not isinstance(row, dict):
         return text if len(text) <= 60 else text[:57] + "..."
@@ -322,8 +322,8 @@ def said(parts, keys):
 
 def read_encoded(kind, inputs, report):
     """
-    Yield (split, "file:number", content, encoded) of what files hold: what kind.read and kind.encode
-    give. inputs: dict of path to split
+    Yield (split, "file:number", content, encoded) of what files hold: what kind.read and
+    kind.encode give. inputs: dict of path to split
     """
     draw = random.Random(kind.cfg.seed)
     for path, home in inputs.items():
@@ -351,7 +351,7 @@ def encoded_block(kind, block, path, report):
 
 
 def blocks(items):
-    """Yield lists of items, of about BLOCK characters or bytes each, which is what an item ends with."""
+    """Yield lists of items, of about BLOCK characters or bytes each, with which an item ends."""
     block, total = [], 0
     for item in items:
         block.append(item)
@@ -413,14 +413,17 @@ class Example:
 
 class Kind:
     """
-    A kind of rows. name: of its sets. unit: what the rows are called. meta: what meta.json says besides.
-    endings: of the files that read(path, report) -> iterator of (number, content, size) takes
-    parse(row, folder of its file) -> the content, which `encode` and `store` take; ValueError where a row
-    is wrong. Or parse_text(row) -> the same, for a kind that has no images
+    A kind of set.
+
+    name, unit     of its sets; what its rows are called
+    meta           what meta.json says besides
+    endings        of the files that read(path, report) takes -> iterator of (number, content, size)
+    parse(row, folder of its file) -> the content, which `encode` and `store` take, or ValueError;
+                   parse_text(row) -> the same, for a kind that has no images
     encode(list of contents) -> list of Example
-    store(array) -> function of (content, Example) that stores what belongs to it beside the tokens, or
-    raises BadRow. array(name, dtype, shape of an entry) -> an array file to write
-    counts(*these arrays) -> dict of what meta.json counts of a split besides
+    store(array) -> function of (content, Example) that stores what belongs to it beside the tokens,
+                   or raises BadRow; array(name, dtype, shape of an entry) opens a file
+    counts(*those arrays) -> dict of what meta.json counts of a split besides
     """
 
     endings, meta = ROW_FILES, {}

@@ -14,10 +14,6 @@ import json
 import re
 from datetime import datetime
 
-import jinja2
-import jinja2.ext
-import jinja2.sandbox
-
 from common import chat
 from common.tokenizer import any_of, matches_and_gaps
 
@@ -28,22 +24,24 @@ SPACE = "\n\u2003"
 LEFT = {SPACE: "", SPACE[1:]: "\n", "": None}
 
 
-class Generation(jinja2.ext.Extension):
-    """{% generation %} marks what a model says; nothing is written for it"""
-
-    tags = {"generation"}
-
-    def parse(self, parser):
-        next(parser.stream)
-        return parser.parse_statements(["name:endgeneration"], drop_needle=True)
-
-
 @functools.lru_cache
 def compiled(template):
-    def fail(message):
-        raise jinja2.TemplateError(message)
+    """-> jinja2.Template, in the sandbox and with the additions of transformers"""
+    import jinja2.ext
+    import jinja2.sandbox
 
-    # code of the folder's authors: it must not reach beyond the messages
+    class Generation(jinja2.ext.Extension):
+        """{% generation %} marks what a model says; nothing is written for it"""
+
+        tags = {"generation"}
+
+        def parse(self, parser):
+            next(parser.stream)
+            return parser.parse_statements(["name:endgeneration"], drop_needle=True)
+
+    def fail(message):
+        raise ValueError(message)
+
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation]
     )
@@ -71,7 +69,7 @@ def render(extra, roles, reply, space=""):
         return compiled(extra["template"]).render(
             messages=messages, add_generation_prompt=reply, tools=None, **extra["names"]
         )
-    except (jinja2.TemplateError, TypeError, AttributeError, KeyError, ValueError) as error:
+    except Exception as error:  # whatever a template's code raises
         raise ValueError(f"the folder's chat template refuses it ({error})") from None
 
 
