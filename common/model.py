@@ -1,5 +1,5 @@
 """
-A decoder-only transformer in the form of Llama, Qwen2 and Qwen3: RMSNorm before each block, rotary
+A decoder-only transformer in the form of Llama, Qwen2, Qwen3, SmolLM3 and OLMo 2: RMSNorm, rotary
 positions, grouped-query attention, SwiGLU, dense or as a mixture of experts.
 
     model = GPT(ModelConfig(vocab_size=6400, seq_len=512))
@@ -42,6 +42,9 @@ class ModelConfig:
     seq_len: int = 0               # longest sequence, in tokens; 0 = the run's seq_len
     tie_embeddings: bool = True    # the output head is the token embedding
     qk_norm: bool = False          # RMSNorm on every query and key head, as in Qwen3
+    qk_norm_all: bool = False      # RMSNorm on all query heads together, all key heads: OLMo 2
+    post_norm: bool = False        # norms after attention and MLP, not before them: OLMo 2
+    no_rope_every: int = 0         # every n-th block has no rotary positions: SmolLM3; 0 = none
     attn_bias: bool = False        # biases on queries, keys and values, as in Qwen2
     n_expert: int = 0              # routed experts in a block; 0 = one MLP for every token
     n_expert_active: int = 2       # routed experts that a token goes to
@@ -84,6 +87,7 @@ class ModelConfig:
             "n_dense_layer",
             "d_expert",
             "balance_coef",
+            "no_rope_every",
         ):
             if getattr(self, name) < 0:
                 raise UserError(f"--model.{name}={getattr(self, name)}: must be positive, or 0")
@@ -106,6 +110,8 @@ class ModelConfig:
                 f"--model.rope_high_freq_factor={self.rope_high_freq_factor}: must be above "
                 f"rope_low_freq_factor={self.rope_low_freq_factor}"
             )
+        if self.qk_norm and self.qk_norm_all:
+            raise UserError("--model.qk_norm and qk_norm_all: only one of them")
         active = self.n_expert_active + self.n_shared_expert
         if self.n_expert and not (
             0 < self.n_expert_active <= self.n_expert and self.n_dense_layer < self.n_layer
@@ -226,8 +232,13 @@ class Attention(nn.Module):
         heads = c.n_head + 2 * c.n_kv_head
         self.qkv = nn.Linear(c.n_embd, heads * c.head_dim, bias=c.attn_bias)
         self.out = nn.Linear(c.n_head * c.head_dim, c.n_embd, bias=False)
-        self.q_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else None
-        self.k_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else None
+        self.rotates = not c.no_rope_every or (layer + 1) % c.no_rope_every > 0
+        self.q_norm = self.k_norm = None
+        if c.qk_norm or c.qk_norm_all:
+            # in one norm: a head, or all of them
+            H, K = (1, 1) if c.qk_norm else (c.n_head, c.n_kv_head)
+            self.q_norm = RMSNorm(H * c.head_dim, c.norm_eps)
+            self.k_norm = RMSNorm(K * c.head_dim, c.norm_eps)
 
     def forward(self, x, cos, sin, layout):
         """x (B, T, C); cos, sin: see `rotary`; layout: see common/attention.py -> (B, T, C)"""
@@ -237,8 +248,10 @@ class Attention(nn.Module):
         # (B, T, H + K, D), (B, T, K, D)
         qk, v = qkv.split([H + K, K], dim=2)
         if self.q_norm is not None:
-            qk = torch.cat([self.q_norm(qk[:, :, :H]), self.k_norm(qk[:, :, H:])], dim=2)
-        qk = rotary(qk, cos, sin)
+            q, k = normed(self.q_norm, qk[:, :, :H]), normed(self.k_norm, qk[:, :, H:])
+            qk = torch.cat([q, k], dim=2)
+        if self.rotates:
+            qk = rotary(qk, cos, sin)
         # gradients stay in the order of the rows
         if layout.lengths:
             q, k = (x.transpose(1, 2) for x in qk.split([H, K], dim=2))
@@ -250,9 +263,15 @@ class Attention(nn.Module):
         return self.out(y.transpose(1, 2).reshape(B, T, H * D))
 
 
+def normed(norm, x):
+    """x (B, T, H, D), norm over the D channels of a head or over those of all heads"""
+    return norm(x.reshape(*x.shape[:2], -1, norm.normalized_shape[0])).view(x.shape)
+
+
 class Block(nn.Module):
     def __init__(self, c, layer):
         super().__init__()
+        self.post_norm = c.post_norm
         self.attn_norm = RMSNorm(c.n_embd, c.norm_eps)
         self.attn = Attention(c, layer)
         self.mlp_norm = RMSNorm(c.n_embd, c.norm_eps)
@@ -261,11 +280,14 @@ class Block(nn.Module):
 
     def forward(self, x, cos, sin, layout):
         """-> x (B, T, C), and what a router did: see MoE, or None"""
-        x = x + self.attn(self.attn_norm(x), cos, sin, layout)
-        y, routed = self.mlp(self.mlp_norm(x)), None
+        if self.post_norm:
+            x = x + self.attn_norm(self.attn(x, cos, sin, layout))
+        else:
+            x = x + self.attn(self.attn_norm(x), cos, sin, layout)
+        y, routed = self.mlp(x if self.post_norm else self.mlp_norm(x)), None
         if isinstance(y, tuple):
             y, routed = y
-        return x + y, routed
+        return x + (self.mlp_norm(y) if self.post_norm else y), routed
 
 
 class GPT(nn.Module):

@@ -1,6 +1,6 @@
 """
-Folders of transformers (Hugging Face): Llama, Qwen2 (and 2.5), Qwen3 and their mixtures of experts,
-read and written.
+Folders of transformers (Hugging Face): Llama, Mistral, Qwen2 (and 2.5), Qwen3, their mixtures of
+experts, SmolLM3 and OLMo 2, read and written. Mistral's are written as Llama's, which is the same.
 
     python train_sft.py --init_from=Qwen2.5-0.5B --data_dir=...             # any stage, and
                                                                             sample.py
@@ -19,7 +19,8 @@ the fields of FIELDS, EXPERT_FIELDS and
     rope_parameters (transformers 5), rope_theta and rope_scaling (before), of rope_type default,
     linear, dynamic, yarn, llama3
     router_aux_loss_coef, mlp_only_layers (the first ones only); Qwen2-MoE: qkv_bias and
-    shared_expert_intermediate_size
+    shared_expert_intermediate_size; SmolLM3: no_rope_layers, no_rope_layer_interval; Mistral and
+    Mixtral: a sliding_window no shorter than max_position_embeddings
 
 and the fields of ONLY, with the one value listed there.
 """
@@ -42,6 +43,7 @@ from common.logger import check_run_directory
 from common.model import GPT, ModelConfig
 from common.tokenizer import load_tokenizer
 
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # our field: theirs
 FIELDS = dict(
     vocab_size="vocab_size",
@@ -126,7 +128,8 @@ ONLY = dict(
 IGNORED = set(
     """
     _name_or_path transformers_version torch_dtype dtype use_cache initializer_range pretraining_tp
-    bos_token_id eos_token_id pad_token_id max_window_layers sliding_window output_attentions
+    bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id tokenizer_class
+    _model_name_or_path _attn_implementation auto_map max_window_layers sliding_window output_attentions
     output_hidden_states return_dict id2label label2id _attn_implementation_autoset unsloth_fixed
     unsloth_version output_router_logits is_llama_config transformers.js_config
     """.split()
@@ -176,13 +179,16 @@ PLAIN = dict(
     n_shared_expert=0,
     shared_gate=False,
     n_dense_layer=0,
+    qk_norm_all=False,
+    post_norm=False,
+    no_rope_every=0,
 )
 
 
 class Family(NamedTuple):
     architecture: str  # class of transformers
     options: dict = {}  # what sets it apart, fields of ModelConfig
-    expert_fields: dict = {}  # our field: theirs
+    own_fields: dict = {}  # our field: theirs
     defaults: dict = {}  # these: besides those that all families share
     only: dict = {}
     tensors: dict = {}
@@ -196,10 +202,9 @@ FAMILIES = dict(
         dict(norm_topk=True),
         MIXTRAL,
         defaults=dict(rms_norm_eps=1e-5, rope_theta=1e6),
-        # in use there without use_sliding_window
-        only=dict(sliding_window=None),
         tensors=MIXTRAL_TENSORS,
     ),
+    mistral=Family("MistralForCausalLM", defaults=dict(num_key_value_heads=8)),
     qwen2=Family("Qwen2ForCausalLM", dict(attn_bias=True)),
     qwen2_moe=Family("Qwen2MoeForCausalLM", dict(shared_gate=True), QWEN2_MOE),
     qwen3=Family("Qwen3ForCausalLM", dict(qk_norm=True), defaults=dict(head_dim=128)),
@@ -209,7 +214,28 @@ FAMILIES = dict(
         QWEN3_MOE,
         only=dict(qkv_bias=False, shared_expert_intermediate_size=0, use_qk_norm=True),
     ),
+    smollm3=Family(
+        "SmolLM3ForCausalLM",
+        own_fields=dict(no_rope_every="no_rope_layer_interval"),
+        defaults=dict(
+            no_rope_layer_interval=4,
+            num_key_value_heads=4,
+            rope_theta=2e6,
+            tie_word_embeddings=True,
+        ),
+    ),
+    olmo2=Family(
+        "Olmo2ForCausalLM",
+        dict(qk_norm_all=True, post_norm=True),
+        defaults=dict(rms_norm_eps=1e-5),
+        tensors={
+            "attn_norm.weight": "post_attention_layernorm.weight",
+            "mlp_norm.weight": "post_feedforward_layernorm.weight",
+        },
+    ),
 )
+# sliding_window where config.json has none; there it is in use without use_sliding_window
+WINDOWS = dict(mistral=4096, mixtral=None)
 
 
 @dataclass(frozen=True)
@@ -238,8 +264,14 @@ def load_weights(folder, model):
     head are the mean of the folder's rows plus the model's own initialisation, so that they differ.
     Prints how many.
     """
-    weights = model.state_dict()  # with vision, which no folder has
-    for name, weight in read_weights(folder).items():
+    weights, theirs = model.state_dict(), read_weights(folder)  # ours with vision: no folder has it
+    tied = _read_json(Path(folder, "config.json")).get("tie_word_embeddings")
+    if tied and "untied_head.weight" in theirs and dist.world()[0] == 0:
+        print(
+            f"{folder}: lm_head.weight is not the embedding, though config.json ties them: "
+            "it is used, untied"
+        )
+    for name, weight in theirs.items():
         expected = weights[name]
         may_grow = name in ("embed.weight", "untied_head.weight")
         rows = len(weight if may_grow else expected)
@@ -278,38 +310,58 @@ def read_config(folder):
     path = Path(folder, "config.json")
     given = _read_json(path)
     try:
-        return _our_config({name: value for name, value in given.items() if value is not None})
+        config = _our_config(given)
     except ValueError as error:
         raise UserError(f"{path}: {error}") from None
+    return config | dict(tie_embeddings=config["tie_embeddings"] and not _has_own_head(folder))
 
 
-def _our_config(given):
-    """given: config.json without nulls -> dict of ModelConfig's fields; ValueError"""
+def _has_own_head(folder):
+    """Whether its files hold a head that is not the embedding, whatever config.json says"""
+    if not any(Path(folder, name).exists() for name in (INDEX, SINGLE)):
+        return False
+    tensors, names = _open_tensors(folder), ("model.embed_tokens.weight", "lm_head.weight")
+    if not set(names) <= tensors.keys():
+        return False
+    return not torch.equal(*(tensors[name].get_tensor(name) for name in names))
+
+
+def _our_config(file):
+    """file: config.json -> dict of ModelConfig's fields; ValueError"""
+    given = {name: value for name, value in file.items() if value is not None}
     model_type = given.get("model_type")
     _expect("model_type", model_type, list(FAMILIES), " or ".join(FAMILIES))
     family = FAMILIES[model_type]
     only = ONLY | family.only | dict(architectures=[family.architecture])
-    _expect_only(given, only)
+    names = FIELDS | POSITION_FIELDS | family.own_fields
+    names.pop("n_dense_layer", None)
+    has_experts = "n_expert" in names
+    if has_experts:
+        for name in ("num_experts", "num_local_experts"):
+            if name in given:
+                names["n_expert"] = name
+    known = IGNORED | SPECIAL | only.keys() | set(names.values())
+    if has_experts:
+        known.add("mlp_only_layers")
+    if "no_rope_every" in names:
+        known.add("no_rope_layers")
+    _refuse_all(given, only, known)
     values = DEFAULTS | family.defaults | given
     n_head = _value(values, "num_attention_heads", int)
     values.setdefault("head_dim", _value(values, "hidden_size", int) // n_head)
     # Qwen's class has a default that no model uses
-    if model_type == "llama":
+    if model_type in ("llama", "olmo2"):
         values.setdefault("num_key_value_heads", n_head)
-    names = FIELDS | POSITION_FIELDS | family.expert_fields
-    names.pop("n_dense_layer", None)
-    if family.expert_fields:
-        for name in ("num_experts", "num_local_experts"):
-            if name in given:
-                names["n_expert"] = name
     config = family.options | _our_fields(values, names)
     n_layer = config["n_layer"]
     full = ["full_attention"] * n_layer
     _expect("layer_types", given.get("layer_types", full), [full], "full_attention for all")
+    if model_type in WINDOWS:
+        window = file.get("sliding_window", WINDOWS[model_type])
+        if window is not None and not window >= config["seq_len"]:
+            raise _refusal("sliding_window", window, "null, or no less than the context")
     config |= _read_rope(values, config["seq_len"])
-    known = IGNORED | SPECIAL | only.keys() | set(names.values())
-    if family.expert_fields:
-        known.add("mlp_only_layers")
+    if has_experts:
         dense = given.get("mlp_only_layers", [])
         first = [list(range(n)) for n in range(n_layer)]
         _expect("mlp_only_layers", dense, first, "the first layers, 0 to n - 1")
@@ -317,6 +369,8 @@ def _our_config(given):
         # even routing costs k times theirs, whatever the number of layers, and ours for each layer
         share = config["n_expert_active"] / (n_layer - len(dense))
         config["balance_coef"] = round(config["balance_coef"] * share, 12)
+    if "no_rope_layers" in given:
+        config["no_rope_every"] = _no_rope_every(given["no_rope_layers"], n_layer)
     # theirs: one expert, as large as all of ours
     if "n_shared_expert" in names:
         size, d_expert = config["n_shared_expert"], config["d_expert"]
@@ -325,15 +379,15 @@ def _our_config(given):
                 names["n_shared_expert"], size, f"a multiple of moe_intermediate_size={d_expert}"
             )
         config["n_shared_expert"] = size // d_expert
-    for name in given:
-        if name not in known:
-            raise _refusal(
-                name,
-                given[name],
-                "no such field, as it may change what the model computes; "
-                "if it does not, remove it",
-            )
     return config
+
+
+def _no_rope_every(rotates, n_layer):
+    """rotates: no_rope_layers, where 0 is a layer without rotary positions -> every how many one is"""
+    every = rotates.index(0) + 1 if 0 in rotates[:n_layer] else 0
+    pattern = [int(not every or (layer + 1) % every > 0) for layer in range(n_layer)]
+    _expect("no_rope_layers", rotates[:n_layer], [pattern], "a 0 at every n-th place, else 1")
+    return every
 
 
 def _read_rope(values, seq_len):
@@ -351,10 +405,8 @@ def _read_rope(values, seq_len):
                 raise _refusal(f"{field}.{name}", value, f"{json.dumps(rope[name])}, as elsewhere")
     kind = rope.pop("rope_type", "default")
     _expect("rope_type", kind, list(ROPE_FIELDS), " or ".join(ROPE_FIELDS))
-    _expect_only(rope, ROPE_ONLY)
     names = ROPE_FIELDS[kind] | dict(rope_theta="rope_theta")
-    for name in sorted(rope.keys() - ROPE_ONLY - set(names.values())):
-        raise _refusal(name, rope[name], f"no such field with rope_type={kind}")
+    _refuse_all(rope, ROPE_ONLY, set(names.values()))
     missing = ROPE_REQUIRED & set(names.values()) - rope.keys()
     if missing and kind != "yarn":
         raise ValueError(f"{', '.join(sorted(missing))}: missing, with rope_type={kind}")
@@ -383,10 +435,23 @@ def _our_fields(values, names):
     }
 
 
-def _expect_only(given, only):
-    """ValueError where a field of given has another value than in only"""
-    for name, value in only.items():
-        _expect(name, given.get(name, value), [value], json.dumps(value))
+def _refuse_all(given, only, known):
+    """ValueError says of all fields that are unknown, or not what `only` says, what is expected"""
+    refused = []
+    for name, value in given.items():
+        if name in only and value != only[name]:
+            refused.append(_refusal(name, value, json.dumps(only[name])))
+        elif name not in known:
+            refused.append(
+                _refusal(
+                    name,
+                    value,
+                    "no such field, as it may change what the model computes; "
+                    "if it does not, remove it",
+                )
+            )
+    if refused:
+        raise ValueError("; ".join(map(str, refused)))
 
 
 def _expect(name, value, supported, expected):
@@ -411,9 +476,9 @@ def _refusal(name, value, expected):
     return ValueError(f"{name}={json.dumps(value)[:80]}: not supported; expected {expected}")
 
 
-def config_json(c, dtype, end):
+def config_json(c, dtype, ends):
     """
-    c: ModelConfig; dtype of the weights; id of the end token -> dict that config.json is to hold
+    c: ModelConfig; dtype of the weights; ids that end a text -> dict that config.json is to hold
     """
     if c.partial_rotary_factor != 1:
         raise UserError(
@@ -428,7 +493,7 @@ def config_json(c, dtype, end):
         if value := getattr(c, ours):  # 0: derived
             rope[theirs] = value
     # Mixtral: intermediate_size is d_expert
-    names = FIELDS | family.expert_fields
+    names = FIELDS | family.own_fields
     described = {theirs: getattr(c, ours) for ours, theirs in names.items()}
     if c.n_expert:
         share = c.n_expert_active / (c.n_layer - c.n_dense_layer)
@@ -437,15 +502,18 @@ def config_json(c, dtype, end):
         described |= dict(decoder_sparse_step=1, mlp_only_layers=list(range(c.n_dense_layer)))
     if "n_shared_expert" in names:
         described["shared_expert_intermediate_size"] *= c.d_expert
-    if model_type == "mixtral":
+    if model_type in WINDOWS:
         described["sliding_window"] = None
+    if c.no_rope_every:
+        layers = range(1, c.n_layer + 1)
+        described["no_rope_layers"] = [int(layer % c.no_rope_every > 0) for layer in layers]
     return described | dict(
         model_type=model_type,
         architectures=[family.architecture],
         dtype=str(dtype).removeprefix("torch."),
         hidden_act="silu",
         bos_token_id=None,
-        eos_token_id=end,
+        eos_token_id=_one_or_all(ends),
         pad_token_id=None,
         max_position_embeddings=c.rope_original_len if kind == "dynamic" else c.seq_len,
         rope_theta=c.rope_theta,
@@ -458,7 +526,7 @@ def _model_type(c):
     """c: ModelConfig -> key of FAMILIES; UserError where none computes that"""
     for model_type, family in FAMILIES.items():
         options = PLAIN | family.options
-        fixed = options.keys() - family.expert_fields
+        fixed = options.keys() - family.own_fields
         if all(getattr(c, name) == options[name] for name in fixed):
             return model_type
     given = " ".join(f"--model.{name}={getattr(c, name)}" for name in (*PLAIN, "norm_topk"))
@@ -531,8 +599,7 @@ def read_weights(folder):
 
 def _open_tensors(folder):
     """-> dict of tensor name to the open file that holds it: those of the index, or one file"""
-    index = Path(folder, "model.safetensors.index.json")
-    single = Path(folder, "model.safetensors")
+    index, single = Path(folder, INDEX), Path(folder, SINGLE)
     if not index.exists() and not single.exists():
         raise UserError(
             f"{folder}: no model.safetensors and no index of several; other formats, such "
@@ -561,10 +628,10 @@ def _open_file(path):
     return dict.fromkeys(file.keys(), file)
 
 
-def write(folder, c, weights, end, files, shard_bytes=5 * 10**9):
+def write(folder, c, weights, ends, files, shard_bytes=5 * 10**9):
     """
     Write a folder that transformers loads, whole or not at all. c: ModelConfig, resolved; weights:
-    our state dict; end: id of the end token; files: {name: bytes}, the tokenizer's.
+    our state dict; ends: ids that end a text; files: {name: bytes}, the tokenizer's.
     """
     save_file = _safetensors().torch.save_file
     folder, partial = Path(folder), Path(f"{Path(folder)}.partial")
@@ -572,11 +639,11 @@ def write(folder, c, weights, end, files, shard_bytes=5 * 10**9):
         raise UserError(f"{folder}: already there; remove it or choose another")
     shards, index = _shards(c, weights, shard_bytes)
     texts = {
-        "config.json": config_json(c, weights["embed.weight"].dtype, end),
-        "generation_config.json": dict(eos_token_id=end),
+        "config.json": config_json(c, weights["embed.weight"].dtype, ends),
+        "generation_config.json": dict(eos_token_id=_one_or_all(ends)),
     }
     if len(shards) > 1:
-        texts["model.safetensors.index.json"] = index
+        texts[INDEX] = index
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -586,11 +653,18 @@ def write(folder, c, weights, end, files, shard_bytes=5 * 10**9):
             (partial / name).write_text(json.dumps(content, indent=1) + "\n")
         for name, shard in shards.items():
             save_file(shard, partial / name, metadata={"format": "pt"})
+            # safetensors writes for the owner alone
+            (partial / name).chmod((partial / "config.json").stat().st_mode)
         partial.rename(folder)
     # OSError, or safetensors' own on a full disk
     except Exception as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise UserError(f"{folder}: cannot be written ({error})") from None
+
+
+def _one_or_all(ends):
+    """As generation_config.json names one or several"""
+    return ends[0] if len(ends) == 1 else list(ends)
 
 
 def _shards(c, weights, shard_bytes):
@@ -610,7 +684,7 @@ def _shards(c, weights, shard_bytes):
     n = len(shards)
     files = {f"model-{i:05d}-of-{n:05d}.safetensors": shard for i, shard in enumerate(shards, 1)}
     if n == 1:
-        files = {"model.safetensors": shards[0]}
+        files = {SINGLE: shards[0]}
     where = {tensor: name for name, shard in files.items() for tensor in shard}
     return files, dict(metadata=dict(total_size=total), weight_map=where)
 
@@ -647,7 +721,8 @@ def export_run(init_from, hf_dir):
     model = GPT(ModelConfig(**saved.manifest["model"])).to(dtype)
     saved.load(model)
     tokenizer = load_tokenizer(saved.folder)
-    write(hf_dir, model.config, model.state_dict(), tokenizer.end, tokenizer.files())
+    files = tokenizer.files() | tokenizer_files(tokenizer)
+    write(hf_dir, model.config, model.state_dict(), tokenizer.ends, files)
     return f"{hf_dir}: {model.size()} of {saved.folder}"
 
 
