@@ -5,8 +5,8 @@ import random
 
 import pytest
 import sentencepiece
-from test_hf_tokenizers import SAMPLES, byte_level
 from test_hf_tokenizers import CORPUS as PROSE
+from test_hf_tokenizers import SAMPLES, byte_level, sentencepiece_folder
 from test_tokenizer import BYTES, CORPUS, MARKUP, MERGES, TEXTS, rank_lines
 
 from common.chat import encode_chat
@@ -23,7 +23,8 @@ LINES = [*CORPUS, *PROSE, *CODE.split("\n"), *TEXTS.values()]
 LANGUAGES = [
     "Zwölf Boxkämpfer jagen", "Où est le garçon ?", "El niño comió ñoquis", "Žluťoučký kůň",
     "Съешь ещё этих булок", "Ξεσκεπάζω την ψυχοφθόρα", "איך בלש תפס גמל", "صِف خَلقَ خَودٍ",
-    "ऋषियों को सताने वाले", "আমি ভাত খাই", "நீங்கள் எப்படி", "เป็นมนุษย์สุดประเสริฐ", "今天天气很好，我们去公园。",
+    "ऋषियों को सताने वाले", "আমি ভাত খাই", "நீங்கள் எப்படி", "เป็นมนุษย์สุดประเสริฐ",
+    "今天天气很好，我们去公园。",
     "いろはにほへと ちりぬるを", "키스의 고유조건은", "Tiếng Việt có dấu", "ﬁ ① ½ ＡＢＣ Å"]
 MARKS = [f"{a}{text}{b}" for text in MARKUP for a, b in (("", ""), (" a", "b "), ("\n", text))]
 CHATS = [
@@ -98,7 +99,7 @@ def pair(request, tmp_path_factory):
 
 
 def loaded(tokenizer, folder, model_type="llama"):
-    for name, content in tokenizer_files(tokenizer).items():
+    for name, content in (tokenizer.files() | tokenizer_files(tokenizer)).items():
         (folder / name).write_bytes(content)
     # of the exported model; for some types AutoTokenizer would take a class of its own
     (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
@@ -140,7 +141,8 @@ def test_the_template_writes_our_ids(pair, reply, tags):
     _, ours, theirs = pair
     for chat in CHATS:
         (ids, _), = encode_chat(ours, [chat], reply=reply, answer_tags=tags)
-        renamed = [{"reasoning_content" if k == "think" else k: v for k, v in m.items()} for m in chat]
+        renamed = [{k.replace("think", "reasoning_content"): v for k, v in message.items()}
+                   for message in chat]
         for messages in (chat, renamed):
             assert ids == theirs.apply_chat_template(
                 messages, add_generation_prompt=reply, return_dict=False, answer_tags=tags)
@@ -265,9 +267,9 @@ def test_a_folder_without_its_files_is_built_anew(tmp_path):
     texts = [text for text in FIXED + DRAWN if "<tool_call>" not in text]
     assert not differing(ours, theirs, texts) and theirs.eos_token_id == ours.end
     assert theirs.decode(theirs.encode("<tool_call>"), skip_special_tokens=True) == "<tool_call>"
-    for chat in CHATS[1:2]:                                   # ChatML, as its models know it
-        (ids, _), = encode_chat(ours, [chat], reply=True)
-        assert ids == theirs.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+    (ids, _), = encode_chat(ours, [CHATS[1]], reply=True)     # ChatML, as its models know it
+    assert ids == theirs.apply_chat_template(
+        CHATS[1], add_generation_prompt=True, return_dict=False)
 
 
 def test_a_text_begins_with_its_token(tmp_path):
@@ -287,9 +289,23 @@ def test_a_sentencepiece_folder_keeps_its_model(tmp_path):
     ours = train(model_type="bpe", vocab_size=900, **PLAIN)
     ours = Tokenizer("sentencepiece", ours.vocabulary, "", dict(
         special={"end": 2}, added={"2": ""}, nfc=False, begin=[], markers={}))
-    config = b'{"tokenizer_class": "LlamaTokenizer", "eos_token": "</s>", "added_tokens_decoder": {}}'
+    config = b'{"eos_token": "</s>", "added_tokens_decoder": {}}'
     ours.originals = {"tokenizer.model": ours.vocabulary, "tokenizer_config.json": config}
     files = tokenizer_files(ours)
     assert files["tokenizer.model"] == ours.vocabulary and "tokenizer.json" not in files
     decoder = json.loads(files["tokenizer_config.json"])["added_tokens_decoder"]
     assert [int(i) for i in decoder] == list(range(900, 909))
+
+
+def test_a_sentencepiece_folder_with_tokenizer_json(tmp_path):
+    before = sentencepiece_folder(tmp_path)
+    (tmp_path / "config.json").write_text('{"eos_token_id": 2}')
+    ours = from_folder(tmp_path)
+    assert "tokenizer.json" in ours.originals and ours.kind == "sentencepiece"
+    (tmp_path / "new").mkdir()
+    after = loaded(ours, tmp_path / "new")
+    texts = SAMPLES[1:] + LANGUAGES
+    assert [after.encode(text) for text in texts] == [before.encode(text) for text in texts]
+    for chat in CHATS[1:]:
+        (ids, _), = encode_chat(ours, [chat])
+        assert ids == after.apply_chat_template(chat, return_dict=False)
