@@ -7,8 +7,8 @@ looks them up by grapheme, and so differs on some with combining marks, jamo and
 Unigram: of splits that are equally likely it may take another. User-defined pieces that the
 normaliser changes are not found.
 
-Where config.json has the model type qwen2, AutoTokenizer of transformers 5 reads only vocabulary and
-merges; PreTrainedTokenizerFast.from_pretrained reads all.
+Where config.json has the model type qwen2, AutoTokenizer of transformers 5 reads vocabulary and
+merges only; PreTrainedTokenizerFast.from_pretrained reads all.
 """
 
 import base64
