@@ -42,6 +42,7 @@ from common.errors import UserError, show_user_errors
 from common.logger import check_run_directory
 from common.model import GPT, ModelConfig
 from common.tokenizer import load_tokenizer
+from extras.hf_export import tokenizer_files
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # our field: theirs

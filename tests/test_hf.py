@@ -69,7 +69,7 @@ def load(folder):
 
 
 def export(model, folder, **how):
-    hf.write(str(folder), model.config, model.state_dict(), 3, {}, **how)
+    hf.write(str(folder), model.config, model.state_dict(), (3,), {}, **how)
     return str(folder)
 
 
