@@ -357,11 +357,11 @@ def _our_config(file):
     n_layer = config["n_layer"]
     full = ["full_attention"] * n_layer
     _expect("layer_types", given.get("layer_types", full), [full], "full_attention for all")
+    config |= _read_rope(values, config["seq_len"])
     if model_type in WINDOWS:
         window = file.get("sliding_window", WINDOWS[model_type])
-        if window is not None and not window >= config["seq_len"]:
+        if window is not None and not (type(window) is int and window >= config["seq_len"]):
             raise _refusal("sliding_window", window, "null, or no less than the context")
-    config |= _read_rope(values, config["seq_len"])
     if has_experts:
         dense = given.get("mlp_only_layers", [])
         first = [list(range(n)) for n in range(n_layer)]
@@ -385,9 +385,13 @@ def _our_config(file):
 
 def _no_rope_every(rotates, n_layer):
     """rotates: no_rope_layers, where 0 is a layer without rotary positions -> every how many one is"""
-    every = rotates.index(0) + 1 if 0 in rotates[:n_layer] else 0
+    expected = "a 0 at every n-th place, else 1"
+    if not isinstance(rotates, list):
+        raise _refusal("no_rope_layers", rotates, expected)
+    rotates = rotates[:n_layer]
+    every = rotates.index(0) + 1 if 0 in rotates else 0
     pattern = [int(not every or (layer + 1) % every > 0) for layer in range(n_layer)]
-    _expect("no_rope_layers", rotates[:n_layer], [pattern], "a 0 at every n-th place, else 1")
+    _expect("no_rope_layers", rotates, [pattern], expected)
     return every
 
 

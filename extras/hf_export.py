@@ -109,18 +109,17 @@ def tokenizer_files(tokenizer, ends=None):
     Our special tokens are written as <|llm:user|>; other text that looks like one stays text.
     UserError where a SentencePiece vocabulary is neither BPE nor unigram.
     """
-    files = dict(getattr(tokenizer, "originals", {})) if tokenizer.extra else {}
+    # of a tokenizer.model alone transformers makes a tokenizer with other ids
+    files = dict(tokenizer.originals) if "tokenizer.json" in tokenizer.originals else {}
     names, added = _names(tokenizer)
     if files:
         theirs = tokenizer.extra["special"].values()
         added = {i: added[i] for i in tokenizer.special_names if i not in theirs}
-    if "tokenizer.json" in files:
         file = json.loads(files["tokenizer.json"])
         _extend(file, tokenizer, added, names)
-        files["tokenizer.json"] = json.dumps(file).encode()
-    elif not files:
+    else:
         file = _build(tokenizer, names, added)
-        files["tokenizer.json"] = json.dumps(file).encode()
+    files["tokenizer.json"] = json.dumps(file).encode()
     config = _fill(
         CONFIG,
         BOS=names[tokenizer.begin[0]] if tokenizer.begin else None,
@@ -131,6 +130,8 @@ def tokenizer_files(tokenizer, ends=None):
     if "added_tokens_decoder" in config:
         config["added_tokens_decoder"] |= {str(i): token for i, token in added.items()}
     files["tokenizer_config.json"] = json.dumps(config, indent=1).encode()
+    if tokenizer.template and "chat_template" not in config:
+        files["chat_template.jinja"] = tokenizer.template.encode()
     if not any("chat_template" in name for name in (*files, *config)):
         marks = {
             name: b"".join(tokenizer.token_bytes[i] or names[i].encode() for i in ids).decode()
@@ -149,10 +150,14 @@ def _fill(text, **values):
 def _names(tokenizer):
     """-> list of what stands for each id in the files; dict of id to added token"""
     texts = tokenizer.extra["added"] if tokenizer.extra else {}
+    own = {}
+    if tokenizer.template:
+        # as its template writes them
+        own = {i: text for text, i in tokenizer.extra["tokens"].items()}
     names, added, printable = [], {}, _printable()
     for i, token in enumerate(tokenizer.token_bytes):
         text = texts.get(str(i))
-        name = text or f"<|llm:{tokenizer.special_names.get(i, i)}|>"
+        name = text or own.get(i) or f"<|llm:{tokenizer.special_names.get(i, i)}|>"
         if text or not token:
             added[i] = dict(content=name, special=not text, **FLAGS)
         elif tokenizer.kind != "sentencepiece":
