@@ -14,13 +14,14 @@ sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)                       # results must not depend on how many tests share the cores
 
 
-def run(*args, ranks=1, check=True, timeout=300, **kwargs):
+def run(*args, ranks=1, check=True, timeout=300, input="", **kwargs):
     """Run a script of ours, e.g. run("train_pretrain.py", "--num_steps=2"), on one or more ranks."""
-    if kwargs or args[0] == "-c":              # stdin, limits, ...: a process from scratch
+    if kwargs or args[0] == "-c":              # limits, ...: a process from scratch
         result = subprocess.run([sys.executable, *map(str, args)], cwd=ROOT, capture_output=True, text=True,
-                                env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=timeout, **kwargs)
+                                env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=timeout, input=input,
+                                **kwargs)
     else:
-        result = launch(args, ranks, timeout=timeout)
+        result = launch(args, ranks, timeout=timeout, input=input)
     if check:
         assert result.returncode == 0, f"exit code {result.returncode}\n{result.stdout}\n{result.stderr}"
     return result

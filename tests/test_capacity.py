@@ -78,6 +78,7 @@ def test_mistakes_are_found_by_a_dry_run(token_set, tmp_path):
         assert result.returncode == 2 and message in result.stderr
 
 
+@pytest.mark.slow
 def test_memory_is_within_a_third_of_a_real_run_s(token_set, tmp_path):
     """Peak resident memory of fresh processes, above that of one which has imported the same"""
     command = [sys.executable, "train_pretrain.py", f"--data_dir={token_set}", f"--out_dir={tmp_path}/run",
@@ -115,12 +116,10 @@ def test_bytes_per_parameter_are_those_of_the_optimizer_s_buffers(dtype, optimiz
 
 
 def test_the_table_of_largest_models_is_arithmetic():
-    result = subprocess.run([sys.executable, "-m", "extras.capacity", "--memory_gib=16", "--ranks=1,4",
-                             "--free_frac=0.5"], cwd=ROOT, text=True, capture_output=True, timeout=100)
+    result = run("-m", "extras.capacity", "--memory_gib=16", "--ranks=1,4", "--free_frac=0.5")
     rows = {tuple(line.split()[:2]): line.split()[2:] for line in result.stdout.splitlines()[2:]}
     assert rows["float32", "1"] == ["16.00", "0.54"]          # 8 * 2^30 / 16 = 0.537e9
     assert rows["float32", "4"] == ["10.00", "0.86"]          # 4 + 4 + 8 / 4
     assert rows["bfloat16", "4"] == ["9.00", "0.95"]          # 2 + 4 + 12 / 4
-    result = subprocess.run([sys.executable, "-m", "extras.capacity", "--ranks=0"], cwd=ROOT, text=True,
-                            capture_output=True, timeout=100)
+    result = run("-m", "extras.capacity", "--ranks=0", check=False)
     assert result.returncode == 2 and "expected positive numbers" in result.stderr

@@ -320,8 +320,7 @@ def test_help_lists_a_field_that_a_subclass_sets_anew_once():
     *(["data/prepare.py", kind] for kind in ("text", "chat", "pairs", "prompts", "images", "tokenizer"))],
     ids=" ".join)
 def test_every_command_has_help_that_fits(command):
-    result = subprocess.run([sys.executable, *command, "--help"], cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    result = run(*command, "--help")
     assert "\nOptions (--name=value; the default is shown):\n" in result.stdout
     assert max(map(len, result.stdout.splitlines())) <= 110
 

@@ -4,7 +4,6 @@ fields that are not supported, and a run that is exported.
 """
 import json
 import os
-import subprocess
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -402,7 +401,6 @@ def test_what_no_family_computes_is_not_exported(tmp_path):
 
 
 def test_without_safetensors_the_extra_is_named(tmp_path, monkeypatch):
-    import sys
     make(tmp_path)
     monkeypatch.setitem(sys.modules, "safetensors", None)
     with pytest.raises(UserError, match='its extra "hf"'):
@@ -417,8 +415,7 @@ def test_a_run_is_exported_from_the_command_line(tmp_path):
         "--model.n_kv_head=2", "--model.n_embd=16", "--model.qk_norm=true", "--model.attn_bias=false")
 
     def command(*options):
-        return subprocess.run([sys.executable, "-m", "extras.hf", *options], cwd=ROOT, capture_output=True,
-                              text=True, timeout=100)
+        return run("-m", "extras.hf", *options, check=False)
     options = ["export", f"--init_from={tmp_path}/run", f"--hf_dir={tmp_path}/out"]
     result = command(*options)
     assert result.returncode == 0 and "parameters of" in result.stdout, result.stderr
@@ -518,14 +515,14 @@ def test_a_run_of_ours_that_is_exported_and_imported_still_talks(chat_set, tmp_p
         "--eval_seqs=0", "--lr=1e-2", "--device=cpu")
     for options in (["export", f"--init_from={tmp_path}/sft", f"--hf_dir={tmp_path}/folder"],
                     ["import", f"--hf_dir={tmp_path}/folder", f"--out_dir={tmp_path}/imported"]):
-        subprocess.run([sys.executable, "-m", "extras.hf", *options], cwd=ROOT, check=True, timeout=100)
+        run("-m", "extras.hf", *options)
     said = [run("sample.py", f"--init_from={tmp_path}/{name}", "--chat=true", "--prompt=3", "--temperature=0",
                 "--max_new_tokens=9", "--show_tags=true").stdout for name in ("sft", "folder", "imported")]
     assert said[0].strip() and said[0] == said[1] == said[2]
 
 
 def test_a_folder_that_is_not_there_is_named(tmp_path):
-    result = subprocess.run([sys.executable, "-m", "extras.hf", "import", f"--hf_dir={tmp_path}/none",
-                             f"--out_dir={tmp_path}/out"], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    result = run("-m", "extras.hf", "import", f"--hf_dir={tmp_path}/none", f"--out_dir={tmp_path}/out",
+                 check=False)
     assert result.returncode == 2 and f"{tmp_path}/none/config.json: missing" in result.stderr
     assert not (tmp_path / "out").exists()

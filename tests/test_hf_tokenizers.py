@@ -1,11 +1,9 @@
 """Tokenizers of Hugging Face folders against transformers', and runs that start from such a folder."""
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
-from conftest import ROOT, run
+from conftest import run
 
 import sample
 from common import checkpoint
@@ -313,8 +311,7 @@ def test_a_stage_and_sampling_start_from_a_folder_of_transformers(folder, tmp_pa
 
 def test_a_folder_that_is_imported_is_a_run(folder, tmp_path):
     def command(*options):
-        return subprocess.run([sys.executable, "-m", "extras.hf", *options], cwd=ROOT, capture_output=True,
-                              text=True, timeout=100)
+        return run("-m", "extras.hf", *options, check=False)
     result = command("import", f"--hf_dir={folder}", f"--out_dir={tmp_path}/run")
     assert result.returncode == 0, result.stderr
     ours, theirs = checkpoint.find(str(tmp_path / "run")), hf.read_weights(str(folder))
@@ -369,8 +366,7 @@ def test_spare_rows_of_an_embedding_hold_our_tokens_which_its_model_has_not_lear
         vocab_size=len(tokenizer) + 30, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128,
         eos_token_id=tokenizer.eos_token_id, bos_token_id=None)).save_pretrained(tmp_path / "model")
-    subprocess.run([sys.executable, "-m", "extras.hf", "import", f"--hf_dir={tmp_path}/model",
-                    f"--out_dir={tmp_path}/imported"], cwd=ROOT, check=True, timeout=100)
+    run("-m", "extras.hf", "import", f"--hf_dir={tmp_path}/model", f"--out_dir={tmp_path}/imported")
     for source in ("model", "imported"):
         options = [f"--init_from={tmp_path / source}", "--prompt=x", "--max_new_tokens=3"]
         assert run("sample.py", *options).stdout

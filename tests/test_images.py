@@ -281,5 +281,6 @@ def test_the_package_is_read(tmp_path, blank):
 def test_without_the_package_it_says_what_to_install(tmp_path):
     code = ("import runpy, sys; sys.modules['easy_vqa'] = None; sys.argv = ['x', *sys.argv[1:]]; "
             f"runpy.run_path({str(ROOT / 'data/vqa.py')!r}, run_name='__main__')")
-    result = run("-c", code, f"--out_dir={tmp_path}/x", check=False)
+    (tmp_path / "without.py").write_text(code)
+    result = run(tmp_path / "without.py", f"--out_dir={tmp_path}/x", check=False)
     assert result.returncode == 2 and "pip install easy-vqa==1.0 is needed for this" in result.stderr

@@ -300,7 +300,7 @@ def test_statistics_are_the_shares_of_the_choices_and_start_anew():
 # -----------------------------------------------------------------------------
 # the rest of the code base
 
-@pytest.mark.parametrize("how", ["recomputed", "compiled"])
+@pytest.mark.parametrize("how", ["recomputed", pytest.param("compiled", marks=pytest.mark.slow)])
 def test_activation_checkpointing_and_compile_change_neither_gradients_nor_statistics(how):
     def gradients(model, forward):
         weights = torch.randn(2, 24, 32, generator=torch.Generator().manual_seed(2))

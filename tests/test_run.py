@@ -64,10 +64,13 @@ def test_a_config_made_in_python_gives_the_run_of_the_command_line(by_command_li
      "    optimizer = ShardedOptimizer(optim.parameter_groups(model))"),
     ("        doc_mask=cfg.doc_mask,\n        critical_ids=cfg.critical_ids,\n"
      "        critical_alpha=cfg.critical_alpha,\n", ""),
-    ("optimizer.lr = run.learning_rate(step)",
-     "from common.schedule import learning_rate\n"
-     "        optimizer.lr = learning_rate('cosine', step.number, 6, 1e-2, 1e-3, 2, 0.0, 0, 1.0, 0.2)"),
-    ("model = run.model(GPT)", "model = run.model(lambda config: GPT(config))")],
+    pytest.param(
+        "optimizer.lr = run.learning_rate(step)",
+        "from common.schedule import learning_rate\n"
+        "        optimizer.lr = learning_rate('cosine', step.number, 6, 1e-2, 1e-3, 2, 0.0, 0, 1.0, 0.2)",
+        marks=pytest.mark.slow),
+    pytest.param("model = run.model(GPT)", "model = run.model(lambda config: GPT(config))",
+                 marks=pytest.mark.slow)],
     ids=["optimizer", "data", "schedule", "model"])
 def test_a_line_that_calls_run_may_be_replaced(old, new, by_command_line, token_set, tmp_path):
     path = copy_of("train_pretrain.py", tmp_path, (old, new))

@@ -144,7 +144,8 @@ def test_a_message_that_does_not_fit_is_an_error_and_the_conversation_goes_on(ch
     assert [reply.strip() for reply in result.stdout.split("you> ")[1:]] == ["hello", "", "Ann", ""]
 
 
-@pytest.mark.parametrize("options, text", [(["--prompt=-"], b"K\xe4se\n"), (["--chat=true"], b"\xff\n")])
+@pytest.mark.parametrize("options, text", [
+    (["--prompt=-"], b"K\xe4se\n"), pytest.param(["--chat=true"], b"\xff\n", marks=pytest.mark.slow)])
 def test_what_is_not_utf_8_is_refused_in_one_line(chat_run, options, text):
     import os
     import subprocess

@@ -10,11 +10,14 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT, run
+from launch import start
 
 TIMINGS = {"ms", "tok_per_s", "mfu", "rollout_s", "reward_s", "update_s"}
 TINY = ["--model.n_layer=2", "--model.n_head=2", "--model.n_kv_head=1", "--model.n_embd=16", "--seq_len=32",
@@ -30,7 +33,7 @@ slow = pytest.mark.slow
 MOE = ["--model.n_expert=4", "--model.n_expert_active=2", "--model.n_shared_expert=1",
        "--model.n_dense_layer=1", "--model.balance_coef=0.1"]
 SEES = ["--data_dir=image_set", "--vision.n_layer=1", "--vision.n_head=2", "--vision.n_embd=16"]
-# options that change what a step computes: of every stage once, and of one stage
+# options that change what a step computes: of every stage once, and of one stage; `make test` has QUICK alone
 VARIANTS = [("train_pretrain.py", ["--doc_mask=true"]), ("train_pretrain.py", ["--optimizer=muon"]),
             ("train_pretrain.py", ["--optimizer=lion", "--lr=5e-3"]),
             ("train_pretrain.py", ["--dtype=float16"]), ("train_pretrain.py", ["--param_dtype=bfloat16"]),
@@ -62,11 +65,17 @@ VARIANTS = [("train_pretrain.py", ["--doc_mask=true"]), ("train_pretrain.py", ["
             ("train_pretrain.py", ["--activation_checkpointing=true", "--model.attn_dropout=0.1"]),
             ("train_pretrain.py", ["--critical_ids=97,49", "--critical_alpha=3"])]
 # what pretraining shows, in the other stages
-VARIANTS += [pytest.param(script, options, marks=slow) for script in STAGES if script != "train_pretrain.py"
+VARIANTS += [(script, options) for script in STAGES if script != "train_pretrain.py"
              for options in (MOE, ["--activation_checkpointing=true", "--model.attn_dropout=0.1"],
                              ["--critical_ids=97,49", "--critical_alpha=3",
                               *(["--nll_coef=1"] if script == "train_dpo.py" else [])])
              if script != "train_grpo.py" or options is MOE]
+QUICK = [["--optimizer=muon"], ["--dtype=float16"], MOE, ["--mask_prompt=false"], ["--divergence=reverse"],
+         ["--loss=simpo", "--beta=2"],
+         ["--updates_per_rollout=2", "--aggregate=dapo", "--eval_every=10"]]
+VARIANTS = [pytest.param(script, options, marks=(
+    () if options in QUICK and (options is not MOE or script == "train_pretrain.py") else slow))
+            for script, options in VARIANTS]
 
 
 def make_stage(script, request, folder):
@@ -94,10 +103,10 @@ def stage(request, tmp_path):
     return make_stage(request.param, request, tmp_path)
 
 
-def once_in_make_test(name, values):
-    """(stage, value) of all; but the first, a value of a stage other than pretraining is slow"""
+def once_in_make_test(name, values, whole="train_pretrain.py"):
+    """(stage, value) of all; but the first, a value of a stage other than `whole` is slow"""
     def is_slow(script, value):
-        return value != values[0] and script != "train_pretrain.py"
+        return value != values[0] and script != whole
     return pytest.mark.parametrize(f"stage, {name}", [
         pytest.param(script, value, marks=slow if is_slow(script, value) else ())
         for script in STAGES for value in values], indirect=["stage"], ids=lambda x: str(x)[:20])
@@ -141,26 +150,41 @@ def assert_same_curve(a, b, tolerance=1e-5):
     assert max(abs(x - y) for x, y in zip(a, b, strict=True)) < tolerance
 
 
+class Torchrun(subprocess.Popen):
+    @property
+    def exitcode(self):
+        """As a Process of multiprocessing has it"""
+        return self.poll()
+
+
 def start_and_signal(stage, out, *options, number, ranks=1, when):
     """Start a run, send it a signal once metrics.jsonl has `when` lines -> exit code, stderr"""
-    launcher = [sys.executable] if ranks == 1 else [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    process = subprocess.Popen([*launcher, stage.script, *stage.options, f"--data_dir={stage.data}",
-                                f"--out_dir={stage.folder / out}", *options], cwd=ROOT,
-                               env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True,
-                               stderr=subprocess.PIPE, text=True, stdout=subprocess.DEVNULL)
+    command = [stage.script, *stage.options, f"--data_dir={stage.data}", f"--out_dir={stage.folder / out}",
+               *options]
+    printed = Path(tempfile.mkdtemp(dir=stage.folder))
+    if ranks == 1 or number == signal.SIGKILL:     # all ranks, as when a machine goes down
+        processes = start(command, printed, ranks)
+    else:                                          # torchrun passes it on; its ranks outlive its own SIGKILL
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+        processes = [Torchrun([sys.executable, *torchrun, *command], cwd=ROOT, stdout=subprocess.DEVNULL,
+                              stderr=open(printed / "stderr", "w"),
+                              env={**os.environ, "OMP_NUM_THREADS": "1"})]
     path = stage.folder / out / "metrics.jsonl"
     deadline = time.time() + 120
-    while not path.exists() or path.read_text().count("\n") < when:
-        assert process.poll() is None, process.stderr.read()
-        assert time.time() < deadline
-        time.sleep(0.002)
-    if number == signal.SIGKILL:
-        os.killpg(process.pid, number)  # the launcher and all ranks, as when a machine goes down
-    else:
-        process.send_signal(number)
-    _, stderr = process.communicate(timeout=120)
-    return process.returncode, stderr
+    try:
+        while not path.exists() or path.read_text().count("\n") < when:
+            assert processes[0].exitcode is None, (printed / "stderr").read_text()
+            assert time.time() < deadline
+            time.sleep(0.002)
+        for process in processes:
+            os.kill(process.pid, number)
+        while any(process.exitcode is None for process in processes):
+            assert time.time() < deadline
+            time.sleep(0.01)
+    finally:
+        for process in processes:
+            process.kill()
+    return processes[0].exitcode, (printed / "stderr").read_text()
 
 
 # -----------------------------------------------------------------------------
@@ -197,7 +221,7 @@ def small_set(stage):
     return stage.folder / "small"
 
 
-@once_in_make_test("model", [[], MOE])
+@once_in_make_test("model", [[], MOE], whole=None)
 def test_losses_and_weights_do_not_depend_on_the_layout(stage, model):
     # at TINY's learning rate DPO's margins saturate, and grow what rounding differs in beyond the tolerance
     common = ["--num_steps=20", "--eval_every=10", *model, *["--lr=3e-3"] * bool(model)]
@@ -298,7 +322,8 @@ def test_kill_9_and_resume_equals_the_uninterrupted_run_bit_for_bit(stage, ranks
     assert same_weights(stage.folder / "killed", stage.folder / "straight")
 
 
-@pytest.mark.parametrize("number, ranks", [(signal.SIGTERM, 1), (signal.SIGINT, 1), (signal.SIGTERM, 2)])
+@pytest.mark.parametrize("number, ranks", [(signal.SIGTERM, 1), (signal.SIGINT, 1),
+                                           pytest.param(signal.SIGTERM, 2, marks=slow)])
 def test_a_signal_finishes_the_step_and_saves(one_stage, number, ranks):
     options = ["--num_steps=100000", "--save_every=0", "--eval_every=0", "--schedule=constant"]
     code, stderr = start_and_signal(one_stage, "stopped", *options, number=number, when=10, ranks=ranks)
@@ -312,6 +337,8 @@ def test_a_signal_finishes_the_step_and_saves(one_stage, number, ranks):
     assert len(losses(one_stage.folder / "stopped")) == step + 3
 
 
+@pytest.mark.parametrize("stage", [pytest.param(script, marks=slow if script != "train_pretrain.py" else ())
+                                   for script in STAGES], indirect=True)
 def test_evaluation_and_samples_do_not_change_training(stage):
     stage("rare", "--num_steps=12", "--eval_every=0", *stage.dropout)
     stage("often", "--num_steps=12", "--eval_every=1", *stage.dropout, "--eval_prompts=Document,word1")
@@ -443,7 +470,8 @@ FORMULAS = {
                                                       - (m - (1 - m.exp()).log())[:, 1])}
 
 
-@pytest.mark.parametrize("loss", FORMULAS)
+@pytest.mark.parametrize("loss", [pytest.param(loss, marks=() if loss in ("sigmoid", "simpo") else slow)
+                                  for loss in FORMULAS])
 def test_dpo_logs_what_the_saved_and_the_first_weights_give(dpo, loss):
     from common.data import PairData
     dpo("start", "--num_steps=1", "--seed=5")
@@ -530,8 +558,9 @@ def grpo(request, tmp_path):
     return make_stage("train_grpo.py", request, tmp_path)
 
 
-@pytest.mark.parametrize("cut", [[], ["--top_k=50", "--top_p=0.9"]], ids=["whole", "cut"])
-@pytest.mark.parametrize("temperature", [0.7, 1.0, 1.3])
+@pytest.mark.parametrize("cut", [[], pytest.param(["--top_k=50", "--top_p=0.9"], marks=slow)],
+                         ids=["whole", "cut"])
+@pytest.mark.parametrize("temperature", [0.7, pytest.param(1.0, marks=slow), pytest.param(1.3, marks=slow)])
 def test_the_sampler_and_the_first_update_are_one_policy(grpo, temperature, cut):
     grpo("run", "--num_steps=8", "--updates_per_rollout=2", "--micro_batch_size=2",
          f"--temperature={temperature}", "--suppress=98", "--eval_every=0", "--save_every=0",
@@ -545,7 +574,8 @@ def test_the_sampler_and_the_first_update_are_one_policy(grpo, temperature, cut)
 
 
 @pytest.mark.parametrize("options", [
-    ["--top_k=50", "--top_p=0.9", "--beta=0.05", "--scale_rewards=batch", "--updates_per_rollout=2"],
+    pytest.param(["--top_k=50", "--top_p=0.9", "--beta=0.05", "--scale_rewards=batch",
+                  "--updates_per_rollout=2"], marks=slow),
     ["--env=tests/some_rewards.py:twice", "--reward=tests/some_rewards.py:one_a_token", "--aggregate=dapo"]],
     ids=["cut", "turns"])
 def test_cut_distributions_turns_and_rewards_of_tokens_do_not_depend_on_the_layout(grpo, options):
@@ -559,8 +589,9 @@ def test_cut_distributions_turns_and_rewards_of_tokens_do_not_depend_on_the_layo
     assert len({r["length"] for r in rows[0]}) > 1
 
 
-@pytest.mark.parametrize("place", ["common.sampling:sample_next", "common.rewards:score",
-                                   "common.zero1:ShardedOptimizer.step"])
+@pytest.mark.parametrize("place", ["common.sampling:sample_next",
+                                   pytest.param("common.rewards:score", marks=slow),
+                                   pytest.param("common.zero1:ShardedOptimizer.step", marks=slow)])
 def test_kill_9_in_rollout_reward_or_update_costs_nothing_that_was_saved(grpo, place):
     options = ["--num_steps=12", "--save_every=4", "--eval_every=4", "--updates_per_rollout=2"]
     grpo("straight", *options)
@@ -681,7 +712,8 @@ def test_kd_logs_what_the_saved_student_and_the_teacher_give(kd, teacher_run, to
         assert {name: row[name] for name in expected} == pytest.approx(expected, abs=1e-5)
 
 
-@pytest.mark.parametrize("data", [[], ["--data_dir=token_set"], ["--data_dir=token_set", "--doc_mask=true"]])
+@pytest.mark.parametrize("data", [[], pytest.param(["--data_dir=token_set"], marks=slow),
+                                  pytest.param(["--data_dir=token_set", "--doc_mask=true"], marks=slow)])
 def test_what_a_student_says_does_not_depend_on_the_layout(kd, data):
     common = ["--num_steps=8", "--on_policy_frac=0.7", "--eval_every=4", *data]
     kd("1x8", *common)
@@ -691,7 +723,7 @@ def test_what_a_student_says_does_not_depend_on_the_layout(kd, data):
         assert_same_curve(kd.folder / "1x8", kd.folder / name)
 
 
-@pytest.mark.parametrize("data", [[], ["--data_dir=token_set"]])
+@pytest.mark.parametrize("data", [[], pytest.param(["--data_dir=token_set"], marks=slow)])
 def test_a_cache_serves_the_next_run_without_its_teacher(kd, data, teacher_run):
     cache = kd.folder / "cache"
     options = [*data, "--num_steps=6", "--eval_every=3", f"--cache_dir={cache}"]
@@ -735,8 +767,7 @@ def test_a_teacher_can_be_a_function_of_yours(kd, teacher_run):
 def test_a_teacher_can_be_a_folder_of_transformers(kd, teacher_run):
     """The same teacher, exported: the same losses."""
     pytest.importorskip("safetensors", reason="the extra hf")
-    subprocess.run([sys.executable, "-m", "extras.hf", "export", f"--init_from={teacher_run}",
-                    f"--hf_dir={kd.folder / 'hf'}"], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    run("-m", "extras.hf", "export", f"--init_from={teacher_run}", f"--hf_dir={kd.folder / 'hf'}")
     kd("run", "--num_steps=4", "--schedule=constant")
     for steps in (2, 4):
         kd("exported", f"--num_steps={steps}", "--schedule=constant", f"--teacher={kd.folder / 'hf'}",

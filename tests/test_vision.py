@@ -214,7 +214,8 @@ def test_a_picture_that_occurs_often_is_computed_once():
     assert seen == [2, 4] and torch.allclose(a, b, atol=1e-5)
 
 
-@pytest.mark.parametrize("option", ["compiled", "checkpointed", "bfloat16"])
+@pytest.mark.parametrize("option", [
+    pytest.param("compiled", marks=pytest.mark.slow), "checkpointed", "bfloat16"])
 def test_compiled_recomputed_and_in_autocast_it_is_the_same(option):
     model, tokens = new_model(), rows_with(1, 0, 2, T=40)
     docs = (torch.arange(40) > 20).long().expand(3, -1)
@@ -536,24 +537,24 @@ def sees(request, tmp_path, image_set):
                            stage=start, folder=tmp_path)
 
 
-def test_layouts_give_the_same_also_where_a_rank_has_no_image(sees, image_set):
+@pytest.mark.parametrize("frozen", [[], pytest.param(["--freeze_llm=true"], marks=pytest.mark.slow)],
+                         ids=["all", "frozen"])
+def test_layouts_give_the_same_also_where_a_rank_has_no_image(sees, image_set, frozen):
     """--seq_len=36: rows of one or two conversations, so that many micro-batches show nothing."""
     common = ["--num_steps=12", "--eval_every=6", "--seq_len=36", "--seed=1"]
     data = [ImageData(str(image_set), "train", 36, 1, rank, 2, seed=1) for rank in (0, 1)]
     none = [[not d.batch(i).inputs for d in data] for i in range(48)]
     assert {(True, False), (False, True), (True, True)} < set(map(tuple, none))
-    for frozen in ([], ["--freeze_llm=true"]):
-        name = "frozen " * bool(frozen)
-        layouts = {"1x8": (["--micro_batch_size=8"], 1), "8x1": (["--micro_batch_size=1"], 1),
-                   "2 ranks": (["--micro_batch_size=1"], 2),
-                   "2 ranks, zero1": (["--micro_batch_size=2", "--zero1=true"], 2)}
-        for layout, (options, ranks) in layouts.items():
-            sees.start(name + layout, *common, *options, *frozen, ranks=ranks)
-        whole = final_weights(sees.folder / (name + "1x8"))
-        for layout in layouts:
-            assert_same_curve(sees.folder / (name + "1x8"), sees.folder / (name + layout))
-            weights = final_weights(sees.folder / (name + layout))
-            assert max((weights[k] - whole[k]).abs().max().item() for k in whole) < 1e-4
+    layouts = {"1x8": (["--micro_batch_size=8"], 1), "8x1": (["--micro_batch_size=1"], 1),
+               "2 ranks": (["--micro_batch_size=1"], 2),
+               "2 ranks, zero1": (["--micro_batch_size=2", "--zero1=true"], 2)}
+    for layout, (options, ranks) in layouts.items():
+        sees.start(layout, *common, *options, *frozen, ranks=ranks)
+    whole = final_weights(sees.folder / "1x8")
+    for layout in layouts:
+        assert_same_curve(sees.folder / "1x8", sees.folder / layout)
+        weights = final_weights(sees.folder / layout)
+        assert max((weights[k] - whole[k]).abs().max().item() for k in whole) < 1e-4
 
 
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
@@ -605,6 +606,7 @@ def test_a_tower_of_ones_own_trains_or_stays_with_its_buffers(sees):
     assert result.returncode == 2 and "moves its buffer norm.running_mean, which ranks do" in result.stderr
 
 
+@pytest.mark.slow
 def test_a_tower_of_ones_own_goes_on_bit_for_bit_and_keeps_what_it_has_frozen(sees):
     options = [f"--vision.tower={ROOT}/tests/test_vision.py:PartlyFrozen", "--eval_every=3"]
     options += ["--schedule=constant"]
@@ -617,6 +619,7 @@ def test_a_tower_of_ones_own_goes_on_bit_for_bit_and_keeps_what_it_has_frozen(se
     assert torch.equal(weights["vision.tower.place"], torch.ones(4, 6))
 
 
+@pytest.mark.slow
 def test_a_function_is_a_tower_on_several_ranks_too(sees):
     options = [f"--vision.tower={ROOT}/tests/test_vision.py:strange_tower", "--num_steps=4"]
     sees.plain("one", *options)
@@ -633,6 +636,7 @@ def test_a_dry_run_counts_the_pictures(sees, start):
     assert flops[1] > 1.2 * flops[0]
 
 
+@pytest.mark.slow
 def test_config_json_of_a_run_starts_it_again(sees, request):
     """What was not asked for follows from where a run starts, in a set with images and in one without"""
     for name, stage, options in (("text", make_stage("train_sft.py", request, sees.folder), []),
@@ -648,6 +652,7 @@ def test_config_json_of_a_run_starts_it_again(sees, request):
     assert same_weights(sees.folder / "more", sees.folder / "more_again")
 
 
+@pytest.mark.slow
 def test_it_overfits_one_batch_of_pictures(sees, image_set, tmp_path):
     rows = (image_set.parent / "rows.jsonl").read_text().splitlines(keepends=True)[:6]
     (image_set.parent / "six.jsonl").write_text("".join(rows))
@@ -659,6 +664,7 @@ def test_it_overfits_one_batch_of_pictures(sees, image_set, tmp_path):
     assert curve[0] > 3 and max(curve[-4:]) < 0.1
 
 
+@pytest.mark.slow
 def test_what_is_frozen_stays_on_two_ranks_with_shards_and_muon(sees):
     options = ["--zero1=true", "--optimizer=muon", "--micro_batch_size=1"]
     sees.start("start", "--num_steps=2", *options, ranks=2)
@@ -831,7 +837,8 @@ def test_transparent_grey_and_turned_pictures_are_read(tmp_path):
 def test_without_pillow_it_says_what_to_install(image_set, tmp_path):
     code = ("import runpy, sys; sys.modules['PIL'] = None; sys.argv = ['x', *sys.argv[1:]]; "
             f"runpy.run_path({str(ROOT / 'data/prepare.py')!r}, run_name='__main__')")
-    result = run("-c", code, "images", f"--input={image_set.parent}/rows.jsonl", f"--out_dir={tmp_path}/x",
-                 check=False)
+    (tmp_path / "without.py").write_text(code)
+    result = run(tmp_path / "without.py", "images", f"--input={image_set.parent}/rows.jsonl",
+                 f"--out_dir={tmp_path}/x", check=False)
     assert_one_line(result, 'Pillow is missing, which reads pictures: pip install pillow')
     assert not os.path.exists(tmp_path / "x")

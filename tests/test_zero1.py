@@ -21,6 +21,7 @@ import torch
 import torch.distributed as td
 import torch.multiprocessing as mp
 import torch.nn.functional as F
+from launch import _context
 from torch import nn
 
 from common import dist, zero1
@@ -397,7 +398,8 @@ def results(tmp_path_factory):
     """-> function (case, layout) that gives the case's value on every rank"""
     folder = tmp_path_factory.mktemp("zero1")
     try:
-        mp.spawn(worker, (str(folder),), nprocs=3)
+        _context()                                                    # have imported torch already
+        mp.start_processes(worker, (str(folder),), nprocs=3, start_method="forkserver")
         died = "was not run"
     except mp.ProcessExitedException as error:                        # Gloo aborts when messages do not match
         died = f"or one before it killed its process: {error}"
