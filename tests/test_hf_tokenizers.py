@@ -1,5 +1,6 @@
 """Tokenizers of Hugging Face folders against transformers', and runs that start from such a folder."""
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from common import checkpoint
 from common.chat import encode_chat, encode_user
 from common.errors import UserError
 from common.tokenizer import load_tokenizer
+from data import prepare
 from extras import hf
 
 transformers = pytest.importorskip("transformers", reason="the authority on these folders; a dev extra")
@@ -418,3 +420,129 @@ def test_a_folder_without_a_tokenizer_is_named(folder, tmp_path):
         (tmp_path / name).write_bytes((folder / name).read_bytes())
     result = run("sample.py", f"--init_from={tmp_path}", "--prompt=x", check=False)
     assert result.returncode == 2 and f"error: {tmp_path}: no tokenizer there" in result.stderr
+
+
+# -----------------------------------------------------------------------------
+# what a published tokenizer.json may hold
+
+def edit_json(path, change):
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def reference(folder):
+    """What tokenizers makes of the file, whatever class transformers would take"""
+    return transformers.PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
+
+
+def test_bytes_that_the_vocabulary_lacks_follow_it(tmp_path):
+    """As SmolLM2's lacks 21: no text is lost, and the ids of all others stay."""
+    byte_level(tmp_path, "digits", eos="<|endoftext|>")
+    whole = load_tokenizer(str(tmp_path))
+    lacking = ["ā", "Ă", "ă"]                                 # for the bytes 1, 2, 3, in GPT-2's files
+    def drop(file):
+        vocab = file["model"]["vocab"]
+        assert not any(c in "".join(pair) for pair in file["model"]["merges"] for c in lacking)
+        for c in lacking:
+            del vocab[c]
+    edit_json(tmp_path / "tokenizer.json", drop)
+    ours, theirs = load_tokenizer(str(tmp_path)), reference(tmp_path)
+    assert ours.vocab_size == whole.vocab_size + 3
+    for text in [*SAMPLES, *CORPUS[:9]]:
+        assert ours.encode(text) == whole.encode(text) == theirs.encode(text, add_special_tokens=False)
+    first = whole.vocab_size - 9                              # before our special tokens
+    assert ours.encode("a\1b\2\3") == [*ours.encode("a"), first, *ours.encode("b"), first + 1, first + 2]
+    assert ours.decode(ours.encode("a\1b\2\3é")) == "a\1b\2\3é"
+    files = {name: content for name, content in ours.files().items()}
+    (tmp_path / "set").mkdir()
+    for name, content in files.items():
+        (tmp_path / "set" / name).write_bytes(content)
+    assert load_tokenizer(str(tmp_path / "set")).fingerprint == ours.fingerprint
+
+
+ISOLATED = dict(type="Split", behavior="Isolated", invert=False)
+LEVEL = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=False)
+
+
+@pytest.mark.parametrize("steps", [
+    [dict(ISOLATED, pattern=dict(Regex=r"\p{N}{1,3}")), dict(ISOLATED, pattern=dict(Regex="[一-龥]+")),
+     dict(ISOLATED, pattern=dict(Regex=SPLITS["qwen2"])), LEVEL],
+    [dict(ISOLATED, pattern=dict(String="at")), dict(ISOLATED, pattern=dict(Regex=SPLITS["llama3"])), LEVEL],
+    [dict(type="Digits", individual_digits=True), dict(ISOLATED, pattern=dict(Regex=SPLITS["words"])), LEVEL],
+    [dict(ISOLATED, behavior="Removed", invert=True, pattern=dict(Regex=SPLITS["llama3"])), LEVEL],
+    [dict(ISOLATED, pattern=dict(Regex="(c)(a)t")), dict(LEVEL, use_regex=True)]],
+    ids=["three", "text", "digits", "removed", "groups"])
+def test_splits_in_a_row_are_those_of_tokenizers(tmp_path, steps):
+    byte_level(tmp_path, "qwen2")
+    edit_json(tmp_path / "tokenizer.json",
+              lambda file: file.update(pre_tokenizer=dict(type="Sequence", pretokenizers=steps)))
+    ours, theirs = load_tokenizer(str(tmp_path)), reference(tmp_path)
+    for text in [*SAMPLES, *CORPUS[:14]]:
+        assert ours.encode(text) == theirs.encode(text, add_special_tokens=False), text
+
+
+@pytest.mark.parametrize("step", [dict(ISOLATED, behavior="Removed", pattern=dict(Regex="a")),
+                                  dict(ISOLATED, invert=True, pattern=dict(Regex="a")),
+                                  dict(type="Whitespace")], ids=str)
+def test_splits_that_would_lose_text_are_refused(tmp_path, step):
+    byte_level(tmp_path, "qwen2")
+    edit_json(tmp_path / "tokenizer.json",
+              lambda file: file.update(pre_tokenizer=dict(type="Sequence", pretokenizers=[step, LEVEL])))
+    with pytest.raises(UserError, match="a pre_tokenizer"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_added_tokens_are_one_id_wherever_they_are_written(tmp_path):
+    theirs = byte_level(tmp_path, "qwen2", nfc=True)
+    theirs.add_tokens(["<think>", "</think>", "<tool", "<tool_calls>"])
+    theirs.save_pretrained(tmp_path)
+    ours, theirs = load_tokenizer(str(tmp_path)), reference(tmp_path)
+    for text in ("<tool_call>", "a<tool_call>b", "<tool_calls><tool_call><tool", " <think>\ne\u0301</think> ",
+                 "<think", "<<think>>", "x</think></think>"):
+        assert ours.encode(text) == theirs.encode(text, add_special_tokens=False), text
+        assert ours.decode(ours.encode("<tool_call>")) == "<tool_call>"
+    assert len(ours.encode("<tool_calls>")) == 1
+    for name in ("<|im_end|>", "<|endoftext|>"):              # special ones are text
+        assert not set(ours.encode(name)) & set(theirs.all_special_ids)
+
+
+def test_an_added_token_that_eats_white_space_is_named(tmp_path):
+    byte_level(tmp_path, "qwen2")
+    edit_json(tmp_path / "tokenizer.json", lambda file: file["added_tokens"][-1].update(rstrip=True))
+    with pytest.raises(UserError, match="'<tool_call>' has lstrip, rstrip or single_word"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_every_end_of_the_folder_ends_a_text(tmp_path):
+    theirs = byte_level(tmp_path, "qwen2", special=["<|eot|>"])
+    id_of = theirs.convert_tokens_to_ids
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": id_of(
+        ["<|endoftext|>", "<|im_end|>"])}))
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": id_of("<|eot|>")}))
+    t = load_tokenizer(str(tmp_path))
+    assert t.end == id_of("<|im_end|>")
+    assert set(t.ends) == set(id_of(["<|im_end|>", "<|endoftext|>", "<|eot|>"]))
+    assert all(t.decode([i]) == "" for i in t.ends)
+    for name, content in t.files().items():
+        (tmp_path / name).write_bytes(content)
+    assert load_tokenizer(str(tmp_path)).ends == t.ends
+
+
+def test_a_run_of_white_space_that_the_library_cannot_take_is_an_error_with_file_and_line(
+        tmp_path, monkeypatch):
+    monkeypatch.setattr("common.tokenizer.LONGEST_SPACE", 50)
+    byte_level(tmp_path / "model", "qwen2")
+    tokenizer = load_tokenizer(str(tmp_path / "model"))
+    assert tokenizer.encode("a" + " " * 49 + "b") and tokenizer.encode("ab" * 100)
+    with pytest.raises(ValueError, match="over 50 characters of white space in a row"):
+        tokenizer.encode_batch(["a", "b" + "\n \t" * 17])
+    rows = [dict(text="one"), dict(text="two" + " " * 60), dict(text="three")]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = prepare.TextConfig(input=(str(tmp_path / "t.jsonl"),), tokenizer=str(tmp_path / "model"),
+                                out_dir=str(tmp_path / "set"))
+    with pytest.raises(UserError, match="t.jsonl:2: over 50 .* leave such rows out with --bad_rows=skip"):
+        prepare.prepare_set(config, prepare.Text, prepare.TextWriter)
+    prepare.prepare_set(replace(config, bad_rows="skip"), prepare.Text, prepare.TextWriter)
+    meta = json.loads((tmp_path / "set/meta.json").read_text())
+    assert meta["splits"]["train"]["documents"] == 2 and meta["left_out"] == {"malformed": 1}

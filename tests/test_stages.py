@@ -70,7 +70,7 @@ VARIANTS += [(script, options) for script in STAGES if script != "train_pretrain
                              ["--critical_ids=97,49", "--critical_alpha=3",
                               *(["--nll_coef=1"] if script == "train_dpo.py" else [])])
              if script != "train_grpo.py" or options is MOE]
-QUICK = [["--optimizer=muon"], ["--dtype=float16"], MOE, ["--mask_prompt=false"], ["--divergence=reverse"],
+QUICK = [["--optimizer=muon"], ["--dtype=float16"], MOE, ["--mask_prompt=false"], ["--cache_top_k=20"],
          ["--loss=simpo", "--beta=2"],
          ["--updates_per_rollout=2", "--aggregate=dapo", "--eval_every=10"]]
 VARIANTS = [pytest.param(script, options, marks=(
