@@ -18,7 +18,9 @@ ORDER = ["README.md", *(f"docs/{name}.md" for name in (
 ORDER += sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("docs/*.md")
                 if str(path.relative_to(ROOT)) not in ORDER)
 ORDER += ["CONTRIBUTING.md"]
-PAGES = {name: (ROOT / name).read_text(encoding="utf-8") for name in ORDER}
+# commands of other programs are in ```sh
+PAGES = {name: re.sub(r"```sh\n.*?```", "", (ROOT / name).read_text(encoding="utf-8"), flags=re.S)
+         for name in ORDER}
 TEXT = "\n".join(PAGES.values())
 RUNNABLE = r"<!-- runnable -->\n```bash\n(.*?)```"
 BLOCKS = {name: re.findall(RUNNABLE, text, re.S) for name, text in PAGES.items()}
