@@ -88,12 +88,14 @@ class Layout:
     """
     How a template writes conversations of these roles.
 
-    parts       list of (text, None, learned) of the template's own, and (what is stripped on the
-                left, on the right), (number of the message, "c" or "t"), learned)
+    parts       list of (texts and lists of ids, None, learned), the template's own, and of ((what
+                is stripped left and right), (number of the message, "c" or "t"), learned)
     thinks      whether it writes thoughts itself
     """
 
     def __init__(self, extra, roles, reply):
+        self.tokens = extra["tokens"]
+        self.is_token = re.compile(any_of(self.tokens))
         text = render(extra, roles, reply)
         marks, literals = list(MARK.finditer(text)), MARK.split(text)[::3]
         spaced = MARK.split(render(extra, roles, reply, SPACE))[::3]
@@ -126,7 +128,10 @@ class Layout:
         borders = [start, *sorted(cuts), end]
         for a, b in zip(borders, borders[1:]):
             if a < b:
-                self.parts.append((text[a:b], None, self.learned(a)))
+                pieces = matches_and_gaps(self.is_token, text[a:b])
+                ids = self.tokens
+                pieces = [[ids[piece]] if piece in ids else piece for piece in pieces]
+                self.parts.append((pieces, None, self.learned(a)))
 
 
 def turn(extra, before, text, marks):
@@ -164,18 +169,13 @@ def lay_out(tokenizer, messages, answer_tags, reply, begin):
     if not begin:
         learned = [learn for *_, learn in parts]
         parts = parts[learned.index(False, learned.index(True)) :]
-    tokens = tokenizer.extra["tokens"]
     result = []
-    for text, whose, learn in parts:
-        if whose is None:
-            # the template's own special tokens
-            pieces = matches_and_gaps(re.compile(any_of(tokens)), text)
-            pieces = [[tokens[piece]] if piece in tokens else piece for piece in pieces]
-        else:
-            number, kind = whose
+    for pieces, whose, learn in parts:
+        if whose:
+            sides, (number, kind) = pieces, whose
             pieces = body(tokenizer, messages[number], kind, answer_tags, plan.thinks)
             if len(pieces) == 1:
-                pieces = [strip(*pieces, *text)]
+                pieces = [strip(*pieces, *sides)]
         for piece in pieces:
             # with what stands beside it, as one text
             joins = result and isinstance(piece, str) and isinstance(result[-1][0], str)

@@ -109,7 +109,8 @@ IGNORED = set(
     bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id tokenizer_class
     _model_name_or_path _attn_implementation auto_map max_window_layers sliding_window
     output_attentions output_hidden_states return_dict id2label label2id
-    _attn_implementation_autoset unsloth_fixed unsloth_version output_router_logits is_llama_config transformers.js_config
+    _attn_implementation_autoset unsloth_fixed unsloth_version
+    output_router_logits is_llama_config transformers.js_config
     """.split()
 )
 # fields that are read, but not as they are
