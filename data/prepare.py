@@ -76,7 +76,6 @@ class TextConfig(SetConfig):
 class ChatConfig(ExampleConfig):
     # fmt: off
     out_dir: str = "out/chat"          # folder to write, must not exist
-    fields: tuple[str, ...] = ()       # rows of two texts: the names of the user's, the assistant's
     # fmt: on
 
 
@@ -92,7 +91,6 @@ class PromptsConfig(ExampleConfig):
     # fmt: off
     out_dir: str = "out/prompts"       # folder to write, must not exist
     long_rows: Literal["error", "skip"] = "error"  # longer rows: stop, or skip
-    fields: tuple[str, ...] = ("prompt", "answer")  # names of the prompt, the answer
     # fmt: on
 
 
@@ -246,6 +244,11 @@ def prepare_set(cfg, kind_class, writer_class):
         check_splits(splits, cfg, kind.unit, report)
         describe(folder, cfg, kind, splits, report)
     report.print()
+    if kind.forms:
+        print("read as " + "; ".join(f"{form}: {n:,} rows" for form, n in kind.forms.items()))
+    if kind.unread:
+        names = ", ".join(f"{name} ({n:,} rows)" for name, n in kind.unread.items())
+        print(f"not read: {names}")
     if kind.num_thoughts:
         print(f"{kind.num_thoughts:,} answers begin with <think>...</think>: read as thoughts")
     for split, counts in splits.items():

@@ -25,12 +25,15 @@ import numpy as np
 
 from common.chat import check_conversation, encode_chat, with_thoughts
 from common.errors import UserError
+from data import forms
+from data.forms import BadRow
 
 # characters of text or bytes of rows that are in memory at once
 BLOCK = 1 << 20
 # characters that --val_frac moves a border at most, to the start of a line
 NEAR = 1000
-TXT_FILES, ROW_FILES, ID_FILES = (".txt", ".txt.gz"), (".jsonl", ".jsonl.gz"), (".npy", ".pkl")
+TXT_FILES, ID_FILES = (".txt", ".txt.gz"), (".npy", ".pkl")
+ROW_FILES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".csv.gz", ".parquet")
 # an escape that may be half a character
 SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
@@ -44,6 +47,8 @@ class SetConfig:
     tokenizer: str = "bytes"           # the run to be trained further, or as in `text --help`
     out_dir: str = "out/data"          # folder to write, must not exist
     bad_rows: Literal["error", "skip"] = "error"  # bad rows: stop, or skip and count them
+    fields: tuple[str, ...] = ()       # columns to read, where no known form names them
+    ignore: tuple[str, ...] = ()       # columns to leave out, which would change what rows mean
     seed: int = 1337                   # of the random choice that --val_frac makes
     # fmt: on
 
@@ -115,14 +120,6 @@ def open_bytes(path):
             yield file
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise UserError(f"{path}: damaged or truncated ({error})") from None
-
-
-class BadRow(ValueError):
-    """A row that is left out for another reason than being malformed."""
-
-    def __init__(self, message, reason):
-        super().__init__(message)
-        self.reason = reason
 
 
 class Report:
@@ -225,21 +222,83 @@ def load_pkl(path):
 
 def read_rows(path, report, parse, kind=""):
     """
-    Yield (line number, parse(row), bytes of the line) for every line of a .jsonl. A line that is
-    not JSON, or for which parse raises ValueError, is reported. kind: the command that reads it
+    Yield (number, parse(row), bytes or characters of the row) for every row of a file. One that is
+    no JSON, or for which parse raises ValueError, is reported. kind: the command that reads it
     """
+    for number, load, text in raw_rows(path):
+        row = None
+        try:
+            row = load()
+            parsed = parse(row if isinstance(row, dict) else {"messages": row})
+        except ValueError as error:
+            report.bad(f"{path}:{number}", error, f", got {shown(row, text, kind)}")
+            continue
+        yield number, parsed, len(text)
+
+
+def raw_rows(path):
+    """Yield (number, function that returns the row or raises ValueError, its bytes) of a file."""
+    if path.endswith(".parquet"):
+        for number, row in enumerate(parquet_rows(path), 1):
+            yield number, lambda row=row: row, str(row).encode()
+        return
     with open_bytes(path) as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            row = None
-            try:
-                row = load_row(line)
-                parsed = parse(row if isinstance(row, dict) else {"messages": row})
-            except ValueError as error:
-                report.bad(f"{path}:{number}", error, f", got {shown(row, line, kind)}")
-                continue
-            yield number, parsed, len(line)
+        if path.endswith((".jsonl", ".jsonl.gz")):
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield number, lambda line=line: load_row(line), line
+            return
+        reader = csv_rows if path.endswith((".csv", ".csv.gz")) else list_rows
+        for number, row in reader(path, file):
+            yield number, lambda row=row: row, str(row).encode("utf-8", "replace")
+
+
+def list_rows(path, file):
+    """Yield (number, row) of a .json that is a list of rows; UserError"""
+    try:
+        rows = load_row(file.read())
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
+    if not isinstance(rows, list):
+        raise UserError(f"{path}: expected a list of rows; a row a line is a .jsonl")
+    yield from enumerate(rows, 1)
+
+
+def csv_rows(path, file):
+    """Yield (line, dict of column to text) of a .csv whose first line names the columns; UserError"""
+    import csv
+
+    csv.field_size_limit(2**31 - 1)
+    text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
+    try:
+        reader = csv.DictReader(text, strict=True)
+        for row in reader:
+            if None in row or None in row.values():
+                raise UserError(
+                    f"{path}:{reader.line_num}: a row of another length than the first, "
+                    f"which names {len(reader.fieldnames)} columns"
+                )
+            yield reader.line_num, row
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not a .csv in UTF-8 ({error})") from None
+
+
+def parquet_rows(path):
+    """Yield the rows of a .parquet, dicts; UserError"""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise UserError(
+            f"{path}: pyarrow is missing, which reads it: pip install pyarrow, "
+            'or this package with its extra "parquet"'
+        ) from None
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=1000):
+                yield from batch.to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"{path}: damaged, or no parquet file ({error})") from None
 
 
 def load_row(line):
@@ -270,11 +329,6 @@ def shown(row, line, kind):
         return text if len(text) <= 60 else text[:57] + "..."
     if len(text) > 60:
         text = f"a row with {', '.join(row)[:60]}"
-    if "conversations" in row:
-        return text + (
-            ', which is ShareGPT\'s form; call "conversations" "messages", '
-            '"from" "role" and "value" "content"'
-        )
     kinds = [name for keys, name in HINTS.items() if row.keys() >= set(keys.split())]
     if kind and kinds and kind not in kinds:
         text += f", which is for `data/prepare.py {kinds[0]}`"
@@ -283,6 +337,10 @@ def shown(row, line, kind):
 
 # -----------------------------------------------------------------------------
 # what a tokenizer learns from
+
+# columns and fields of messages that hold what is said
+SAID = ("system", "messages", "conversations", "history", *forms.QUESTIONS, "input", *forms.ANSWERS)
+SAID += ("chosen", "rejected", "content", "value", "think", "reasoning_content", "text")
 
 
 def read_lines(paths, fields):
@@ -296,24 +354,24 @@ def read_lines(paths, fields):
 
 
 def texts_of(row, fields):
-    """-> the fields that a row has, else what its messages say, a line or more each"""
+    """-> the fields that a row has, else all that its conversation says, a line or more each"""
     texts = [row[field] for field in fields if field in row]
-    texts = texts or list(said(row.get("messages"), ("content", "think")))
+    texts = texts or list(said({name: row.get(name) for name in SAID if name in row}))
     if not texts or not all(isinstance(text, str) for text in texts):
         raise ValueError(f"expected a conversation or {', '.join(fields)} (--fields)")
     return "\n".join(texts)
 
 
-def said(parts, keys):
-    """Yield what messages say under these keys; a content may be a list of texts and images."""
-    for part in parts if isinstance(parts, list) else ():
-        for key in keys:
-            if not isinstance(part, dict) or key not in part:
-                continue
-            if isinstance(part[key], list):
-                yield from said(part[key], ("text",))
-            else:
-                yield part[key]
+def said(value):
+    """Yield the texts of a row, message or part, or of a list of them"""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list):
+        for one in value:
+            yield from said(one)
+    elif isinstance(value, dict):
+        for name in SAID:
+            yield from said(value.get(name))
 
 
 # -----------------------------------------------------------------------------
@@ -418,8 +476,10 @@ class Kind:
     name, unit     of its sets; what its rows are called
     meta           what meta.json says besides
     endings        of the files that read(path, report) takes -> iterator of (number, content, size)
-    parse(row, folder of its file) -> the content, which `encode` and `store` take, or ValueError;
-                   parse_text(row) -> the same, for a kind that has no images
+    fields         what --fields names
+    form(Columns, names of --fields) -> name of the row's form, what `check` takes; see forms.py
+    check(this) -> the content, which `encode` and `store` take, or ValueError. Or all in one:
+    parse(row, folder of its file) -> the content
     encode(list of contents) -> list of Example
     store(array) -> function of (content, Example) that stores what belongs to it beside the tokens,
                    or raises BadRow; array(name, dtype, shape of an entry) opens a file
@@ -430,31 +490,35 @@ class Kind:
 
     def __init__(self, cfg, tokenizer):
         self.cfg, self.tokenizer = cfg, tokenizer
-        # messages whose thoughts were written in their text
-        self.num_thoughts = 0
+        # messages whose thoughts were written in their text; rows of each form, with each column
+        # that is not read
+        self.num_thoughts, self.forms, self.unread = 0, Counter(), Counter()
 
     def read(self, path, report):
         folder = os.path.dirname(path)
         return read_rows(path, report, lambda row: self.parse(row, folder), self.name)
 
     def parse(self, row, folder):
-        if row.get("images"):
+        columns = forms.Columns(row, self.cfg.ignore)
+        if columns.row.get("images"):
             raise ValueError("images are for `data/prepare.py images` and train_sft.py only")
-        return self.parse_text(row)
-
-    def two_fields(self, whose):
-        """-> the names that --fields gives"""
         fields = self.cfg.fields
-        if len(fields) != 2:
-            raise UserError(f"--fields={','.join(fields)}: give two names, of {whose}")
-        return fields
+        if fields and len(fields) != len(self.fields):
+            raise UserError(f"--fields={','.join(fields)}: name {', '.join(self.fields)}")
+        form, content = self.form(columns, fields)
+        content = self.check(content)
+        for name in columns.unread():
+            if name in forms.MEANT and name not in self.cfg.ignore:
+                raise ValueError(f"the column {name} is not read; --ignore={name} leaves it out")
+            self.unread[name] += 1
+        self.forms[form] += 1
+        return content
 
-    def conversation(self, role, content):
-        """content: a text, which is this role's, or messages -> list of messages; ValueError"""
-        if isinstance(content, str):
-            content = [{"role": role, "content": content}]
-        check_conversation(content)
-        return self.find_thoughts(content)
+    def conversation(self, messages, is_prompt=False):
+        """-> messages, with their thoughts as such; ValueError where they are no conversation"""
+        check_conversation(messages)
+        forms.check_order(messages, is_prompt)
+        return self.find_thoughts(messages)
 
     def find_thoughts(self, messages):
         """-> messages, with the thoughts that stand at the beginning of a text as such"""
@@ -479,7 +543,7 @@ class Kind:
 class Text(Kind):
     """Contents are texts or arrays of ids, and so is what they are encoded to."""
 
-    name, unit = "text", "documents"
+    name, unit, fields = "text", "documents", ("the text",)
     endings = TXT_FILES + ROW_FILES + ID_FILES
 
     def read(self, path, report):
@@ -489,10 +553,14 @@ class Text(Kind):
             return read_ids(path)
         return super().read(path, report)
 
-    def parse(self, row, folder):
-        if not isinstance(row.get("text"), str):
-            raise ValueError('expected {"text": "..."}')
-        return row["text"]
+    def form(self, columns, fields):
+        name = fields[0] if fields else "text"
+        return name, columns.take(name)
+
+    def check(self, text):
+        if not isinstance(text, str):
+            raise ValueError('expected {"text": "..."}, or --fields')
+        return text
 
     def encode(self, contents):
         """-> list of arrays or lists of ids"""
@@ -505,21 +573,11 @@ class Text(Kind):
 
 class Chats(Kind):
     name, unit = "chat", "conversations"
+    fields = "the user's text", "the assistant's"
+    form = staticmethod(forms.chat)
 
-    def parse_text(self, row):
-        if self.cfg.fields:
-            question, answer = self.two_fields("the user's text and the assistant's")
-            texts = row.get(question), row.get(answer)
-            if not all(isinstance(text, str) for text in texts):
-                raise ValueError(f"expected texts {question} and {answer} as --fields says")
-            question, answer = map(self.conversation, ("user", "assistant"), texts)
-            return question + answer
-        messages = row.get("messages")
-        if not isinstance(messages, list):
-            raise ValueError(
-                'expected [messages] or {"messages": [...]}, or --fields for rows of two texts'
-            )
-        return check_reply(self.conversation("", messages))
+    def check(self, messages):
+        return check_reply(self.conversation(messages))
 
     def encode(self, rows):
         return [Example([chat]) for chat in self.template(rows)]
@@ -527,12 +585,11 @@ class Chats(Kind):
 
 class Prompts(Kind):
     name = unit = "prompts"
+    fields = "the prompt", "the answer"
+    form = staticmethod(forms.prompts)
 
-    def parse_text(self, row):
-        prompt, answer = self.two_fields("the prompt and the answer")
-        if not isinstance(row.get(answer), str):
-            raise ValueError(f"expected {prompt} and {answer} (--fields), the second a text")
-        return {"prompt": self.conversation("user", row.get(prompt)), "answer": row[answer]}
+    def check(self, row):
+        return dict(row, prompt=self.conversation(row["prompt"], is_prompt=True))
 
     def encode(self, rows):
         return self.prompts([row["prompt"] for row in rows])
@@ -553,15 +610,17 @@ class Pairs(Kind):
     """Rows are (prompt, chosen, rejected), lists of messages; the last two start with a reply."""
 
     name = unit = "pairs"
+    fields = "the prompt", "the better answer", "the worse one"
+    form = staticmethod(forms.pairs)
 
-    def parse_text(self, row):
-        if not {"chosen", "rejected"} <= row.keys():
-            raise ValueError('expected {"chosen": ..., "rejected": ...}')
-        chosen = self.conversation("assistant", row["chosen"])
-        rejected = self.conversation("assistant", row["rejected"])
-        prompt = row.get("prompt")
-        prompt = [] if prompt in (None, []) else self.conversation("user", prompt)
-        return split_pair(prompt, chosen, rejected)
+    def check(self, sides):
+        for messages in filter(None, sides):
+            check_conversation(messages)
+        prompt, *replies = split_pair(*sides)
+        for reply in replies:
+            forms.check_order(prompt + reply)
+        prompt = self.conversation(prompt, is_prompt=True)
+        return prompt, *map(self.find_thoughts, replies)
 
     def encode(self, rows):
         """The prompt, up to <assistant>, and what follows it in either conversation."""
