@@ -5,7 +5,6 @@ import importlib.util
 import inspect
 import io
 import json
-import math
 import subprocess
 import sys
 import tokenize
