@@ -71,7 +71,7 @@ def load_source(source, device, dtype=torch.float32, tower=""):
         model = saved_model(config, vision, tower)
     else:
         model = GPT(config)
-    source.load(model)
+    source.fill(model)
     return model.to(device, dtype).eval(), load_tokenizer(source.folder)
 
 

@@ -170,7 +170,7 @@ if __name__ == "__main__":
         cache = teacher_cache.open_cache(cache_dir, cache_key, V, run.device)
     if source and not cache:
         teacher = GPT(teacher_config).to(run.device).eval().requires_grad_(False)
-        source.load(teacher)
+        source.fill(teacher)
         flops = teacher.flops_per_token(train_data.mean_context, train_data.target_frac)
         run.token_flops += flops / 3  # no backward
     kd_options = dict(temperature=cfg.temperature, kind=cfg.divergence, jsd_beta=cfg.jsd_beta)

@@ -269,6 +269,15 @@ class Source:
     fingerprint: Callable  # () -> that of the tokenizer
     weights_id: Callable  # () -> sha256 of the weights, as hex
 
+    def fill(self, model):
+        """`load`, and UserError where a weight is not finite"""
+        self.load(model)
+        for name, weight in model.named_parameters():
+            if not weight.isfinite().all():
+                raise UserError(
+                    f"{self.folder}: {name} is not finite everywhere; take an earlier checkpoint"
+                )
+
 
 def source(path):
     """

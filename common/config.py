@@ -18,6 +18,7 @@ comment.
 import difflib
 import inspect
 import json
+import math
 import os
 import re
 import sys
@@ -97,6 +98,8 @@ def read_config_file(path):
         moved = path.replace("configs/", "demos/", 1)
         hint = f"; it is {moved} now" if os.path.isfile(moved) else ""
         raise UserError(f"{path}: cannot read this config file ({error.strerror}){hint}") from None
+    except ImportError:
+        raise UserError(f"{path}: a config file holds assignments only, no import") from None
     except Exception as error:
         raise UserError(f"{path}: {type(error).__name__}: {error}") from None
 
@@ -121,10 +124,8 @@ def build(base, overrides, path=""):
                 for _, field, _, _, comment in options(base, "")
                 if name.replace("_", " ") in comment
             ]
-            raise UserError(
-                f"unknown option --{path}{name}"
-                + (f"; did you mean --{path}{near[0]}?" if near else "; --help lists them all")
-            )
+            hint = elsewhere(name) or (near and f"did you mean --{path}{near[0]}?")
+            raise UserError(f"unknown option --{path}{name}; {hint or '--help lists them all'}")
         if types[name] is dict:
             if not isinstance(value, dict):
                 raise UserError(f"--{path}{name} is a section: set --{path}{name}.FIELD=value")
@@ -136,6 +137,22 @@ def build(base, overrides, path=""):
         else:
             changes[name] = coerce(types[name], value, path + name)
     return replace(base, **changes)
+
+
+def elsewhere(name):
+    """-> what an option of nanoGPT's, TRL's or llm_trainer's is called here, "" where it is none"""
+    page = os.path.join(os.path.dirname(os.path.dirname(__file__)), "docs/moving.md")
+    if not os.path.isfile(page):
+        return ""
+    with open(page, encoding="utf-8") as file:
+        rows = [line.split(" | ")[:2] for line in file if line.startswith("| ")]
+    rows = [(re.findall(r"`([^`]+)`", a), re.findall(r"`(--[^`]+)`", b)) for a, b in rows]
+    # a row of its own says more than one that it shares
+    for theirs, ours in sorted(rows, key=lambda row: len(row[0])):
+        if name in theirs and ours:
+            same = ours[theirs.index(name)] if len(ours) == len(theirs) else ", ".join(ours)
+            return f"its name here is {same}" if same[2:] != name else ""
+    return ""
 
 
 def coerce(kind, value, name):
@@ -169,6 +186,8 @@ def coerce(kind, value, name):
                 raise ValueError
             digits = isinstance(value, str) and re.fullmatch(r"[-+]?[\d_]+", value)
             return int(value) if digits else int(number)
+        if kind is float and not math.isfinite(float(value)):
+            raise UserError(f"--{name}={value}: must be finite")
         return kind(value)
     except (ValueError, KeyError, TypeError, OverflowError):
         raise UserError(f"--{name}={value}: expected {type_name(kind)}") from None

@@ -261,7 +261,7 @@ class Run:
         model = new_model(config).to(self.device, getattr(torch, cfg.param_dtype))
         model.activation_checkpointing = cfg.activation_checkpointing
         if self.source:
-            self.source.load(model)
+            self.source.fill(model)
         self.start_step = 0
         if self.previous:
             self.start_step = checkpoint.check_resume(

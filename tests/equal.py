@@ -5,7 +5,8 @@ Does the working tree compute what an earlier revision computed, bit for bit? A 
 
 Every variant runs as a user runs it, on the CPU, in both trees at once, with the sets, runs and
 exports of the earlier tree. Of a run, metrics.jsonl without timings, samples.jsonl, and the weights
-and optimizer state of the last checkpoint are compared; of anything else, the bytes of its files.
+and optimizer state of the last checkpoint are compared; of anything else, its files: JSON by value, others by
+byte.
 In a "cross" variant the working tree finishes a run of the earlier tree. Prints a table; the exit
 code is 1 if anything differs, and the folder with both results stays.
 """
@@ -224,7 +225,11 @@ def contents(folder):
         elif file.name == "meta.json":
             found |= leaves(json.loads(file.read_text()) | {"made_with": ""}, file.name)
         else:
-            found[str(file.relative_to(folder)),] = file.read_bytes()
+            content = file.read_bytes()
+            # keys of JSON have no order
+            if file.suffix == ".json":
+                content = json.dumps(json.loads(content), sort_keys=True)
+            found[str(file.relative_to(folder)),] = content
     return found
 
 

@@ -5,7 +5,6 @@ import importlib.util
 import inspect
 import io
 import json
-import math
 import subprocess
 import sys
 import tokenize
@@ -72,7 +71,7 @@ def test_an_int_may_be_written_in_several_ways_and_stays_exact(text, value):
 
 
 @pytest.mark.parametrize("option, field, value", [
-    ("--rate=3", "rate", 3.0), ("--rate=-1e-4", "rate", -1e-4), ("--rate=inf", "rate", math.inf),
+    ("--rate=3", "rate", 3.0), ("--rate=-1e-4", "rate", -1e-4), ("--rate=1e300", "rate", 1e300),
     ("--fast=true", "fast", True), ("--fast=False", "fast", False), ("--fast=1", "fast", True),
     ("--fast=0", "fast", False),
     ("--name=", "name", ""), ("--name=a=b,c d", "name", "a=b,c d"), ("--name=10", "name", "10"),
@@ -334,3 +333,27 @@ def test_a_command_that_has_moved_names_the_new_one(command, new):
     result = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode and result.stderr.startswith("error: ") and new in result.stderr
     assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("theirs, ours", [
+    ("max_iters", "--num_steps"), ("block_size", "--seq_len"), ("n_layer", "--model.n_layer"),
+    ("learning_rate", "--lr"), ("per_device_train_batch_size", "--micro_batch_size"),
+    ("model_name_or_path", "--init_from"), ("dataset", "--data_dir"),
+    ("eval_interval", "--eval_every"), ("max_length", "--seq_len"), ("output_dir", "--out_dir")])
+def test_an_option_of_another_code_base_is_told_its_name_here(theirs, ours):
+    """By the tables of docs/moving.md."""
+    result = run("train_sft.py", f"--{theirs}=1", check=False)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1
+    assert result.stderr.startswith(f"error: unknown option --{theirs}; its name here is {ours}")
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "1e999"])
+def test_a_number_that_is_not_finite_is_refused_by_name(value):
+    with pytest.raises(UserError, match=f"--inner.scale={value}: must be finite"):
+        parse_config(Config, [f"--inner.scale={value}"])
+
+
+def test_an_import_in_a_config_file_is_named(tmp_path):
+    (tmp_path / "c.py").write_text("import math\nlr = math.pi\n")
+    with pytest.raises(UserError, match="c.py: a config file holds assignments only, no import"):
+        parse_config(Config, [str(tmp_path / "c.py")])

@@ -15,6 +15,7 @@ from conftest import ROOT, run
 import sample
 from common.errors import UserError
 from common.model import GPT, ModelConfig
+from common.tokenizer import load_tokenizer
 from extras import hf
 
 transformers = pytest.importorskip("transformers", reason="the authority on these folders; a dev extra")
@@ -526,3 +527,20 @@ def test_a_folder_that_is_not_there_is_named(tmp_path):
                  check=False)
     assert result.returncode == 2 and f"{tmp_path}/none/config.json: missing" in result.stderr
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(tmp_path, value, token_set):
+    torch.manual_seed(0)
+    model = GPT(ModelConfig(vocab_size=266, n_layer=1, n_head=2, n_embd=16, seq_len=32))
+    with torch.no_grad():
+        model.blocks[0].mlp.down.weight[3, 5] = value
+    folder = tmp_path / "out"
+    hf.write(str(folder), model.config, model.state_dict(), (256,), load_tokenizer("bytes").files())
+    for command in (["sample.py", "--prompt=x"],
+                    ["train_pretrain.py", f"--data_dir={token_set}", f"--out_dir={tmp_path}/run",
+                     "--seq_len=16", "--batch_size=2", "--num_steps=1"]):
+        result = run(*command, f"--init_from={folder}", check=False)
+        assert result.returncode == 2 and result.stderr.count("\n") == 1
+        assert "blocks.0.mlp.down.weight is not finite everywhere" in result.stderr
+    assert not (tmp_path / "run").exists()

@@ -21,6 +21,7 @@ from common.tokenizer import (
     Tokenizer,
     load_tokenizer,
 )
+from data import train_tokenizer
 from data.prepare import token_byte_counts
 from data.train_tokenizer import train_sentencepiece
 
@@ -517,3 +518,31 @@ def test_a_vocabulary_smaller_than_the_alphabet_says_how_large_it_must_be():
     least = int(found[1])
     assert 900 < least < 1300
     train_sentencepiece(text, least + 10)
+
+
+# -----------------------------------------------------------------------------
+# what a new vocabulary is learned from
+
+def test_lines_are_cut_to_what_sentencepiece_takes(monkeypatch):
+    monkeypatch.setattr(train_tokenizer, "LONGEST", 10)
+    for line in ("", "short", "a b c d e f g h", "x" * 35, "one " + "y" * 12 + " two", " " * 25, "漢字" * 20):
+        pieces = list(train_tokenizer.sentences([line]))
+        assert "".join(pieces) == line and all(0 < len(piece) <= 10 for piece in pieces)
+    assert list(train_tokenizer.sentences(["alpha beta gamma"])) == ["alpha", " beta", " gamma"]
+    assert list(train_tokenizer.sentences(["a\u2581b", "c\u2585\u2585d"])) == ["a", "b", "c", "d"]
+
+
+@pytest.mark.parametrize("make", [lambda text: text, lambda text: text.replace(" ", "\u2581 "),
+                                  lambda text: text.replace(" ", " \u2585 ")],
+                         ids=["one long line", "U+2581", "U+2585"])
+def test_a_vocabulary_is_learned_from_lines_that_the_library_would_leave_out(make):
+    """Without a word: lines above a length, and those with a character that it uses itself."""
+    draw = random.Random(0)
+    words = ["".join(draw.choices("αβγδεζηθικ", k=draw.randint(3, 7))) for _ in range(200)]
+    text = " ".join(draw.choices(words, k=20_000))
+    assert len(text.encode()) > 1 << 17
+    others = ["abcdefghij " * 5] * 50
+    tokenizer = Tokenizer("sentencepiece", train_tokenizer.train_sentencepiece([make(text), *others], 700))
+    sample = text[:3000]
+    ids = tokenizer.encode(sample)
+    assert len(ids) < 0.7 * len(sample) and tokenizer.decode(ids) == sample
