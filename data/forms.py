@@ -45,7 +45,7 @@ class Columns:
     def first(self, names):
         """-> the first of these that the row has, and its value; ("", None) where it has none"""
         for name in names:
-            if self.row.get(name) is not None:
+            if self.row.get(name) not in (None, []):
                 return name, self.take(name)
         return "", None
 
@@ -62,16 +62,16 @@ def chat(columns, fields):
         return form, messages
     name, said = columns.first(fields[1:] or ANSWERS)
     if not isinstance(said, str):
-        raise ValueError(f"expected the assistant's text in {' or '.join(fields[1:] or ANSWERS)}")
+        raise ValueError(expected(fields, f"an assistant's text in {' or '.join(ANSWERS)}"))
     return f"{form}, {name}", [*messages, dict(role="assistant", content=said)]
 
 
 def pairs(columns, fields):
-    """-> name of the form, messages of the prompt (or [] where both sides have it), of both sides"""
+    """-> name of the form, messages of the prompt ([] where the sides have it) and both sides"""
     chosen, rejected = fields[1:] or ("chosen", "rejected")
     sides = [columns.take(chosen), columns.take(rejected)]
     if None in sides:
-        raise ValueError(f'expected {{"{chosen}": ..., "{rejected}": ...}}')
+        raise ValueError(expected(fields, '{"chosen": ..., "rejected": ...}'))
     form, prompt = conversation(columns, fields, needed=False)
     sides = [as_messages(side, "assistant") for side in sides]
     return ", ".join(filter(None, [form, "pairs"])), (prompt, *sides)
@@ -86,7 +86,7 @@ def prompts(columns, fields):
         answer = messages[-1]["content"]
         return f"{form}, its last message", dict(prompt=messages[:-1], answer=answer)
     if not isinstance(answer, str):
-        raise ValueError(f"expected a text in {' or '.join(fields[1:] or ANSWERS)}")
+        raise ValueError(expected(fields, f"the answer, a text, in {' or '.join(ANSWERS)}"))
     return f"{form}, {name}", dict(prompt=messages, answer=answer)
 
 
@@ -103,14 +103,19 @@ def conversation(columns, fields, needed=True):
     else:
         form, messages = question(columns)
     if messages is None and needed:
-        expected = "--fields" if fields else "messages, conversations or " + ", ".join(QUESTIONS)
-        raise ValueError(f"expected {fields[0] if fields else expected}")
+        names = ", ".join(["messages", "conversations", *QUESTIONS])
+        raise ValueError(expected(fields, f"one of {names}, or --fields"))
     messages, system = messages or [], columns.take("system")
     if system:
         if not isinstance(system, str) or messages and messages[0]["role"] == "system":
             raise ValueError('"system" is a text, and not in the messages too')
         messages = [dict(role="system", content=system), *messages]
     return form, messages
+
+
+def expected(fields, form):
+    """-> what a message says of a row without the columns that --fields names, or of no form"""
+    return f"expected {', '.join(fields)} (--fields)" if fields else f"expected {form}"
 
 
 def question(columns):
@@ -136,21 +141,21 @@ def as_messages(content, role=""):
     """content: a text of this role's, a message or a list of messages -> messages; ValueError"""
     if isinstance(content, str) and role:
         return [dict(role=role, content=content)]
-    if isinstance(content, dict):
-        content = [content]
-    if not isinstance(content, list) or not all(isinstance(message, dict) for message in content):
+    content = [content] if isinstance(content, dict) else content
+    if not isinstance(content, list):
+        raise ValueError("expected a text or messages")
+    if not content or not all(isinstance(message, dict) for message in content):
         raise ValueError('expected [{"role": "...", "content": "..."}, ...]')
     return [as_message(message) for message in content]
 
 
 def as_message(message):
     """-> a message in our names, without fields that hold nothing"""
-    message = {name: value for name, value in message.items() if value not in (None, [], "")}
+    message = {name: value for name, value in message.items() if value is not None and value != []}
     if "from" in message and "role" not in message:
         role = message.pop("from")
         message = dict(message, role=ROLES.get(str(role).lower(), role))
-        message["content"] = message.pop("value", "")
-    message.setdefault("content", "")
+        message["content"] = message.pop("value", None)
     if "reasoning_content" in message and "think" not in message:
         message["think"] = message.pop("reasoning_content")
     return message
@@ -163,7 +168,7 @@ def check_order(messages, is_prompt=False):
     """
     turns = [message for message in messages if message["role"] != "system"]
     for before, message in zip([None, *turns], turns):
-        if not message["content"] or not str(message["content"]).strip():
+        if not message["content"].strip():
             raise BadRow(f"the {message['role']} says nothing", "with an empty message")
         if before and before["role"] == message["role"]:
             who = message["role"]

@@ -244,16 +244,17 @@ def prepare_set(cfg, kind_class, writer_class):
         check_splits(splits, cfg, kind.unit, report)
         describe(folder, cfg, kind, splits, report)
     report.print()
-    if kind.forms:
-        print("read as " + "; ".join(f"{form}: {n:,} rows" for form, n in kind.forms.items()))
-    if kind.unread:
-        names = ", ".join(f"{name} ({n:,} rows)" for name, n in kind.unread.items())
-        print(f"not read: {names}")
     if kind.num_thoughts:
         print(f"{kind.num_thoughts:,} answers begin with <think>...</think>: read as thoughts")
     for split, counts in splits.items():
         counts = ", ".join(f"{name} {n:,}" for name, n in counts.items() if name != "sha256")
         print(f"{cfg.out_dir}/{split}.npy: {counts}, vocabulary {kind.tokenizer.vocab_size:,}")
+    forms = [f"{form}: {n:,} rows" for form, n in kind.forms.items() if form not in kind.own_forms]
+    if forms and not cfg.fields:
+        print("read as " + "; ".join(forms))
+    if kind.unread:
+        names = ", ".join(f"{name} ({n:,} rows)" for name, n in kind.unread.items())
+        print(f"not read: {names}")
 
 
 class SetWriter:

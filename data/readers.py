@@ -90,10 +90,7 @@ def find_files(patterns, endings, option="--input"):
         raise UserError("--input: give files to read, e.g. --input=books/*.txt")
     for path in paths:
         if not path.endswith(endings):
-            hint = ""
-            if path.removesuffix(".gz").endswith((".json", ".csv", ".tsv")):
-                hint = '; README.md, "Data formats", makes .jsonl of .json and .csv'
-            raise UserError(f"{option}={path}: expected one of {', '.join(endings)}{hint}")
+            raise UserError(f"{option}={path}: expected one of {', '.join(endings)}")
     return list(dict.fromkeys(paths))
 
 
@@ -265,7 +262,7 @@ def list_rows(path, file):
 
 
 def csv_rows(path, file):
-    """Yield (line, dict of column to text) of a .csv whose first line names the columns; UserError"""
+    """Yield (line, dict of column to text) of a .csv whose first line names columns; UserError"""
     import csv
 
     csv.field_size_limit(2**31 - 1)
@@ -487,6 +484,8 @@ class Kind:
     """
 
     endings, meta = ROW_FILES, {}
+    # forms that need no word
+    own_forms = ("messages", "prompt, answer", "prompt, pairs", "pairs", "text")
 
     def __init__(self, cfg, tokenizer):
         self.cfg, self.tokenizer = cfg, tokenizer
@@ -504,7 +503,10 @@ class Kind:
             raise ValueError("images are for `data/prepare.py images` and train_sft.py only")
         fields = self.cfg.fields
         if fields and len(fields) != len(self.fields):
-            raise UserError(f"--fields={','.join(fields)}: name {', '.join(self.fields)}")
+            *first, last = self.fields
+            number = {1: "one name", 2: "two names", 3: "three names"}[len(self.fields)]
+            whose = f"{', '.join(first)} and {last}" if first else last
+            raise UserError(f"--fields={','.join(fields)}: give {number}, of {whose}")
         form, content = self.form(columns, fields)
         content = self.check(content)
         for name in columns.unread():

@@ -428,11 +428,11 @@ def test_an_id_outside_the_vocabulary_is_refused_with_file_and_document(bad):
                                 f"{VOCAB}; give the tokenizer that made these ids"
 
 
-@pytest.mark.parametrize("name", ["a.csv", "a.txt.zip", "a", "a.npy.gz", "a.pkl.gz"])
+@pytest.mark.parametrize("name", ["a.tsv", "a.txt.zip", "a", "a.npy.gz", "a.pkl.gz"])
 def test_a_file_of_another_kind_is_refused(name):
     Path(name).write_bytes(b"x")
     assert refusal(name).startswith(
-        f"--input={name}: expected one of .txt, .txt.gz, .jsonl, .jsonl.gz, .npy, .pkl")
+        f"--input={name}: expected one of .txt, .txt.gz, .jsonl, .jsonl.gz, .json, ")
 
 
 @pytest.mark.parametrize("patterns, message", [
@@ -612,8 +612,8 @@ CHATS = [
     [{"role": "system", "content": "Be brief."}, user("a <end>"), assistant("b", think="Hm\n"), user("c"),
      assistant("d\U0001F642")],
     [user("ends with"), assistant("the user"), user("so")],
-    [user(""), assistant("")],
-    [assistant("begins with the assistant")],
+    [user("?"), assistant("!")],
+    [{"role": "system", "content": "Only this."}, user("and that"), assistant("so")],
 ]
 BYTES = load_tokenizer("bytes")
 
@@ -733,7 +733,7 @@ def test_fields_make_a_conversation_of_two_texts():
 def test_rows_without_the_fields_are_malformed(row):
     write_rows("a.jsonl", [{"question": "q", "answer": "a"}, row])
     message = refusal("a.jsonl", make=make_chat, fields=("question", "answer"))
-    assert message.startswith("a.jsonl:2: expected texts question and answer as --fields says, got ")
+    assert message.startswith("a.jsonl:2: expected question, answer (--fields), got ")
     meta = make_chat("a.jsonl", fields=("question", "answer"), bad_rows="skip")
     assert meta["left_out"] == {"malformed": 1} and chats() == encoded([[user("q"), assistant("a")]])
 
@@ -746,7 +746,7 @@ def test_fields_are_two(fields):
 
 
 def test_val_frac_holds_out_whole_conversations_and_loses_none():
-    rows = [[user(f"number {i}"), assistant("x" * (i % 7))] for i in range(400)]
+    rows = [[user(f"number {i}"), assistant("x" * (1 + i % 7))] for i in range(400)]
     write_rows("a.jsonl", rows[:300])
     write_rows("b.jsonl.gz", rows[300:])
     meta = make_chat("a.jsonl", "b.jsonl.gz", val_frac=0.25)
@@ -810,7 +810,7 @@ BAD_CHATS = {
     "number as think": chat_line(user("a"), assistant("b", think=3)),
 }
 NO_REPLY = {"user only": chat_line(user("a")), "system only": b'[{"role": "system", "content": "a"}]',
-            "user in messages": json.dumps({"messages": [user("a"), user("b")]}).encode()}
+            "user in messages": json.dumps({"messages": [user("a")]}).encode()}
 NO_REPLY_REASON = "without an assistant turn"
 LEFT_OUT = [pytest.param(line, reason, id=name)
             for lines, reason in ((BAD_CHATS, "malformed"), (NO_REPLY, NO_REPLY_REASON))
@@ -1025,9 +1025,9 @@ PAIRS = [                                              # a row, and the messages
      ([SYSTEM, *TWO_TURNS], [assistant("f")], [assistant("g"), *TWO_TURNS])),
     ({"prompt": [SYSTEM], "chosen": [user("a"), assistant("b")], "rejected": [user("a"), assistant("c")]},
      ([SYSTEM, user("a")], [assistant("b")], [assistant("c")])),
-    ({"prompt": [], "chosen": [assistant("a"), assistant("b")], "rejected": [assistant("a"), assistant("c")]},
-     ([assistant("a")], [assistant("b")], [assistant("c")])),
-    ({"prompt": "", "chosen": "", "rejected": "x"}, ([user("")], [assistant("")], [assistant("x")])),
+    ({"prompt": [], "chosen": [user("a"), assistant("b")], "rejected": [user("a"), assistant("c")]},
+     ([user("a")], [assistant("b")], [assistant("c")])),
+    ({"prompt": "?", "chosen": "!", "rejected": "x"}, ([user("?")], [assistant("!")], [assistant("x")])),
 ]
 PAIR_ROWS, PAIR_MESSAGES = zip(*PAIRS)
 
@@ -1083,7 +1083,7 @@ def test_the_fingerprint_of_pairs_follows_which_answer_is_chosen():
 
 
 def test_val_frac_holds_out_whole_pairs_and_loses_none():
-    rows = [{"prompt": f"number {i}", "chosen": "x" * (i % 7), "rejected": "y"} for i in range(400)]
+    rows = [{"prompt": f"number {i}", "chosen": "x" * (1 + i % 7), "rejected": "y"} for i in range(400)]
     write_rows("a.jsonl", rows[:300])
     write_rows("b.jsonl.gz", rows[300:])
     meta = make_pairs("*.jsonl*", val_frac=0.25)
@@ -1124,7 +1124,7 @@ MALFORMED_PAIRS = {
     "conversation": [user("a"), assistant("b")], "number": 3, "null": None,
     "no rejected": {"prompt": "a", "chosen": "b"}, "no chosen": {"prompt": "a", "rejected": "b"},
     "null answer": {"prompt": "a", "chosen": None, "rejected": "b"},
-    "a message as answer": {"prompt": "a", "chosen": assistant("b"), "rejected": "c"},
+    "a number as answer": {"prompt": "a", "chosen": 3, "rejected": "c"},
     "empty answer": {"prompt": "a", "chosen": [], "rejected": [assistant("c")]},
     "empty conversation": {"chosen": [user("a"), assistant("b")], "rejected": []},
     "number as prompt": {"prompt": 3, "chosen": "b", "rejected": "c"},
@@ -1226,9 +1226,9 @@ def test_longer_answers_can_be_cut_and_pairs_go_where_no_token_is_left_of_one(ca
         "left out 2 without a reply in the first 10 tokens: a.jsonl:4, a.jsonl:6\n")
 
 
-@pytest.mark.parametrize("tags, max_len", [(False, 8), (True, 5)], ids=["start", "tag only"])
+@pytest.mark.parametrize("tags, max_len", [(False, 8), (True, 6)], ids=["start", "tag only"])
 def test_answers_that_are_the_same_once_they_are_cut_are_left_out(tags, max_len):
-    write_rows("a.jsonl", [text_pair("", "", "x")[0], text_pair("a", "same b", "same c")[0]])
+    write_rows("a.jsonl", [text_pair("?", "b", "x")[0], text_pair("aa", "same b", "same c")[0]])
     meta = make_pairs("a.jsonl", max_len=max_len, long_rows="cut", answer_tags=tags)
     assert len(pairs()) == 1 and sum(meta["left_out"].values()) == 1
 
@@ -1311,7 +1311,7 @@ PROMPTS = [                                            # a row, its messages and
     ({"prompt": TWO_TURNS, "answer": "a\n<end> b"}, (TWO_TURNS, "a\n<end> b")),
     ({"answer": "\u4e2d\u6587\U0001F642", "prompt": "\u4eca\u5929 <user> \u00e9e\u0301"},
      ([user("\u4eca\u5929 <user> \u00e9e\u0301")], "\u4e2d\u6587\U0001F642")),
-    ({"prompt": "", "answer": "x"}, ([user("")], "x")),
+    ({"prompt": "?", "answer": "x"}, ([user("?")], "x")),
 ]
 PROMPT_ROWS, PROMPT_MESSAGES = zip(*PROMPTS)
 
@@ -1353,7 +1353,7 @@ def test_fields_name_the_prompt_and_the_answer():
     assert prompts() == encoded_prompts([([user("q")], "s"), ([user("r")], "t")])
 
 
-@pytest.mark.parametrize("fields", [(), ("prompt",), ("system", "prompt", "answer")])
+@pytest.mark.parametrize("fields", [("prompt",), ("system", "prompt", "answer")])
 def test_fields_of_prompts_are_two(fields):
     write_rows("a.jsonl", PROMPT_ROWS)
     assert refusal("a.jsonl", make=make_prompts, fields=fields) == \
@@ -1401,7 +1401,7 @@ MALFORMED_PROMPTS = {
     "a message as answer": {"prompt": "a", "answer": user("b")},
     "null prompt": {"prompt": None, "answer": "b"}, "number as prompt": {"prompt": 3, "answer": "b"},
     "empty prompt": {"prompt": [], "answer": "b"}, "strings as prompt": {"prompt": ["a"], "answer": "b"},
-    "a message as prompt": {"prompt": user("a"), "answer": "b"},
+    "a number as prompt": {"prompt": 3, "answer": "b"},
     "unknown role": {"prompt": [{"role": "tool", "content": "a"}], "answer": "b"},
     "no content": {"prompt": [{"role": "user"}], "answer": "b"},
     "user thinks": {"prompt": [{**user("a"), "think": "b"}], "answer": "c"},
@@ -1472,13 +1472,13 @@ def test_without_arguments_it_says_how_it_is_used():
 
 def test_a_mistake_ends_with_exit_code_2_and_one_line_and_leaves_nothing(folder):
     (folder / "bad.jsonl").write_text('{"text": "good"}\n{"txt": "bad"}\n')
-    (folder / "bad.csv").write_text("a,b\n")
+    (folder / "bad.tsv").write_text("a,b\n")
     (folder / "bad.pkl").write_bytes(pickle.dumps([Payload()]))
     for args, message in [
         (["texts"], "unknown command texts; expected one of text, chat, pairs, prompts, tokenizer, images\n"),
-        (["text", "--input=bad.csv"],
-         "--input=bad.csv: expected one of .txt, .txt.gz, .jsonl, .jsonl.gz, .npy, .pkl"),
-        (["text", "--input=bad.jsonl"], 'bad.jsonl:2: expected {"text": "..."}, got '),
+        (["text", "--input=bad.tsv"],
+         "--input=bad.tsv: expected one of .txt, .txt.gz, .jsonl, .jsonl.gz, .json, "),
+        (["text", "--input=bad.jsonl"], 'bad.jsonl:2: expected {"text": "..."}, or --fields, got '),
         (["text", "--input=bad.pkl"], "bad.pkl: refused or damaged (it asks for "),
     ]:
         args = [arg.replace("=", f"={folder}/") for arg in args]
@@ -1486,7 +1486,7 @@ def test_a_mistake_ends_with_exit_code_2_and_one_line_and_leaves_nothing(folder)
         result = run("data/prepare.py", *args, f"--out_dir={folder}/set", check=False)
         assert (result.returncode, result.stdout) == (2, "")
         assert result.stderr.startswith("error: " + message) and result.stderr.count("\n") == 1
-    assert sorted(os.listdir()) == ["bad.csv", "bad.jsonl", "bad.pkl"] and not (ROOT / "ran").exists()
+    assert sorted(os.listdir()) == ["bad.jsonl", "bad.pkl", "bad.tsv"] and not (ROOT / "ran").exists()
 
 
 def test_a_negative_limit_and_validation_files_of_nothing_are_refused(tmp_path):
@@ -1505,7 +1505,7 @@ def test_thoughts_count_for_how_much_is_held_at_once(monkeypatch):
     sizes, encode = [], readers.encode_chat
     monkeypatch.setattr(readers, "encode_chat", lambda tokenizer, chats, *rest: sizes.append(len(chats)) or
                         encode(tokenizer, chats, *rest))
-    write_rows("a.jsonl", [[user(""), {**assistant(""), "think": "x" * 500}]] * 20)
+    write_rows("a.jsonl", [[user("?"), {**assistant("!"), "think": "x" * 500}]] * 20)
     make_chat("a.jsonl")
     assert max(sizes) == 2 and sum(sizes) == 20
 
@@ -1545,10 +1545,9 @@ def prepared_from(kind, name, content):
 
 @pytest.mark.parametrize("kind, row, hint", [
     ("chat", '{"prompt": "a", "chosen": "b", "rejected": "c"}', "which is for `data/prepare.py pairs`"),
-    ("chat", '{"prompt": "a", "answer": "b"}', "which is for `data/prepare.py prompts`"),
     ("pairs", '{"messages": [{"role": "user", "content": "a"}]}', "which is for `data/prepare.py chat`"),
     ("text", '{"prompt": "a", "answer": "b"}', "which is for `data/prepare.py prompts`"),
-    ("chat", '{"conversations": [{"from": "human", "value": "a"}]}', "ShareGPT's form"),
+    ("chat", '{"conversations": [{"from": "human", "value": "a"}]}', "expected an assistant's turn"),
     ("chat", '{"messages": 3}', 'got {"messages": 3}; mend it')])
 def test_rows_for_another_command_name_it(kind, row, hint):
     result = prepared_from(kind, "a.jsonl", row.encode())
@@ -1563,7 +1562,7 @@ def test_a_byte_order_mark_before_the_first_row_is_none_of_it():
 @pytest.mark.parametrize("name, content, message", [
     ("a.jsonl", '{"text": "caf\xe9"}'.encode("latin-1"), "a.jsonl:1: not UTF-8"),
     ("a.jsonl", b'{\n "text": "a"\n}\n', "one row a line"),
-    ("a.json", b"[]", "makes .jsonl of .json and .csv"), ("a.csv", b"a;b", "makes .jsonl of .json and .csv")])
+    ("a.json", b"{}", "expected a list of rows"), ("a.csv", b"text,b\na", "a row of another length")])
 def test_files_of_another_form_are_told_how_to_become_this_one(name, content, message):
     result = prepared_from("text", name, content)
     assert result.returncode == 2 and message in result.stderr and result.stderr.count("\n") == 1
