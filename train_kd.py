@@ -10,7 +10,7 @@ Reads   data_dir, made by `python data/prepare.py text ...` or `chat`; teacher; 
         student's run
 Writes  out_dir/{config.json, code/, metrics.jsonl, samples.jsonl, step_NNNNNN/}, and with
         cache_top_k a cache
-Expect  `python demos/demo/kd_seeds.py`: the student with and without its teacher, in
+Expect  `python tests/bench/kd_seeds.py`: the student with and without its teacher, in
         docs/results.md
 """
 import hashlib

@@ -12,15 +12,12 @@ Prepare data: text to memory-mapped token sets, and new tokenizers.
 text:
     .txt    one document a file                  .npy  token ids: (n,) one document, (documents, n)
     .jsonl  {"text": "..."}, a document a line   .pkl  a list of token ids, or a list of such lists
-chat:
-    .jsonl  a conversation a line, [{"role": "user", "content": "..."}, {"role": "assistant", ...}]
-            or {"messages": [...]}. Roles: system, user, assistant; the last may "think": "..."
-pairs:
-    .jsonl  a pair a line, {"chosen": [messages], "rejected": [messages]}, two conversations that
-            begin alike, or {"prompt": ..., "chosen": ..., "rejected": ...}, each a text or messages
-prompts:
-    .jsonl  a prompt a line, {"prompt": ..., "answer": "..."}. The prompt is a text or messages; the
-            answer goes to the reward function with the completion ("" if it needs none)
+chat, pairs, prompts:
+    rows of a .jsonl, of a .json that is a list, of a .csv or a .parquet: conversations as messages,
+    [{"role": "user", "content": "..."}, {"role": "assistant", ...}] or {"messages": [...]}, or in
+    the forms of ShareGPT and Alpaca, or two texts; see data/forms.py. A pair has "chosen" and
+    "rejected" for an answer. What goes to the reward function with a completion is a prompt's
+    answer ("" if it needs none).
 images:
     .jsonl  as for chat, and a content may show images: see `images --help`
 --tokenizer: bytes, x.model (SentencePiece), x.tiktoken, a folder with vocab.json and merges.txt,

@@ -106,7 +106,8 @@ def test_every_form_alone(kind, row):
 
 
 def test_a_csv_is_read_with_its_line_breaks_and_quotes(capsys):
-    rows = [["query", "response", "id"], ["Who, then?", 'The "keeper",\nand his son.', "1"], ["So?", "Ja é.", "2"]]
+    rows = [["query", "response", "id"], ["Who, then?", 'The "keeper",\nand his son.', "1"],
+            ["So?", "Ja é.", "2"]]
     with open("a.csv", "w", newline="", encoding="utf-8-sig") as file:
         csv.writer(file).writerows(rows)
     make("chat", "a.csv")
@@ -117,9 +118,9 @@ def test_a_csv_is_read_with_its_line_breaks_and_quotes(capsys):
 
 def test_a_parquet_file_is_read():
     pyarrow = pytest.importorskip("pyarrow", reason="the extra parquet")
-    import pyarrow.parquet
+    parquet = pytest.importorskip("pyarrow.parquet")
     rows = [{"messages": [USER, ASSISTANT], "source": "log"}] * 1500
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), "a.parquet")
+    parquet.write_table(pyarrow.Table.from_pylist(rows), "a.parquet")
     assert make("chat", "a.parquet")["splits"]["train"]["conversations"] == 1500
     assert lacking("chat", [{"messages": [USER, ASSISTANT]}]) == []
 
@@ -134,7 +135,7 @@ def test_text_may_have_another_name_and_comes_from_any_file():
 @pytest.mark.parametrize("name, content, message", [
     ("a.json", b'{"messages": []}', "a.json: expected a list of rows; a row a line is a .jsonl"),
     ("a.json", b"[1, 2", "a.json: not JSON"), ("a.json", b'[{"a": "\xe9"}]', "a.json: not UTF-8"),
-    ("a.csv", b"query,response\na\n", "a.csv:2: a row of another length than the first, which names 2 columns"),
+    ("a.csv", b"query,response\na\n", "a.csv:2: a row of another length than the first, which names 2"),
     ("a.csv", b"query,response\na,b,c\n", "a.csv:2: a row of another length"),
     ("a.csv", b"query,response\na,\xe9\n", "a.csv: not a .csv in UTF-8"),
     ("a.csv", b'query,response\n"a,b\n', "a.csv: not a .csv in UTF-8"),
@@ -171,7 +172,7 @@ def test_columns_that_are_not_read_are_counted_and_named(capsys):
 def test_a_column_that_changes_what_a_row_means_must_be_ignored_by_name(kind, column, capsys):
     row = dict(ROWS[kind][0], **{column: "[{}]"})
     write("a.jsonl", [ROWS[kind][0], row])
-    with pytest.raises(UserError, match=f"a.jsonl:2: the column {column} is not read; --ignore={column} leaves"):
+    with pytest.raises(UserError, match=f"a.jsonl:2: the column {column} is not read; --ignore={column}"):
         make(kind, "a.jsonl")
     assert make(kind, "a.jsonl", bad_rows="skip", out="skipped")["left_out"] == {"malformed": 1}
     make(kind, "a.jsonl", ignore=(column,))
@@ -186,7 +187,7 @@ def test_a_system_that_is_ignored_is_left_out_and_counted(capsys):
 @pytest.mark.parametrize("kind, fields, message", [
     ("chat", ("q",), "--fields=q: give two names, of the user's text and the assistant's"),
     ("text", ("a", "b"), "--fields=a,b: give one name, of the text"),
-    ("pairs", ("a", "b"), "--fields=a,b: give three names, of the prompt, the better answer and the worse one"),
+    ("pairs", ("a", "b"), "--fields=a,b: give three names, of the prompt, the better answer and the worse"),
     ("prompts", ("a",), "--fields=a: give two names, of the prompt and the answer")])
 def test_each_kind_wants_its_number_of_fields(kind, fields, message):
     with pytest.raises(UserError, match=message):
@@ -212,8 +213,8 @@ def test_fields_name_the_columns_of_pairs():
     ("prompts", {"prompt": "", "answer": "4"}, "with an empty message"),
     ("prompts", {"prompt": [SYSTEM], "answer": "4"}, "that end with the assistant"),
     ("pairs", {"prompt": "q", "chosen": "", "rejected": "b"}, "with an empty message"),
-    ("pairs", {"prompt": [USER, USER], "chosen": "a", "rejected": "b"}, "with two messages of one role in a row")],
-    ids=str)
+    ("pairs", {"prompt": [USER, USER], "chosen": "a", "rejected": "b"},
+     "with two messages of one role in a row")], ids=str)
 def test_what_is_no_conversation_is_refused_or_left_out_and_counted(kind, row, reason, capsys):
     write("a.jsonl", [ROWS[kind][0], row])
     with pytest.raises(UserError, match="a.jsonl:2: .*--bad_rows=skip"):

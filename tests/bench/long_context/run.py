@@ -1,7 +1,7 @@
 """
 Context extension: a model trained on rows of 256 bytes meets rows of 1024, by each kind of scaling.
 
-    python demos/long_context/run.py
+    python tests/bench/long_context/run.py
 
 Prints the validation loss per byte of whole rows and of their last quarter, 768 bytes and more into
 them: right after the extension, and after 50 steps on rows of 1024. "none" is plain RoPE.
@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 
 # the repository's root must be on the path first
-sys.path.insert(0, str(Path(__file__).absolute().parents[2]))
+sys.path.insert(0, str(Path(__file__).absolute().parents[3]))
 
-from common import checkpoint, losses
+from common import checkpoint, losses  # noqa: E402
 from common.data import TokenData
 from common.model import GPT, ModelConfig
 from demos.shared import begin, prepare, print_row, run
@@ -53,13 +53,13 @@ def val_losses(name, options, seq_len):
 if __name__ == "__main__":
     begin(OUT)
     prepare(run, "text", "data/shakespeare/*.jsonl.gz", f"{OUT}/bytes")
-    run("train_pretrain.py", "demos/long_context/pretrain.py", "--resume=true")
+    run("train_pretrain.py", "tests/bench/long_context/pretrain.py", "--resume=true")
     table = [("rows of 1024", "at once", "last 256", "50 steps", "last 256")]
     for kind, options in KINDS.items():
         # the model of rows of 256 goes on
         run(
             "train_pretrain.py",
-            "demos/long_context/pretrain.py",
+            "tests/bench/long_context/pretrain.py",
             "--resume=true",
             f"--init_from={OUT}/256",
             f"--out_dir={OUT}/{kind}",

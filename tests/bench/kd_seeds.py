@@ -1,7 +1,7 @@
 """
 Distillation against the same student on text alone, same steps and tokens, over several seeds.
 
-    python demos/demo/kd_seeds.py [seeds]         # after the demo; 3 seeds if not told otherwise
+    python tests/bench/kd_seeds.py [seeds]         # after the demo; 3 seeds if not told otherwise
 
 A seed decides on the student's first weights and the order of the data. Runs go to
 out/demo/kd_seeds and are not run again. Prints the final validation loss (cross-entropy per token)
@@ -11,8 +11,12 @@ of each.
 import functools
 import statistics
 import sys
+from pathlib import Path
 
-import run as demo
+# the repository's root must be on the path first
+sys.path.insert(0, str(Path(__file__).absolute().parents[2]))
+
+from demos.demo import run as demo  # noqa: E402
 
 if __name__ == "__main__":
     demo.begin(demo.OUT)
