@@ -5,15 +5,18 @@ import random
 
 import pytest
 import sentencepiece
+import torch
 from test_hf_tokenizers import CORPUS as PROSE
 from test_hf_tokenizers import SAMPLES, byte_level, sentencepiece_folder
 from test_tokenizer import BYTES, CORPUS, MARKUP, MERGES, TEXTS, rank_lines
 
 from common.chat import encode_chat
 from common.errors import UserError
+from common.model import GPT, ModelConfig
+from common.sampling import SamplingConfig, stream_tokens
 from common.tokenizer import PATTERNS, SPECIAL_TOKENS, Tokenizer, load_tokenizer
 from data.train_tokenizer import train_sentencepiece
-from extras import hf_tokenizer
+from extras import hf, hf_tokenizer
 from extras.hf_export import tokenizer_files
 
 transformers = pytest.importorskip("transformers", reason="the authority; a dev extra")
@@ -309,3 +312,25 @@ def test_a_sentencepiece_folder_with_tokenizer_json(tmp_path):
     for chat in CHATS[1:]:
         (ids, _), = encode_chat(ours, [chat])
         assert ids == after.apply_chat_template(chat, return_dict=False)
+
+
+def test_greedy_text_is_that_of_transformers(pair, tmp_path):
+    """What sample.py streams, by the export's model and tokenizer"""
+    _, ours, theirs = pair
+    torch.manual_seed(0)
+    model = GPT(ModelConfig(vocab_size=ours.vocab_size, n_layer=2, n_head=2, n_embd=32, seq_len=64)).eval()
+    for p in model.parameters():
+        if p.ndim > 1:
+            torch.nn.init.normal_(p, std=0.3)
+    hf.write(str(tmp_path / "out"), model.config, model.state_dict(), ours.ends, {})
+    peer = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    greedy = SamplingConfig(max_new_tokens=24, temperature=0.0)
+    for prompt in ("Good morrow, cousin", "今天天气 and  so\n"):
+        ids = theirs(prompt)["input_ids"]
+        assert ids == ours.begin + ours.encode(prompt)
+        written = peer.generate(torch.tensor([ids]), max_new_tokens=24, do_sample=False)[0].tolist()
+        own = [*ids, *stream_tokens(model, ours, ids, greedy)]
+        assert own == [i for i in written if i not in ours.ends] and len(own) > len(ids)
+        text = ours.decode(own)
+        if "\ufffd" not in text:
+            assert theirs.decode(written, skip_special_tokens=True) == text

@@ -906,7 +906,7 @@ def assert_one_line(result, text):
     (["--model.vocab_size=100"], "--model.vocab_size=100"),
     (["--log_every=0"], "--log_every=0: must be at least 1"),
     (["--device=tpu"], "--device=tpu: expected auto, cpu, cuda or mps"),
-    (["--learning_rate=1"], "unknown option --learning_rate; did you mean --lr?"),
+    (["--learning_rate=1"], "unknown option --learning_rate; its name here is --lr"),
     (["--lr", "0.1"], "--lr: expected --lr=value, so --lr=0.1"),
     (["--resume"], "--resume: expected --resume=value, so --resume=true to switch it on"),
     (["--lr=fast"], "--lr=fast: expected float"),
