@@ -332,5 +332,6 @@ def test_greedy_text_is_that_of_transformers(pair, tmp_path):
         own = [*ids, *stream_tokens(model, ours, ids, greedy)]
         assert own == [i for i in written if i not in ours.ends] and len(own) > len(ids)
         text = ours.decode(own)
-        if "\ufffd" not in text:
+        # half characters, and a text after a special token, which begins anew here
+        if "\ufffd" not in text and not set(own) & ours.special_names.keys():
             assert theirs.decode(written, skip_special_tokens=True) == text
