@@ -20,6 +20,7 @@ import numpy as np
 
 from common.chat import check_conversation
 from common.errors import UserError
+from data.forms import check_order
 from data.readers import BadRow, Chats, ExampleConfig, check_reply
 from extras.images import INFO, as_ids, load_image, pillow
 
@@ -145,8 +146,9 @@ def check_parts(messages):
             raise ValueError('a message is {"role": "...", "content": "..."}')
         if in_parts and message.get("role") == "assistant":
             raise ValueError("an assistant's content is text")
-        as_text.append(dict(message, content="") if in_parts else message)
+        as_text.append(dict(message, content=MARK) if in_parts else message)
     check_conversation(as_text)
+    check_order(as_text)
 
 
 def is_part(part, kinds=("text", "image")):
