@@ -162,7 +162,8 @@ def reply(model, tokenizer, turns, text, cfg, shown=None):
     system = [dict(role="system", content=cfg.system)] if cfg.system else []
 
     def encoded(messages):
-        return encode_chat(tokenizer, [system + messages], reply=True)[0][0]
+        # answers so far have the tags that they were given
+        return encode_chat(tokenizer, [system + messages], answer_tags=False, reply=True)[0][0]
 
     context = model.config.seq_len
     room = context - min(cfg.max_new_tokens, context // 2)
@@ -177,8 +178,10 @@ def reply(model, tokenizer, turns, text, cfg, shown=None):
     while len(ids := encoded(turns)) > room:
         del turns[:2]
     tokens = answer(model, tokenizer, ids, cfg, cfg.seed + len(turns), shown and shown.inputs(ids))
+    said = tuple(tokens)
     # a folder's template decides what is left of earlier thoughts
-    said = tokenizer.decode(tokens) if tokenizer.template else tuple(tokens)
+    if tokenizer.template and tokenizer.special["answer"] not in tokens:
+        said = tokenizer.decode(tokens, show_special=True)
     turns.append(with_thoughts(dict(role="assistant", content=said)))
 
 

@@ -14,6 +14,10 @@ class UserError(Exception):
     """The message says what is wrong, where, and how to mend it, in one line."""
 
 
+class BadText(UserError, ValueError):
+    """A text or a conversation that cannot be encoded"""
+
+
 def show_user_errors():
     """
     From here on a UserError that nobody caught ends the process with one line and exit code 2,

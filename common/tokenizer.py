@@ -26,11 +26,12 @@ import json
 import os
 import re
 import unicodedata
+from concurrent.futures import ThreadPoolExecutor
 
 import sentencepiece
 import tiktoken
 
-from common.errors import UserError
+from common.errors import BadText, UserError
 
 # "end" closes a turn and a document; "pad" is another token on purpose (else padding swallows the
 # end)
@@ -161,23 +162,24 @@ class Tokenizer:
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts, num_threads=2):
-        """-> list of lists of int. ValueError: a text that tiktoken cannot take"""
+        """-> list of lists of int. BadText: tiktoken cannot take it"""
         if self.kind == "bytes":
             return [list(text.encode()) for text in texts]
         if self.kind == "sentencepiece":
             return self.bpe.encode(texts, num_threads=num_threads)
         for text in texts:
-            if len(text) > LONGEST_SPACE and re.search(rf"\s{{{LONGEST_SPACE}}}", text):
-                raise ValueError(f"over {LONGEST_SPACE:,} characters of white space in a row")
+            if len(text) > LONGEST_SPACE and re.search(rf"(?<!\s)\s{{{LONGEST_SPACE}}}", text):
+                raise BadText(f"over {LONGEST_SPACE:,} characters of white space in a row")
         if not self.extra:
             return self.bpe.encode_ordinary_batch(texts, num_threads=num_threads)
-        parts = [list(self._parts(text)) for text in texts]
-        plain = [part for of_text in parts for part in of_text if isinstance(part, str)]
-        encoded = iter(self.bpe.encode_ordinary_batch(plain, num_threads=num_threads))
-        return [
-            [id for part in of_text for id in (next(encoded) if isinstance(part, str) else [part])]
-            for of_text in parts
-        ]
+        with ThreadPoolExecutor(num_threads) as pool:
+            return list(pool.map(self._encode_parts, texts))
+
+    def _encode_parts(self, text):
+        ids = []
+        for part in self._parts(text):
+            ids += [part] if isinstance(part, int) else self.bpe.encode_ordinary(part)
+        return ids
 
     def _parts(self, text):
         """Yield the ids of added tokens in a text, and what is between them, split in advance."""
@@ -282,7 +284,7 @@ def load_tokenizer(source):
         raise UserError(
             f"--tokenizer={source}: cannot read {error.filename} ({error.strerror})"
         ) from None
-    except (ValueError, KeyError, TypeError, RuntimeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise UserError(
             f"--tokenizer={source}: not a vocabulary of that kind, or damaged ({error})"
         ) from None

@@ -13,12 +13,12 @@ its answer beside it, or is a whole conversation whose last message is the answe
 """
 
 QUESTIONS = ("prompt", "question", "query", "instruction", "problem")
-ANSWERS = ("answer", "response", "output", "completion", "solution", "answers")
+ANSWERS = ("answer", "response", "output", "completion", "solution")
 # ShareGPT's names of roles: ours
 ROLES = dict(human="user", user="user", gpt="assistant", assistant="assistant", bot="assistant")
-ROLES |= dict(model="assistant", chatgpt="assistant", system="system")
+ROLES |= dict(model="assistant", system="system")
 # columns that change what a row means: an error where they would be left out
-MEANT = {"system", "input", "history", "tools", "functions", "images", "image", "videos", "audios"}
+MEANT = {"system", "input", "history", "tools", "functions", "images", "image", "videos"}
 
 
 class BadRow(ValueError):

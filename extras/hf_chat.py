@@ -15,6 +15,7 @@ import re
 from datetime import datetime
 
 from common import chat
+from common.errors import BadText
 from common.tokenizer import any_of, matches_and_gaps
 
 MARK = re.compile("\ue000(\\d+)([ct])\ue001")  # number of a message, c(ontent) or t(houghts)
@@ -51,26 +52,42 @@ def compiled(template):
     return environment.from_string(template)
 
 
-def render(extra, roles, reply, space=""):
+def marked(roles, space=""):
     """
-    extra: of the Tokenizer; roles: ((role, whether it thinks), ...); reply: end with what stands
-    before the model's answer; space: beside each mark -> str with marks; ValueError
+    roles: ((role, whether it thinks), ...); space: beside each mark -> messages with marks in place
+    of contents and thoughts
     """
-
-    def mark(i, kind):
-        return f"{space}\ue000{i}{kind}\ue001{space[::-1]}"
-
     messages = []
     for i, (role, thinks) in enumerate(roles):
-        messages.append(dict(role=role, content=mark(i, "c")))
+        content, think = (f"{space}\ue000{i}{kind}\ue001{space[::-1]}" for kind in "ct")
+        messages.append(dict(role=role, content=content))
         if thinks:
-            messages[-1]["reasoning_content"] = mark(i, "t")
+            messages[-1]["think"] = think
+    return messages
+
+
+def render(extra, messages, reply):
+    """
+    extra: of the Tokenizer; reply: end with what stands before the model's answer -> str; BadText
+    """
+    theirs = []
+    for message in messages:
+        theirs.append(dict(role=message["role"], content=message["content"]))
+        if "think" in message:
+            # names that templates have for it
+            for name in ("reasoning_content", "thinking", "reasoning"):
+                theirs[-1][name] = message["think"]
     try:
         return compiled(extra["template"]).render(
-            messages=messages, add_generation_prompt=reply, tools=None, **extra["names"]
+            messages=theirs,
+            add_generation_prompt=reply,
+            tools=None,
+            documents=None,
+            **extra["names"],
         )
     except Exception as error:  # whatever a template's code raises
-        raise ValueError(f"the folder's chat template refuses it ({error})") from None
+        why = " ".join(str(error).split())
+        raise BadText(f"the folder's chat template refuses it ({why})") from None
 
 
 def stripped(literal, spaced):
@@ -81,41 +98,46 @@ def stripped(literal, spaced):
     for right, left in itertools.product(LEFT, LEFT):
         if right[::-1] + literal + left == spaced:
             return LEFT[right], LEFT[left]
-    raise ValueError("the folder's chat template changes what is said")
+    raise BadText("the folder's chat template changes what is said")
 
 
 class Layout:
     """
     How a template writes conversations of these roles.
 
-    parts       list of (texts and lists of ids, None, learned), the template's own, and of ((what
-                is stripped left and right), (number of the message, "c" or "t"), learned)
+    parts       list of (texts and lists of ids, the same as text, None, learned), the template's
+                own, and of ((what is stripped left and right), "", (number of the message, "c" or
+                "t"), learned)
     thinks      whether it writes thoughts itself
     """
 
     def __init__(self, extra, roles, reply):
         self.tokens = extra["tokens"]
         self.is_token = re.compile(any_of(self.tokens))
-        text = render(extra, roles, reply)
+        text = render(extra, marked(roles), reply)
         marks, literals = list(MARK.finditer(text)), MARK.split(text)[::3]
-        spaced = MARK.split(render(extra, roles, reply, SPACE))[::3]
+        spaced = MARK.split(render(extra, marked(roles, SPACE), reply))[::3]
         sides = list(map(stripped, literals, spaced))
         written = {(int(mark[1]), mark[2]) for mark in marks}
         for i in range(len(roles)):
             if (i, "c") not in written:
-                raise ValueError(f"the folder's chat template leaves out message {i + 1}")
-        one = render(extra, (("user", False), ("assistant", True)), False)
+                raise BadText(f"the folder's chat template leaves out message {i + 1}")
+        one = render(extra, marked((("user", False), ("assistant", True))), False)
+        last = list(MARK.finditer(one))[-1]
         self.thinks = any(mark[2] == "t" for mark in MARK.finditer(one))
+        # the token that closes an answer, if one does
+        closing = self.is_token.search(one, last.end())
+        end = re.compile(re.escape(closing[0])) if closing else None
         self.turns = []
         for i, (role, _) in enumerate(roles):
             if role == "assistant":
                 own = [mark for mark in marks if int(mark[1]) == i]
-                self.turns.append(turn(extra, roles[:i], text, own))
+                self.turns.append(turn(extra, roles[:i], text, own, end, reply))
         self.parts, at = [], 0
         for mark, (_, left), (right, _) in zip(marks, sides, sides[1:]):
             self.add(text, at, mark.start())
             whose = int(mark[1]), mark[2]
-            self.parts.append(((left, right), whose, self.learned(mark.start())))
+            self.parts.append(((left, right), "", whose, self.learned(mark.start())))
             at = mark.end()
         self.add(text, at, len(text))
 
@@ -131,23 +153,25 @@ class Layout:
                 pieces = matches_and_gaps(self.is_token, text[a:b])
                 ids = self.tokens
                 pieces = [[ids[piece]] if piece in ids else piece for piece in pieces]
-                self.parts.append((pieces, None, self.learned(a)))
+                self.parts.append((pieces, text[a:b], None, self.learned(a)))
 
 
-def turn(extra, before, text, marks):
+def turn(extra, before, text, marks, end, reply):
     """
-    before: roles of the messages before an assistant's; marks: its own -> where in text that what
-    it says begins and where it ends, the token that the template closes it with included
+    before: roles of the messages before an assistant's; marks: its own; end: pattern of the token
+    that closes an answer, or None -> where in text that what it says begins and where it ends, with
+    that token. BadText: what stands before is no prompt (with reply, for which nothing is learned)
     """
     start, stop = marks[0].start(), marks[-1].end()
-    prompt = render(extra, before, True) if before else ""
-    # some templates write a prompt in another way once it is answered
-    if prompt and text.startswith(prompt):
-        start = len(prompt)
+    prompt = render(extra, marked(before), True) if before else ""
+    if text.startswith(prompt):
+        start = len(prompt) if prompt else start
+    elif not reply:
+        raise BadText("the folder's chat template writes an answered prompt anew")
     following = MARK.search(text, stop)
     until = following.start() if following else len(text)
-    end = re.compile(any_of(extra["tokens"])).search(text, stop, until)
-    return start, end.end() if end else stop
+    found = end.search(text, stop, until) if end else None
+    return start, found.end() if found else stop
 
 
 @functools.lru_cache(maxsize=10_000)
@@ -165,23 +189,29 @@ def lay_out(tokenizer, messages, answer_tags, reply, begin):
         messages = [dict(role="user", content=""), dict(role="assistant", content=""), *messages]
     roles = tuple((message["role"], "think" in message) for message in messages)
     plan = layout(tokenizer, roles, reply)
-    parts = plan.parts
+    parts, compared = plan.parts, begin
     if not begin:
         learned = [learn for *_, learn in parts]
         parts = parts[learned.index(False, learned.index(True)) :]
-    result = []
-    for pieces, whose, learn in parts:
+    result, written = [], ""
+    for pieces, text, whose, learn in parts:
         if whose:
             sides, (number, kind) = pieces, whose
             pieces = body(tokenizer, messages[number], kind, answer_tags, plan.thinks)
             if len(pieces) == 1:
                 pieces = [strip(*pieces, *sides)]
+            text = pieces[0]
+        # ids, or what we add to the template's words, are not to be compared
+        compared = compared and isinstance(text, str) and (not whose or len(pieces) == 1)
+        written += text if compared else ""
         for piece in pieces:
             # with what stands beside it, as one text
             joins = result and isinstance(piece, str) and isinstance(result[-1][0], str)
             if joins and result[-1][1] == learn:
                 piece = result.pop()[0] + piece
             result.append((piece, learn))
+    if compared and written != render(tokenizer.extra, messages, reply):
+        raise BadText("the folder's chat template writes it in another way because of what is said")
     return result
 
 

@@ -13,7 +13,10 @@ import re
 from common.chat import ROLES, encode_chat
 from common.errors import UserError
 from common.tokenizer import Tokenizer, read_file
+from extras import hf_chat
 
+# larger than any vocabulary
+MOST_IDS = 10_000_000
 # what a folder's tokenizer is made of, which an export copies
 ORIGINALS = (
     "tokenizer.json",
@@ -62,6 +65,10 @@ def load(folder):
                 f"--tokenizer={folder}: eos_token_id={json.dumps(end)}: not an id of this "
                 "vocabulary"
             )
+    names = {name: _content(config.get(name)) or "" for name in ("bos_token", "eos_token")}
+    tokens |= {text: ids[text] for text in names.values() if text in ids}
+    if not all(isinstance(text, str) and 0 <= i < MOST_IDS for text, i in tokens.items()):
+        raise ValueError("an added token without a text, or with an id that cannot be")
     special = {"end": ends[0]} if ends else {}
     if {"<think>", "</think>"} <= ids.keys():
         special |= {"think": ids["<think>"], "/think": ids["</think>"]}
@@ -74,12 +81,12 @@ def load(folder):
         nfc=nfc,
         splits=splits,
         tokens=tokens,
-        literal=_literal(folder, added.values(), tokens),
+        literal=_literal(folder, added.values(), tokens, template, ends),
         begin=[],
         ends=ends,
         markers={},
         template=template,
-        names={name: _content(config.get(name)) or "" for name in ("bos_token", "eos_token")},
+        names=names,
     )
     tokenizer = Tokenizer(*vocabulary, extra)
     begin = _begin(file, config, ids)
@@ -98,6 +105,10 @@ def _template(files, config):
         template = {one["name"]: one["template"] for one in template}.get("default", "")
     if "chat_template.jinja" in files:
         template = files["chat_template.jinja"].decode()
+    try:
+        hf_chat.compiled(template)
+    except Exception as error:  # of jinja, or a template that is no text
+        raise ValueError(f"chat_template: {' '.join(str(error).split())}") from None
     return template
 
 
@@ -113,22 +124,25 @@ def _of_template(tokenizer, begin):
         return begin, []
     bos = tokenizer.extra["tokens"].get(tokenizer.extra["names"]["bos_token"])
     last = [i for i, learn in zip(ids, learned) if learn][-1]
-    begins = [bos] if ids[:1] == [bos] else begin
+    # a token that opens every turn (SmolLM2's) begins no text
+    begins = [bos] if ids[:1] == [bos] and ids.count(bos) == 1 else begin
     return begins, [last] if last in tokenizer.extra["tokens"].values() else []
 
 
-def _literal(folder, added, tokens):
+def _literal(folder, added, tokens, template, ends):
     """-> dict of text to id of the added tokens that are read in a text; UserError"""
     literal = {}
     for token in added:
-        if token["special"]:
+        if token["special"] and token["content"] not in template:
             continue
         if token.get("lstrip") or token.get("rstrip") or token.get("single_word"):
             raise UserError(
                 f"--tokenizer={folder}: the added token {token['content']!r} has lstrip, rstrip or "
                 "single_word, which is not supported"
             )
-        literal[token["content"]] = tokens[token["content"]]
+        # whatever a file says of an end: nobody types it
+        if not token["special"] and tokens[token["content"]] not in ends:
+            literal[token["content"]] = tokens[token["content"]]
     return literal
 
 

@@ -3,6 +3,7 @@ import json
 from dataclasses import replace
 
 import pytest
+from conftest import run
 from test_hf_tokenizers import byte_level, edit_json
 
 from common.chat import after_turn, encode_chat, encode_user, with_thoughts
@@ -20,6 +21,7 @@ TRIMS = """{% for m in messages %}{% if loop.first %}{{ bos_token }}{% endif %}
 DEFAULT = """{% if messages[0].role != 'system' %}{{ '<|start|>system\nBe good.<|eot|>\n' }}{% endif %}
 {%- for m in messages %}{{ '<|start|>' + m.role + '\n' + m.content + '<|eot|>\n' }}{% endfor %}
 {%- if add_generation_prompt %}{{ '<|start|>assistant\n' }}{% endif %}"""
+CHATML = "{% if true %}{% endif %}\n" + DEFAULT.partition("\n")[2]
 # thoughts of the last answer alone, line breaks around them: Qwen3
 THINKS = """{% set ns = namespace(last=0) %}
 {%- for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}
@@ -156,3 +158,70 @@ def test_thoughts_written_in_an_answer_are_thoughts_and_counted(tmp_path, capsys
     config = prepare.ChatConfig(input=(str(tmp_path / "c.jsonl"),), out_dir=str(tmp_path / "set"))
     prepare.prepare_set(config, prepare.Chats, prepare.ExampleWriter)
     assert "3 answers begin with <think>...</think>" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("template, said", [
+    (DEFAULT.replace("m.content", "m.content | replace('/no_think', '')"), "Cats? /no_think"),
+    (DEFAULT.replace("m.content", "(m.content if 'x' not in m.content else 'y')"), "an x"),
+    (DEFAULT.replace("m.content", "m.content.strip(' ')"), " Cats? ")], ids=["replace", "if", "strip"])
+def test_a_template_that_writes_by_what_is_said_is_followed_or_refused(tmp_path, template, said):
+    theirs = templated(tmp_path, template)
+    ours = load_tokenizer(str(tmp_path))
+    for content in ("Cats?", said):
+        chat = [dict(role="user", content=content), dict(role="assistant", content="Yes.")]
+        try:
+            (ids, _), = encode_chat(ours, [chat], answer_tags=False)
+        except UserError as error:
+            assert content == said and "because of what is said" in str(error)
+        else:
+            assert ids == written(theirs, chat, False)
+
+
+def test_a_prompt_that_is_written_anew_once_it_is_answered_is_refused(tmp_path):
+    """As where the prompt opens a thought: an answer would be learned that no prompt asks for."""
+    opened = "{% if add_generation_prompt %}{{ '<|start|>assistant\\n<think>\\n' }}{% endif %}"
+    templated(tmp_path, DEFAULT.rpartition("{%- if add_generation_prompt")[0] + opened)
+    ours = load_tokenizer(str(tmp_path))
+    assert encode_user(ours, "Cats?")[-2:] == [ours.special["think"], *ours.encode("\n")]
+    with pytest.raises(UserError, match="writes an answered prompt anew"):
+        encode_chat(ours, [[Q, A]])
+
+
+def test_a_token_that_opens_every_turn_begins_no_text(tmp_path):
+    """SmolLM2 calls it its bos_token."""
+    theirs = templated(tmp_path, CHATML.replace("<|start|>", "<bos>"))
+    ours, chat = load_tokenizer(str(tmp_path)), [dict(role="user", content="x")]
+    assert ours.begin == [] and encode_user(ours, "x") == written(theirs, chat, True)
+
+
+def test_an_end_that_the_file_does_not_call_special_cannot_be_typed(tmp_path):
+    templated(tmp_path, DEFAULT)
+    def change(file):
+        for token in file["added_tokens"]:
+            token["special"] = False
+    edit_json(tmp_path / "tokenizer.json", change)
+    ours = load_tokenizer(str(tmp_path))
+    assert not set(ours.ends[:1]) & set(ours.encode("a<|endoftext|>b"))
+
+
+@pytest.mark.parametrize("template", ["{{ }", "{% for %}", "{{ 1 + }}", "{% if %}"])
+def test_a_template_that_cannot_be_read_is_named(tmp_path, template):
+    templated(tmp_path, DEFAULT)
+    (tmp_path / "chat_template.jinja").write_text(template)
+    with pytest.raises(UserError, match="chat_template: ") as error:
+        load_tokenizer(str(tmp_path))
+    assert "\n" not in str(error.value)
+
+
+def test_a_chat_of_two_turns_holds_no_tag_that_the_model_has_not_learned(tmp_path):
+    """Tags of ours lie beyond the embedding of a folder's model."""
+    import torch
+    theirs = templated(tmp_path, THINKS)
+    torch.manual_seed(0)
+    transformers.Qwen2ForCausalLM(transformers.Qwen2Config(
+        vocab_size=len(theirs), hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256,
+        eos_token_id=theirs.eos_token_id, bos_token_id=None)).save_pretrained(tmp_path)
+    result = run("sample.py", f"--init_from={tmp_path}", "--chat=true", "--max_new_tokens=8",
+                 input="Hi\nAnd?\n\n")
+    assert result.returncode == 0 and result.stderr == "" and result.stdout.count("you>") == 3
