@@ -21,7 +21,7 @@ TRIMS = """{% for m in messages %}{% if loop.first %}{{ bos_token }}{% endif %}
 DEFAULT = """{% if messages[0].role != 'system' %}{{ '<|start|>system\nBe good.<|eot|>\n' }}{% endif %}
 {%- for m in messages %}{{ '<|start|>' + m.role + '\n' + m.content + '<|eot|>\n' }}{% endfor %}
 {%- if add_generation_prompt %}{{ '<|start|>assistant\n' }}{% endif %}"""
-CHATML = "{% if true %}{% endif %}\n" + DEFAULT.partition("\n")[2]
+CHATML = DEFAULT[DEFAULT.index("{%- for"):]
 # thoughts of the last answer alone, line breaks around them: Qwen3
 THINKS = """{% set ns = namespace(last=0) %}
 {%- for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}
