@@ -107,7 +107,7 @@ IGNORED = set(
     """
     _name_or_path transformers_version torch_dtype dtype use_cache initializer_range pretraining_tp
     bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id tokenizer_class
-    _model_name_or_path _attn_implementation auto_map max_window_layers sliding_window
+    _model_name_or_path _attn_implementation max_window_layers sliding_window
     output_attentions output_hidden_states return_dict id2label label2id
     _attn_implementation_autoset unsloth_fixed unsloth_version
     output_router_logits is_llama_config transformers.js_config
@@ -288,6 +288,8 @@ def _read_rope(values, seq_len):
     stretched_len = _value(values, "max_sequence_length", int)
     original = rope.get("rope_original_len", seq_len)
     factor = rope.get("rope_factor", seq_len / original)
+    if not factor:
+        raise _refusal("factor", factor, "a number above 0")
     if kind == "linear":
         seq_len = max(seq_len, stretched_len)
         original = max(1, round(seq_len / factor))

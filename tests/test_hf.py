@@ -267,6 +267,8 @@ def test_yarn_of_published_configs_goes_to_the_stretched_length(tmp_path):
     ("Llama", dict(rope_parameters=dict(rope_type="longrope", factor=2.0)), 'rope_type="longrope"'),
     ("Llama", dict(rope_parameters=dict(rope_type="linear", factor=2.0, original=8)), "original=8"),
     ("Llama", dict(rope_parameters=dict(rope_type="linear")), "factor: missing"),
+    ("Llama", dict(rope_parameters=dict(rope_type="linear", factor=0.0)), "factor=0.0: not supported"),
+    ("Llama", dict(auto_map={"AutoConfig": "x.Y"}), "auto_map={"),
     ("Llama", dict(rope_parameters=dict(rope_type="yarn", factor=2.0, truncate=False)), "truncate=false"),
     ("Llama", dict(rope_parameters=dict(full_attention=dict(rope_type="default"))), "full_attention={"),
     ("Llama", dict(rope_scaling=dict(type="linear", factor=2.0)), 'rope_scaling.rope_type="linear"'),
@@ -300,7 +302,7 @@ def test_fields_that_change_nothing_are_passed_over(tmp_path):
     make(tmp_path)
     plain = hf.read_config(str(tmp_path))
     edit(tmp_path, _model_name_or_path="a/b", unk_token_id=0, sep_token_id=1, tokenizer_class="X",
-         auto_map={"AutoConfig": "x.Y"}, _attn_implementation="sdpa")
+         _attn_implementation="sdpa")
     assert hf.read_config(str(tmp_path)) == plain
 
 
