@@ -12,6 +12,8 @@ of these, texts or messages or lists of messages; the prompt may be in both of t
 its answer beside it, or is a whole conversation whose last message is the answer.
 """
 
+from common.chat import with_thoughts
+
 QUESTIONS = ("prompt", "question", "query", "instruction", "problem")
 ANSWERS = ("answer", "response", "output", "completion", "solution")
 # ShareGPT's names of roles: ours
@@ -58,7 +60,7 @@ class Columns:
 def chat(columns, fields):
     """-> name of the form, messages; ValueError"""
     form, messages = conversation(columns, fields)
-    if form in ("messages", "ShareGPT"):
+    if not fields and form in ("messages", "ShareGPT"):
         return form, messages
     name, said = columns.first(fields[1:] or ANSWERS)
     if not isinstance(said, str):
@@ -83,7 +85,7 @@ def prompts(columns, fields):
     name, answer = columns.first(fields[1:] or ANSWERS)
     whole = messages[-1]["role"] == "assistant" and len(messages) > 1
     if answer is None and whole and form in ("messages", "ShareGPT"):
-        answer = messages[-1]["content"]
+        answer = with_thoughts(messages[-1])["content"]
         return f"{form}, its last message", dict(prompt=messages[:-1], answer=answer)
     if not isinstance(answer, str):
         raise ValueError(expected(fields, f"the answer, a text, in {' or '.join(ANSWERS)}"))
@@ -96,9 +98,9 @@ def conversation(columns, fields, needed=True):
     if fields:
         form, content = fields[0], columns.take(fields[0])
         messages = None if content is None else as_messages(content, "user")
-    elif "messages" in row:
+    elif row.get("messages") is not None:
         form, messages = "messages", as_messages(columns.take("messages"))
-    elif "conversations" in row:
+    elif row.get("conversations") is not None:
         form, messages = "ShareGPT", as_messages(columns.take("conversations"))
     else:
         form, messages = question(columns)
@@ -126,7 +128,8 @@ def question(columns):
     if name != "instruction":
         return name, as_messages(asked, "user")
     past = []
-    for turn in columns.take("history") or []:
+    history = columns.take("history") or []
+    for turn in history if isinstance(history, list) else [None]:
         if not isinstance(turn, (list, tuple)) or len(turn) != 2:
             raise ValueError('"history" is a list of [question, answer]')
         past += [dict(role="user", content=turn[0]), dict(role="assistant", content=turn[1])]

@@ -265,10 +265,12 @@ def csv_rows(path, file):
     """Yield (line, dict of column to text) of a .csv whose first line names columns; UserError"""
     import csv
 
-    csv.field_size_limit(2**31 - 1)
     text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
     try:
         reader = csv.DictReader(text, strict=True)
+        names = reader.fieldnames or []
+        if len(set(names)) < len(names):
+            raise UserError(f"{path}: its first line names a column twice")
         for row in reader:
             if None in row or None in row.values():
                 raise UserError(
@@ -294,8 +296,8 @@ def parquet_rows(path):
         with pyarrow.parquet.ParquetFile(path) as file:
             for batch in file.iter_batches(batch_size=1000):
                 yield from batch.to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{path}: damaged, or no parquet file ({error})") from None
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: damaged, or no parquet file ({error!r:.80})") from None
 
 
 def load_row(line):
@@ -519,8 +521,9 @@ class Kind:
     def conversation(self, messages, is_prompt=False):
         """-> messages, with their thoughts as such; ValueError where they are no conversation"""
         check_conversation(messages)
+        messages = self.find_thoughts(messages)
         forms.check_order(messages, is_prompt)
-        return self.find_thoughts(messages)
+        return messages
 
     def find_thoughts(self, messages):
         """-> messages, with the thoughts that stand at the beginning of a text as such"""

@@ -74,9 +74,7 @@ def render(extra, messages, reply):
     for message in messages:
         theirs.append(dict(role=message["role"], content=message["content"]))
         if "think" in message:
-            # names that templates have for it
-            for name in ("reasoning_content", "thinking", "reasoning"):
-                theirs[-1][name] = message["think"]
+            theirs[-1]["reasoning_content"] = message["think"]
     try:
         return compiled(extra["template"]).render(
             messages=theirs,

@@ -100,11 +100,11 @@ FLAGS = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
 NEVER = "(?!)"  # as a regular expression
 
 
-def tokenizer_files(tokenizer, ends=None):
+def tokenizer_files(tokenizer):
     """
-    tokenizer: of common.tokenizer; ends: ids that end a text, the first of which is eos_token, or
-    None -> dict of file name to bytes. Files of the folder that the vocabulary is from
-    (`tokenizer.originals`) say what they did, but for the tokens that we have added to its own.
+    tokenizer: of common.tokenizer -> dict of file name to bytes. Files of the folder that the
+    vocabulary is from (`tokenizer.originals`) say what they did, but for the tokens that we have
+    added to its own.
 
     Our special tokens are written as <|llm:user|>; other text that looks like one stays text.
     UserError where a SentencePiece vocabulary is neither BPE nor unigram.
@@ -123,7 +123,7 @@ def tokenizer_files(tokenizer, ends=None):
     config = _fill(
         CONFIG,
         BOS=names[tokenizer.begin[0]] if tokenizer.begin else None,
-        EOS=names[ends[0] if ends else tokenizer.end],
+        EOS=names[tokenizer.end],
         PAD=names[tokenizer.pad],
     )
     config = json.loads(files.get("tokenizer_config.json", config))

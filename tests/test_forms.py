@@ -137,6 +137,7 @@ def test_text_may_have_another_name_and_comes_from_any_file():
     ("a.json", b"[1, 2", "a.json: not JSON"), ("a.json", b'[{"a": "\xe9"}]', "a.json: not UTF-8"),
     ("a.csv", b"query,response\na\n", "a.csv:2: a row of another length than the first, which names 2"),
     ("a.csv", b"query,response\na,b,c\n", "a.csv:2: a row of another length"),
+    ("a.csv", b"query,response,response\na,b,c\n", "a.csv: its first line names a column twice"),
     ("a.csv", b"query,response\na,\xe9\n", "a.csv: not a .csv in UTF-8"),
     ("a.csv", b'query,response\n"a,b\n', "a.csv: not a .csv in UTF-8"),
     ("a.parquet", b"PAR1 but no more", "a.parquet: damaged, or no parquet file"),
@@ -209,6 +210,8 @@ def test_fields_name_the_columns_of_pairs():
     ("chat", [USER, ASSISTANT, ASSISTANT], "with two messages of one role in a row"),
     ("chat", [dict(USER, content=" \n"), ASSISTANT], "with an empty message"),
     ("chat", {"question": "q", "answer": ""}, "with an empty message"),
+    ("chat", {"question": "q", "answer": "<think>only thoughts</think>"}, "with an empty message"),
+    ("chat", {"instruction": "q", "output": "a", "history": 3}, "malformed"),
     ("prompts", {"prompt": [USER, ASSISTANT], "answer": "4"}, "that end with the assistant"),
     ("prompts", {"prompt": "", "answer": "4"}, "with an empty message"),
     ("prompts", {"prompt": [SYSTEM], "answer": "4"}, "that end with the assistant"),
@@ -233,3 +236,15 @@ def test_a_tokenizer_learns_from_every_form():
     lines = "\n".join(prepare.read_lines([write("a.jsonl", rows), write("b.json", CHATS)], ("text",)))
     said = [line for row in rows for text in texts_of(row) for line in text.splitlines()]
     assert [line for line in said if line not in lines] == []
+
+
+def test_the_answer_of_a_prompt_is_what_follows_the_thoughts():
+    thought = dict(role="assistant", content="<think>2 and 2</think>4")
+    make("prompts", write("a.jsonl", [{"messages": [USER, thought]}]))
+    assert json.loads(bytes(np.load("set/train_rows.npy")))["answer"] == "4"
+
+
+def test_rows_of_several_forms_in_one_table_have_nulls_in_the_others(capsys):
+    rows = [dict(CHATS[0], question=None, answer=None), dict(question="Why?", answer="So.", messages=None)]
+    make("chat", write("a.jsonl", rows))
+    assert lacking("chat", [CHATS[0], {"question": "Why?", "answer": "So."}]) == []

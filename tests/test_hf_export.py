@@ -184,10 +184,9 @@ def test_qwen2_s_type_needs_the_general_class(tmp_path):
     assert not differing(ours, theirs, FIXED)
 
 
-def test_another_end_is_eos_token():
-    ours = Tokenizer("bytes")
-    files = tokenizer_files(ours, ends=[ours.special["user"], ours.end])
-    assert json.loads(files["tokenizer_config.json"])["eos_token"] == "<|llm:user|>"
+def test_the_end_is_eos_token():
+    files = tokenizer_files(Tokenizer("bytes"))
+    assert json.loads(files["tokenizer_config.json"])["eos_token"] == "<|llm:end|>"
 
 
 def test_a_vocabulary_of_words_is_refused():
