@@ -136,7 +136,7 @@ def initial_policy(run, model, initial_weights):
     torch.manual_seed(cfg.seed)
     reference.load_state_dict(GPT(model.config).state_dict())
     if cfg.init_from:
-        checkpoint.source(cfg.init_from).fill(reference)
+        checkpoint.source(cfg.init_from).load(reference)
     if checkpoint.fingerprint(reference) != initial_weights:
         raise UserError(
             f"--init_from={cfg.init_from}: not the weights that this run began with; "

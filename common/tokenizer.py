@@ -74,7 +74,7 @@ FOLDER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 INFO = "tokenizer_info.json"
 # before a folder's own files there
 ORIGINAL = "original_"
-# characters of white space in a row that tiktoken takes; far more of them end the process
+# characters of white space in a row: libraries have limits of their own
 LONGEST_SPACE = 100_000
 
 
@@ -162,7 +162,7 @@ class Tokenizer:
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts, num_threads=2):
-        """-> list of lists of int. BadText: tiktoken cannot take it"""
+        """-> list of lists of int. BadText: white space above LONGEST_SPACE"""
         if self.kind == "bytes":
             return [list(text.encode()) for text in texts]
         if self.kind == "sentencepiece":

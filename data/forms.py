@@ -174,10 +174,8 @@ def check_order(messages, is_prompt=False):
         if not message["content"].strip():
             raise BadRow(f"the {message['role']} says nothing", "with an empty message")
         if before and before["role"] == message["role"]:
-            who = message["role"]
-            raise BadRow(
-                f"two messages of the {who} in a row", "with two messages of one role in a row"
-            )
+            reason = "with two messages of one role in a row"
+            raise BadRow(f"two messages of the {message['role']} in a row", reason)
     if turns and turns[0]["role"] == "assistant":
         raise BadRow("an assistant speaks first", "that an assistant begins")
     if is_prompt and (not turns or turns[-1]["role"] == "assistant"):

@@ -494,6 +494,11 @@ class Kind:
         # messages whose thoughts were written in their text; rows of each form, with each column
         # that is not read
         self.num_thoughts, self.forms, self.unread = 0, Counter(), Counter()
+        if cfg.fields and len(cfg.fields) != len(self.fields):
+            *first, last = self.fields
+            number = {1: "one name", 2: "two names", 3: "three names"}[len(self.fields)]
+            whose = f"{', '.join(first)} and {last}" if first else last
+            raise UserError(f"--fields={','.join(cfg.fields)}: give {number}, of {whose}")
 
     def read(self, path, report):
         folder = os.path.dirname(path)
@@ -503,13 +508,7 @@ class Kind:
         columns = forms.Columns(row, self.cfg.ignore)
         if columns.row.get("images"):
             raise ValueError("images are for `data/prepare.py images` and train_sft.py only")
-        fields = self.cfg.fields
-        if fields and len(fields) != len(self.fields):
-            *first, last = self.fields
-            number = {1: "one name", 2: "two names", 3: "three names"}[len(self.fields)]
-            whose = f"{', '.join(first)} and {last}" if first else last
-            raise UserError(f"--fields={','.join(fields)}: give {number}, of {whose}")
-        form, content = self.form(columns, fields)
+        form, content = self.form(columns, self.cfg.fields)
         content = self.check(content)
         for name in columns.unread():
             if name in forms.MEANT and name not in self.cfg.ignore:

@@ -1,11 +1,12 @@
 """
 The chat template of a Hugging Face folder (jinja), written as `transformers.apply_chat_template`
-writes it, with two differences: a special token that somebody has typed in a message stays text,
-and what the model is to say is encoded apart from what stands before it, so that a prompt's ids
-begin those of the whole conversation.
+writes it, but that a special token that somebody has typed stays text, what the model is to say is
+encoded apart from what stands before it, so that a prompt's ids begin those of the whole
+conversation, and thoughts come before the answer where the template knows none.
 
-A template is rendered once for each sequence of roles, on marks in place of the contents. What it
-writes around them, and what white space it strips from them, holds for all such conversations.
+A template is rendered once for each sequence of roles, on marks in place of the contents: what it
+writes around them, and what white space it strips from them. A conversation for which that does not
+hold, because the template looks at what is said, is refused.
 """
 
 import functools
@@ -162,9 +163,9 @@ def turn(extra, before, text, marks, end, reply):
     """
     start, stop = marks[0].start(), marks[-1].end()
     prompt = render(extra, marked(before), True) if before else ""
-    if text.startswith(prompt):
-        start = len(prompt) if prompt else start
-    elif not reply:
+    if prompt and text.startswith(prompt):
+        start = len(prompt)
+    elif prompt and not reply:
         raise BadText("the folder's chat template writes an answered prompt anew")
     following = MARK.search(text, stop)
     until = following.start() if following else len(text)
@@ -223,7 +224,4 @@ def body(tokenizer, message, kind, answer_tags, thinks):
 
 def strip(piece, left, right):
     """left, right: characters, or None for white space; ids stay as they are"""
-    if not isinstance(piece, str):
-        return piece
-    piece = piece if left == "" else piece.lstrip(left)
-    return piece if right == "" else piece.rstrip(right)
+    return piece.lstrip(left).rstrip(right) if isinstance(piece, str) else piece

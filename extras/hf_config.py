@@ -258,9 +258,13 @@ def _no_rope_every(rotates, n_layer):
         raise _refusal("no_rope_layers", rotates, expected)
     rotates = rotates[:n_layer]
     every = rotates.index(0) + 1 if 0 in rotates else 0
-    pattern = [int(not every or (layer + 1) % every > 0) for layer in range(n_layer)]
-    _expect("no_rope_layers", rotates, [pattern], expected)
+    _expect("no_rope_layers", rotates, [_rotating_layers(every, n_layer)], expected)
     return every
+
+
+def _rotating_layers(every, n_layer):
+    """-> list of int, as in no_rope_layers: 0 at every so many layers (0 = nowhere), else 1"""
+    return [int(not every or layer % every > 0) for layer in range(1, n_layer + 1)]
 
 
 def _read_rope(values, seq_len):
@@ -380,8 +384,7 @@ def config_json(c, dtype, ends):
     if model_type in WINDOWS:
         described["sliding_window"] = None
     if c.no_rope_every:
-        layers = range(1, c.n_layer + 1)
-        described["no_rope_layers"] = [int(layer % c.no_rope_every > 0) for layer in layers]
+        described["no_rope_layers"] = _rotating_layers(c.no_rope_every, c.n_layer)
     return described | dict(
         model_type=model_type,
         architectures=[family.architecture],

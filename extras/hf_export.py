@@ -130,14 +130,13 @@ def tokenizer_files(tokenizer):
     if "added_tokens_decoder" in config:
         config["added_tokens_decoder"] |= {str(i): token for i, token in added.items()}
     files["tokenizer_config.json"] = json.dumps(config, indent=1).encode()
-    if tokenizer.template and "chat_template" not in config:
-        files["chat_template.jinja"] = tokenizer.template.encode()
-    if not any("chat_template" in name for name in (*files, *config)):
+    if "chat_template" not in config:
         marks = {
             name: b"".join(tokenizer.token_bytes[i] or names[i].encode() for i in ids).decode()
             for name, ids in dict(tokenizer.markers, begin=tokenizer.begin).items()
         }
-        files["chat_template.jinja"] = _fill(CHAT, MARKS=marks).encode()
+        template = tokenizer.template or _fill(CHAT, MARKS=marks)
+        files["chat_template.jinja"] = template.encode()
     return files
 
 

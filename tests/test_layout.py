@@ -145,7 +145,7 @@ def total(paths):
     return sum(tokens), sum(lines)
 
 
-@pytest.mark.parametrize("paths, budget", [(SCRIPTS, 11_000), (COMMON, 37_000), (PRODUCT, 78_000)],
+@pytest.mark.parametrize("paths, budget", [(SCRIPTS, 11_000), (COMMON, 35_000), (PRODUCT, 78_000)],
                          ids=["scripts", "common", "all but tests"])
 def test_the_code_stays_small_and_is_not_dense(paths, budget):
     tokens, lines = total(paths)

@@ -49,12 +49,16 @@ SECONDS = dict(prepare=12, pretrain=180, sft=135, dpo=75, grpo=115, kd=75)
 
 class Progress:
     """
-    Where the demo is, a line every 20 seconds. How long the rest takes follows from SECONDS and
-    from how long what is done has taken.
+    Where the demo is, in one line: on a terminal it is written over, a log file gets one every 20
+    seconds. How long the rest takes follows from SECONDS and from how long what is done has taken.
     """
 
     def __init__(self, stages):
         self.stages, self.started = stages, time.time()
+        self.every, self.clear, self.end_line = 20, "", "\n"
+        # written over
+        if sys.stdout.isatty():
+            self.every, self.clear, self.end_line = 0.2, f"\r{'':<100}\r", ""
 
     def begin(self, stage):
         self.stage, self.stage_started = stage, time.time()
@@ -68,7 +72,7 @@ class Progress:
             # the next run of this stage
             self.runs += step < self.step
             self.step = step
-            if time.time() - self.shown >= 20:
+            if time.time() - self.shown >= self.every:
                 self.show(f"step {step}/{total}", self.runs + step / total)
 
     def show(self, what, runs):
@@ -85,12 +89,12 @@ class Progress:
             f"{short_time(now - self.stage_started):>6} | whole demo: "
             f"{short_time(now - self.started)} done, eta {eta}"
         )
-        print(line, flush=True)
+        print(self.clear + line, end=self.end_line, flush=True)
 
     def end(self, rows):
         changes = [f"{row['measure']} {row['before']:.3f} -> {row['after']:.3f}" for row in rows]
         stage_time = short_time(time.time() - self.stage_started)
-        print(f"{self.stage}: {stage_time}; {', '.join(changes)}", flush=True)
+        print(f"{self.clear}{self.stage}: {stage_time}; {', '.join(changes)}", flush=True)
 
 
 def run_script(watch, *command):
