@@ -9,7 +9,8 @@ import sentencepiece
 from common.errors import UserError
 from common.tokenizer import SPECIAL_TOKENS
 
-# characters of a sentence: SentencePiece leaves out longer ones, and those with one of RESERVED
+# characters of a sentence, at most 4 bytes each: SentencePiece leaves out those above its
+# max_sentence_length in bytes, and those with one of RESERVED
 LONGEST = 16_000
 RESERVED = re.compile("[\u2581\u2585]")
 # of these it learns from a sample
@@ -64,7 +65,7 @@ def train_sentencepiece(lines, vocab_size):
             bos_id=-1,
             eos_id=-1,
             pad_id=-1,
-            max_sentence_length=4 * LONGEST,
+            max_sentence_length=1 << 16,
             input_sentence_size=MOST,
             shuffle_input_sentence=True,
             num_threads=os.cpu_count(),
